@@ -1,0 +1,90 @@
+"""What every room raises: an error that says what, where, what was seen, and what to do next.
+
+The code is a stable slug (``unknown-key``), so that a script can tell errors apart without
+reading prose; the fields are kept beside the text for ``--json``.
+"""
+
+from __future__ import annotations
+
+from difflib import get_close_matches
+from typing import Iterable
+
+
+class SurgeryError(Exception):
+    """Base of all errors that adaptsurgery raises on purpose."""
+
+    default_code = "refused"
+
+    def __init__(
+        self, what: str, *, where: str = "", seen: str = "", next: str = "", code: str = ""
+    ) -> None:
+        self.what, self.where, self.seen, self.next = what, where, seen, next
+        self.code = code or self.default_code
+        super().__init__(str(self))
+
+    def __str__(self) -> str:
+        head = f"{self.where}: {self.what}" if self.where else self.what
+        lines = [f"{head} [{self.code}]"]
+        lines += [f"  seen: {self.seen}"] if self.seen else []
+        lines += [f"  next: {self.next}"] if self.next else []
+        return "\n".join(lines)
+
+    def as_dict(self) -> dict[str, str]:
+        """The error as plain data for ``--json``."""
+        return {
+            "code": self.code,
+            "what": self.what,
+            "where": self.where,
+            "seen": self.seen,
+            "next": self.next,
+        }
+
+
+class FileError(SurgeryError):
+    """A file that is missing, truncated, malformed, or may not be written."""
+
+    default_code = "bad-file"
+
+
+class LayoutError(SurgeryError):
+    """Keys that belong to no layout, to several, or that the layout cannot hold."""
+
+    default_code = "bad-layout"
+
+
+class KeyRefused(LayoutError):
+    """One key that is unknown, incomplete, duplicated, or of an algorithm that is not carried."""
+
+    default_code = "unknown-key"
+
+
+class NameLookupError(SurgeryError):
+    """A module name that the base model does not have, or has more than once."""
+
+    default_code = "unknown-module"
+
+
+class ShapeError(SurgeryError):
+    """Tensors whose shapes do not fit each other, the config, or the base's weight."""
+
+    default_code = "bad-shape"
+
+
+class ValueRefused(SurgeryError):
+    """Non-finite numbers, unsupported dtypes, scales that cannot be said."""
+
+    default_code = "bad-value"
+
+
+class InexactError(SurgeryError):
+    """A conversion that cannot be exact, and for which no lossy switch was given."""
+
+    default_code = "inexact"
+
+
+def nearest(name: str, known: Iterable[str], count: int = 3) -> str:
+    """A hint for an error's ``next``: the known names closest to ``name``, or an empty string."""
+    # difflib is quadratic in the length of the names; cut the field by length first.
+    close = [k for k in known if abs(len(k) - len(name)) <= max(8, len(name) // 3)]
+    found = get_close_matches(name, close[:4000], n=count, cutoff=0.6)
+    return "nearest: " + ", ".join(f"`{f}`" for f in found) if found else ""

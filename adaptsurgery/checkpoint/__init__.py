@@ -1,0 +1,12 @@
+"""Checkpoints and adapter files: lazy in, atomic out, a header at a time.
+
+Nothing here imports torch or numpy until a number has to be computed:
+
+- ``safetensors``: the strict header-only reader
+- ``writer``: the header as the safetensors library lays it out, and the data moved into place
+- ``finite``: NaN and infinity found in raw bytes
+- ``atomic``: an output that is there in full or not at all
+- ``base``: what ``--base`` names, as components and modules
+- ``hub``: ``org/name`` turned into a local path
+- ``bridge``, ``pickles``: to torch and from it
+"""

@@ -6,8 +6,8 @@ reading prose; the fields are kept beside the text for ``--json``.
 
 from __future__ import annotations
 
+from collections.abc import Iterable
 from difflib import get_close_matches
-from typing import Iterable
 
 
 class SurgeryError(Exception):

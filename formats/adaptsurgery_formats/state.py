@@ -22,8 +22,9 @@ is taken per output and (1, i, 1, …) where it is taken per input.
 from __future__ import annotations
 
 import math
+from collections.abc import Iterator
 from dataclasses import dataclass, field, replace
-from typing import Any, Iterator
+from typing import Any
 
 from adaptsurgery_formats.errors import KeyRefused, ShapeError
 from adaptsurgery_formats.tensors import Tensor
@@ -115,7 +116,7 @@ class ModuleState:
 
 
 def magnitude_axis(module: ModuleState) -> str:
-    """"out" where a DoRA's norm is taken per output row, "in" where per input."""
+    """ "out" where a DoRA's norm is taken per output row, "in" where per input."""
     shape = module.tensors["magnitude"].shape
     out, _ = delta_shape(module)
     return "out" if shape[0] == out else "in"

@@ -1,0 +1,104 @@
+"""DoRA: W' = m ∘ (W + sΔ) / ‖W + sΔ‖ (arXiv 2402.09353), over any Delta.
+
+    magnitude  (o, 1, …)       the norm of every output row    (PEFT; LyCORIS with wd_on_out)
+               (1, i, 1, …)    the norm of every input         (LyCORIS without, kohya's dora_scale)
+
+A row or column of W + sΔ that is all zero has no direction and stays zero.
+"""
+
+from __future__ import annotations
+
+import math
+from dataclasses import dataclass
+from typing import ClassVar
+
+import torch
+from torch import Tensor
+
+from adaptsurgery.algorithms.full import Full
+from adaptsurgery.algorithms.lora import LoRA, Truncation, truncation
+from adaptsurgery.core.cost import Form
+from adaptsurgery.core.geometry import Layer
+from adaptsurgery.core.linalg import optimal_lora
+from adaptsurgery.core.update import Renorm, axis_norms, compute_dtype
+from adaptsurgery_formats.errors import ShapeError
+
+
+@dataclass(frozen=True, eq=False)
+class DoRA(Renorm):
+    """A Delta with new norms, ``magnitude``: its axis is told by its shape. ShapeError for neither."""
+
+    magnitude: Tensor
+
+    name: ClassVar[str] = "dora"
+
+    def __post_init__(self) -> None:
+        shape, (outputs, columns) = tuple(self.magnitude.shape), self.inner.extent
+        long = math.prod(shape)
+        if len(shape) >= 2:
+            if shape[0] == outputs == long:
+                return
+            kernel = math.prod(self.inner.kernel or (1,))
+            if shape[1] == long and columns % (long * kernel) == 0:
+                return
+        raise ShapeError(
+            "dora: magnitude is neither (o, 1, …) nor (1, i, 1, …)",
+            seen=f"magnitude {list(shape)}, Δ ({outputs}, {columns})",
+        )
+
+    @property
+    def axis(self) -> int:
+        """0 where every output has its norm, 1 where every input has."""
+        return 0 if self.magnitude.shape[0] == self.inner.extent[0] == self._length else 1
+
+    @property
+    def _length(self) -> int:
+        return self.magnitude.numel()
+
+    def gain(self, norms: Tensor) -> Tensor:
+        """m / norm, a vector; 0 where the norm is."""
+        if norms.shape != (self._length,):
+            raise ShapeError(
+                f"dora: {self._length} magnitudes for {norms.numel()} {'inputs' if self.axis else 'outputs'}"
+            )
+        magnitude = self.magnitude.flatten().to(norms)
+        empty = norms == 0
+        return (magnitude / norms.masked_fill(empty, 1)).masked_fill(empty, 0)
+
+    def renormed(self, weight: Tensor) -> Tensor:
+        gain = self.gain(axis_norms(weight, self.axis))
+        sides = [-1 if dim == self.axis else 1 for dim in range(weight.dim())]
+        return weight * gain.view(sides)
+
+    def apply(self, x: Tensor, layer: Layer, form: Form = "auto") -> Tensor:
+        """Around a LoRA from its factors: the gain goes on the input's or the output's channels.
+
+        The norms of other deltas need W + sΔ in any case, so those fold. (The paper's gradient
+        holds the norm constant, section 4.3; here it is part of the expression.)
+        """
+        self.inner.check_fits(layer.shape)
+        bias = self.fold_bias(layer.bias, layer.weight.dtype)
+        weight = layer.canonical()
+        by_input = self.axis == 1
+        lookup = layer.kind == "embedding" and by_input
+        if not isinstance(self.inner, LoRA) or form == "folded" or layer.groups > 1 or lookup:
+            return layer.forward(x, self.folded(weight), bias)
+        wide = weight.to(compute_dtype(weight))
+        gain = layer.over_channels(self.gain(self.inner.norms(wide, self.axis)).to(layer.dtype(x)))
+        x = x * gain if by_input else x
+        y = layer.forward(x, bias=None) + self.inner.scale * self.inner.delta(x, layer)
+        y = y if by_input else y * gain
+        return y if bias is None else y + layer.over_channels(bias)
+
+    def to_full(self, weight: Tensor) -> Full:
+        """W' − W as a dense difference, for this canonical ``weight`` only; float32 at least."""
+        wide = weight.to(compute_dtype(weight))
+        bias = self.inner.bias_delta()
+        diff_b = None if bias is None else self.inner.scale * bias
+        return Full(diff=self.fold(wide) - wide, diff_b=diff_b)
+
+    def truncated(self, weight: Tensor, rank: int, dtype: torch.dtype | None = None) -> Truncation:
+        """The nearest LoRA of ``rank`` to W' − W, for this canonical ``weight`` only."""
+        full = self.to_full(weight.to(torch.float64))
+        found = optimal_lora(full.matrix(), rank)
+        return truncation(found, full, dtype or self.inner.wide_dtype(), full.diff_b)

@@ -1,0 +1,135 @@
+"""HRA: W' = W·H0·H1···H(r−1), a chain of Householder reflections (arXiv 2405.17484), as PEFT's.
+
+    u (i·∏k, r)     Hj = I − 2·uj·ujᵀ, columns normalised; u0 leftmost
+
+A conv's weight is turned as (o, i·∏k); groups share u. The product has a compact form (Schreiber
+and Van Loan's WY, SIAM J. Sci. Stat. Comput. 10, 1989): for unit columns U
+
+    R = I − U·T·Uᵀ,   T = (striu(UᵀU) + ½I)⁻¹
+
+With ``apply_gs`` the columns are first made orthonormal (Gram–Schmidt; here QR, of the same span)
+and R = I − 2QQᵀ, its own inverse.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import ClassVar
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from adaptsurgery.algorithms.lora import LoRA
+from adaptsurgery.core.update import Rotation, compute_dtype, widened
+from adaptsurgery_formats.errors import ShapeError, ValueRefused
+
+# Below this distance (of a unit column, from the span of those before it) float32 Gram–Schmidt
+# would turn rounding noise into a direction.
+DEPENDENT = 1e-5
+
+
+@dataclass(frozen=True, eq=False)
+class HRA(Rotation):
+    """W' = W·R; u (i·∏k, r). ShapeError unless u is a matrix.
+
+    ``check_values`` (called by fold, unfold, to_lora, then, inverse and algorithms.build, never by
+    apply) is a ValueRefused for a column of zeros, a number that is not finite, and, under
+    ``apply_gs``, columns that depend on each other, such as PEFT's paired initial value.
+    """
+
+    u: Tensor
+    apply_gs: bool = False
+
+    name: ClassVar[str] = "hra"
+
+    def __post_init__(self) -> None:
+        if self.u.dim() != 2 or 0 in self.u.shape:
+            raise ShapeError("hra: u is not (i·∏k, r)", seen=f"u {list(self.u.shape)}")
+
+    @property
+    def size(self) -> int:
+        return self.u.shape[0]
+
+    @property
+    def rank(self) -> int:
+        return self.u.shape[1]
+
+    def check_values(self) -> None:
+        columns = self.u.detach().double()
+        norms = torch.linalg.vector_norm(columns, dim=0)
+        if not torch.isfinite(norms).all():
+            raise ValueRefused("hra: u holds numbers that are not finite", code="not-finite")
+        if not norms.all():
+            zeros = (norms == 0).nonzero().flatten().tolist()
+            raise ValueRefused(
+                "hra: a column of zeros reflects nothing",
+                seen=f"columns {zeros}",
+                code="zero-column",
+            )
+        if self.apply_gs and self._least_distance(columns / norms) < DEPENDENT:
+            raise ValueRefused(
+                "hra: Gram–Schmidt of columns that depend on each other is rounding noise",
+                seen=f"u {list(self.u.shape)}",
+                next="apply_gs=False, or columns started apart",
+                code="dependent-columns",
+            )
+
+    def _least_distance(self, unit: Tensor) -> float:
+        """How far, at least, a unit column stands from the span of those before it."""
+        if self.rank > self.size:
+            return 0.0
+        return float(torch.linalg.qr(unit).R.diagonal().abs().min())
+
+    def compact(self) -> tuple[Tensor, Tensor]:
+        """U (i·∏k, r) and T (r, r) with R = I − U·T·Uᵀ, in float32 at least."""
+        wide = widened(self.u)
+        columns = wide / torch.linalg.vector_norm(wide, dim=0)
+        one = torch.eye(self.rank, dtype=wide.dtype, device=wide.device)
+        if self.apply_gs:
+            return torch.linalg.qr(columns).Q, 2 * one
+        upper = torch.triu(columns.t() @ columns, 1) + one / 2
+        return columns, torch.linalg.solve_triangular(upper, one, upper=True)
+
+    def turn(self, rows: Tensor, back: bool = False) -> Tensor:
+        """rows − ((rows·U)·T)·Uᵀ, or with Tᵀ where ``back``: O(r) a number, R never built."""
+        columns, middle = (part.to(rows.device, rows.dtype) for part in self._in(rows.dtype))
+        return rows - F.linear(F.linear(rows @ columns, middle if back else middle.t()), columns)
+
+    def _in(self, dtype: torch.dtype) -> tuple[Tensor, Tensor]:
+        """U and T, computed in ``dtype`` where that is wider than their own."""
+        wide = torch.promote_types(dtype, widened(self.u).dtype)
+        return HRA(self.u.to(wide), self.apply_gs).compact()
+
+    def matrix(self, dtype: torch.dtype | None = None) -> Tensor:
+        """R (i·∏k, i·∏k)."""
+        return self.turn(torch.eye(self.size, dtype=dtype or widened(self.u).dtype))
+
+    def reflections(self) -> Tensor:
+        """Unit columns whose plain product of reflections is R: U, or the Q of Gram–Schmidt."""
+        return self.compact()[0]
+
+    def then(self, other: Rotation) -> HRA:
+        """R·R_other as one HRA: the columns side by side."""
+        if not isinstance(other, HRA) or other.size != self.size:
+            raise ShapeError(f"hra: R turns rows of {self.size}, and the other of {other.size}")
+        self.check_values()
+        other.check_values()
+        return HRA(torch.cat([self.reflections(), other.reflections()], dim=1))
+
+    def inverse(self) -> HRA:
+        """Rᵀ: the reflections in the opposite order; with Gram–Schmidt R is its own inverse."""
+        self.check_values()
+        return self if self.apply_gs else HRA(self.u.flip(1))
+
+    def to_lora(self, weight: Tensor) -> LoRA:
+        """The LoRA of rank r that does to this canonical ``weight`` what R does: −(W·U·T)·Uᵀ.
+
+        In float32 at least. It is right for this weight only.
+        """
+        self.check_fits(weight.shape)
+        self.check_values()
+        wide = torch.promote_types(compute_dtype(weight), widened(self.u).dtype)
+        columns, middle = self._in(wide)
+        up = -(weight.flatten(1).to(wide) @ columns) @ middle
+        return LoRA.of_factors(up, columns.t().contiguous(), tuple(weight.shape))

@@ -1,0 +1,127 @@
+"""LoHa: Δ = (w1_a·w1_b) ∘ (w2_a·w2_b), the Hadamard product of two low-rank matrices.
+
+FedPara (arXiv 2108.06098), as LyCORIS (arXiv 2309.14859) and PEFT write it:
+
+    flat    w1_a, w2_a (o, r)    w1_b, w2_b (r, i·∏k)
+    tucker  w1_a, w2_a (r, o)    w1_b, w2_b (r, i)       t1, t2 (r, r, *k)      (FedPara, prop. 3)
+            half[o, i, k] = Σ t[p, q, k] a[p, o] b[q, i]
+
+With P[o, (p, q)] = w1_a[o, p]·w2_a[o, q] and Q[(p, q), n] = w1_b[p, n]·w2_b[q, n] (Khatri–Rao)
+Δ = P·Q exactly: a LoRA of rank r².
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import ClassVar
+
+import torch
+from torch import Tensor
+
+from adaptsurgery.algorithms.lora import LoRA, Truncation
+from adaptsurgery.core.cost import Form, price
+from adaptsurgery.core.geometry import Layer
+from adaptsurgery.core.update import Delta
+
+
+@dataclass(frozen=True, eq=False)
+class LoHa(Delta):
+    """Δ = (w1_a·w1_b) ∘ (w2_a·w2_b); see the module's docstring for the shapes."""
+
+    w1_a: Tensor
+    w1_b: Tensor
+    w2_a: Tensor
+    w2_b: Tensor
+    t1: Tensor | None = None
+    t2: Tensor | None = None
+
+    name: ClassVar[str] = "loha"
+
+    @property
+    def rank(self) -> int:
+        return self.w1_b.shape[0]
+
+    @property
+    def extent(self) -> tuple[int, int]:
+        if self.t1 is None:
+            return self.w1_a.shape[0], self.w1_b.shape[1]
+        return self.w1_a.shape[1], self.w1_b.shape[1] * self.t1.shape[2:].numel()
+
+    @property
+    def kernel(self) -> tuple[int, ...] | None:
+        if self.t1 is not None:
+            return tuple(self.t1.shape[2:])
+        return self.weight_shape[2:] if self.weight_shape else None
+
+    def misfit(self) -> str:
+        if (self.t1 is None) != (self.t2 is None):
+            return "t1 and t2 stand together or not at all"
+        if {self.w1_a.dim(), self.w1_b.dim(), self.w2_a.dim(), self.w2_b.dim()} != {2}:
+            return "w*_a and w*_b are matrices"
+        if self.w1_a.shape != self.w2_a.shape or self.w1_b.shape != self.w2_b.shape:
+            return "the halves w1_a·w1_b and w2_a·w2_b differ in shape"
+        if self.w1_a.shape[0 if self.t1 is not None else 1] != self.rank:
+            return "w*_a (o, r), or (r, o) beside t*, and w*_b (r, n) differ in r"
+        if self.t1 is not None and self.t2 is not None:
+            square = self.t1.shape[:2] == (self.rank, self.rank)
+            if not square or self.t1.shape != self.t2.shape:
+                return "t1 and t2 are not both (r, r, *k)"
+        return ""
+
+    def flat(self) -> LoHa:
+        """The same Δ without Tucker cores, at the same rank, exactly: t folded into b, a turned."""
+        if self.t1 is None:
+            return self
+        assert self.t2 is not None
+        w1_b = torch.einsum("pq...,qi->pi...", self.t1, self.w1_b).flatten(1)
+        w2_b = torch.einsum("pq...,qi->pi...", self.t2, self.w2_b).flatten(1)
+        return LoHa(
+            self.w1_a.t(), w1_b, self.w2_a.t(), w2_b, scale=self.scale, weight_shape=self.shape
+        )
+
+    def matrix(self) -> Tensor:
+        flat = self.flat()
+        return (flat.w1_a @ flat.w1_b) * (flat.w2_a @ flat.w2_b)
+
+    def add_rows_(self, block: Tensor, start: int, stop: int, factor: float) -> None:
+        first = self.w1_a[start:stop] @ self.w1_b
+        block.addcmul_(first, self.w2_a[start:stop] @ self.w2_b, value=factor)
+
+    def khatri_rao(self) -> tuple[Tensor, Tensor]:
+        """P (o, r²), Q (r², i·∏k) with P·Q = Δ."""
+        flat = self.flat()
+        up = (flat.w1_a[:, :, None] * flat.w2_a[:, None, :]).flatten(1)
+        down = (flat.w1_b[:, None, :] * flat.w2_b[None, :, :]).flatten(0, 1)
+        return up, down
+
+    def delta(self, x: Tensor, layer: Layer, form: Form = "factored") -> Tensor:
+        """By Khatri–Rao factors; "bilinear" (linear layers, few tokens) builds not even those:
+
+        y[o] = Σ w1_a[o, p] M[p, q] w2_a[o, q] with M = w1_b·diag(x)·w2_bᵀ, one (r, r) a token.
+        """
+        ready = self.prepared(layer.dtype(x))
+        if form == "bilinear":
+            between = (x[..., None, :] * ready.w1_b) @ ready.w2_b.t()
+            return (torch.matmul(ready.w1_a, between) * ready.w2_a).sum(-1)
+        up, down = ready.khatri_rao()
+        return layer.low_rank(x, up, down.reshape(self.rank**2, *layer.shape[1:]))
+
+    def prices(self, positions: int, layer: Layer, training: bool) -> dict[Form, int]:
+        r, (o, n) = self.rank, self.extent
+        factors = r * r * (o + n)
+        prices: dict[Form, int] = {
+            "factored": price(factors * (1 + positions), 2 * factors + positions * (2 * r * r + o)),
+            "folded": self.folding_price((2 * r + 1) * o * n, positions, training),
+        }
+        if layer.kind == "linear":
+            products = r * n + r * r * n + r * r * o + r * o
+            prices["bilinear"] = price(positions * products, positions * r * (n + 2 * o))
+        return prices
+
+    def to_lora(self) -> LoRA:
+        """The LoRA of rank r² that is this Δ exactly, at the same scale (so alpha grows with it)."""
+        return LoRA.of_factors(*self.khatri_rao(), self.shape, self.scale)
+
+    def truncated(self, rank: int, dtype: torch.dtype | None = None) -> Truncation:
+        """The nearest LoRA of ``rank``, through the exact one of rank r²."""
+        return self.cast(torch.float64).to_lora().truncated(rank, dtype or self.wide_dtype())

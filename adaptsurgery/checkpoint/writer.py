@@ -1,0 +1,275 @@
+"""Safetensors files written as the library writes them, without the numbers passing through torch.
+
+The header comes first and fixes every offset. Runs of bytes that lie in files already are moved
+block by block (or by the kernel where nothing is scanned); whatever is computed is read one part
+at a time, so that memory holds one tensor at most.
+"""
+
+from __future__ import annotations
+
+import errno
+import json
+import os
+from collections.abc import Callable, Iterator, Mapping
+from dataclasses import dataclass
+
+from adaptsurgery.checkpoint.failures import as_file_error
+from adaptsurgery.checkpoint.finite import BLOCK, cut, first_nonfinite, scanned, whole_numbers
+from adaptsurgery.checkpoint.safetensors import Span, cut_short
+from adaptsurgery_formats.errors import FileError, ShapeError, ValueRefused
+from adaptsurgery_formats.tensors import Part, Tensor
+
+# The library sorts by dtype, in this order, then by name.
+_DTYPE_ORDER = (
+    "U64", "I64", "F64", "C64", "F32", "U32", "I32", "BF16", "F16", "U16", "I16",
+    "F8_E5M2FNUZ", "F8_E4M3FNUZ", "F8_E8M0", "F8_E4M3", "F8_E5M2", "I8", "U8", "BOOL",
+)  # fmt: skip
+_RANK = {dtype: rank for rank, dtype in enumerate(_DTYPE_ORDER)}
+_NO_KERNEL_COPY = (errno.EXDEV, errno.EINVAL, errno.ENOSYS, errno.EOPNOTSUPP, errno.EPERM)
+
+Progress = Callable[[int], object]
+
+
+def order(tensors: Mapping[str, Tensor]) -> list[str]:
+    """The keys in the order in which their data lie in the file."""
+    return sorted(tensors, key=lambda key: (_RANK[tensors[key].dtype], key))
+
+
+def layout(tensors: Mapping[str, Tensor], metadata: Mapping[str, str] | None = None) -> bytes:
+    """The head of the file, length and padding included, byte for byte as the library writes it.
+
+    Metadata keep their own order; none are written where there are none.
+    """
+    entries: dict[str, object] = {"__metadata__": dict(metadata)} if metadata else {}
+    at = 0
+    for key in order(tensors):
+        t = tensors[key]
+        end = at + t.nbytes
+        entries[key] = {"dtype": t.dtype, "shape": list(t.shape), "data_offsets": [at, end]}
+        at = end
+    text = json.dumps(entries, ensure_ascii=False, separators=(",", ":")).encode("utf-8")
+    text += b" " * (-len(text) % 8)
+    return len(text).to_bytes(8, "little") + text
+
+
+def file_size(tensors: Mapping[str, Tensor], metadata: Mapping[str, str] | None = None) -> int:
+    """The number of bytes that ``write_safetensors`` will write."""
+    return len(layout(tensors, metadata)) + sum(t.nbytes for t in tensors.values())
+
+
+def write_safetensors(
+    path: str | os.PathLike[str],
+    tensors: Mapping[str, Tensor],
+    metadata: Mapping[str, str] | None = None,
+    *,
+    check_finite: bool = True,
+    progress: Progress | None = None,
+) -> None:
+    """Write a new safetensors file; ``progress`` is called with each count of bytes written.
+
+    The file must not exist yet: ``atomic.output`` gives the path to write to, and takes it away
+    again on an error. Raises ValueRefused ``non-finite`` for a NaN or an infinity, ShapeError if
+    a tensor's parts do not make up its shape, FileError
+    ``output-exists``, ``no-space``, ``not-writable``, and what the parts' sources raise.
+    """
+    where = os.fspath(path)
+    _check_parts(tensors)
+    tell = progress or (lambda _: None)
+    try:
+        fd = os.open(where, os.O_WRONLY | os.O_CREAT | os.O_EXCL | os.O_CLOEXEC, 0o666)
+    except FileExistsError:
+        raise FileError("it exists already", where=where, code="output-exists") from None
+    except OSError as error:
+        raise as_file_error(error, where, writing=True) from error
+    try:
+        with _Sources() as sources:
+            _write_all(fd, layout(tensors, metadata), where)
+            for run in _runs(tensors, check_finite):
+                _write_run(fd, run, sources, where, tensors, tell)
+    finally:
+        os.close(fd)
+
+
+def _check_parts(tensors: Mapping[str, Tensor]) -> None:
+    for key, t in tensors.items():
+        held = sum(part.nbytes for part in t.parts)
+        if held != t.nbytes:
+            raise ShapeError(
+                f"`{key}`: {t.dtype} {list(t.shape)} needs {t.nbytes} bytes, not {held}"
+            )
+
+
+@dataclass(slots=True)
+class _Run:
+    """Bytes that are written in one go: a part, or adjacent spans of one file and one dtype."""
+
+    dtype: str  # what to scan them as; "" for bytes that are not scanned
+    part: Part
+    at: int  # where in the data of the output it begins
+
+
+def _runs(tensors: Mapping[str, Tensor], check_finite: bool) -> Iterator[_Run]:
+    """The whole output in order, adjacent spans merged."""
+    held: _Run | None = None
+    at = 0
+    for key in order(tensors):
+        t = tensors[key]
+        dtype = t.dtype if check_finite and scanned(t.dtype) else ""
+        for part in whole_numbers(t):
+            joined = _join(held, dtype, part)
+            if joined and held:
+                held.part = joined
+            else:
+                if held:
+                    yield held
+                held = _Run(dtype, part, at)
+            at += part.nbytes
+    if held:
+        yield held
+
+
+def _join(held: _Run | None, dtype: str, part: Part) -> Span | None:
+    """One span for a held run and the part after it, or None where they do not touch."""
+    if held is None or held.dtype != dtype or not isinstance(part, Span):
+        return None
+    a = held.part
+    if not isinstance(a, Span) or a.path != part.path or a.offset + a.nbytes != part.offset:
+        return None
+    return Span(a.path, a.offset, a.nbytes + part.nbytes)
+
+
+def _write_run(
+    fd: int,
+    run: _Run,
+    sources: _Sources,
+    where: str,
+    tensors: Mapping[str, Tensor],
+    tell: Progress,
+) -> None:
+    if isinstance(run.part, Span):
+        blocks = _span_blocks(fd, run, sources, where, tell)
+    else:
+        blocks = cut(run.part)
+    at = run.at
+    for block in blocks:
+        found = first_nonfinite(run.dtype, block) if run.dtype else -1
+        if found >= 0:
+            raise _non_finite(tensors, at + found, where)
+        _write_all(fd, block, where)
+        at += len(block)
+        tell(len(block))
+
+
+def _span_blocks(
+    fd: int, run: _Run, sources: _Sources, where: str, tell: Progress
+) -> Iterator[bytes | bytearray]:
+    """The bytes of a span in one reused buffer; nothing where the kernel could move them itself."""
+    span = run.part
+    assert isinstance(span, Span)
+    source = sources.open(span.path)
+    at, end = span.offset, span.offset + span.nbytes
+    if not run.dtype:
+        at += _kernel_copy(fd, source, span, where, tell)
+    buffer = bytearray(min(BLOCK, end - at))
+    while at < end:
+        if end - at < len(buffer):
+            buffer = bytearray(end - at)
+        _fill(source, buffer, at, span)
+        yield buffer
+        at += len(buffer)
+
+
+def _fill(source: int, buffer: bytearray, at: int, span: Span) -> None:
+    """Read a full buffer from the offset ``at``."""
+    try:
+        got = os.preadv(source, [buffer], at)
+        while got < len(buffer):
+            more = os.preadv(source, [memoryview(buffer)[got:]], at + got)
+            if not more:
+                raise cut_short(span.path, span.offset + span.nbytes, at + got)
+            got += more
+    except OSError as error:
+        raise as_file_error(error, span.path, writing=False) from error
+
+
+def _kernel_copy(fd: int, source: int, span: Span, where: str, tell: Progress) -> int:
+    """Let the kernel copy a span; returns how many bytes it took before it would not go on."""
+    done = 0
+    while done < span.nbytes:
+        try:
+            moved = os.copy_file_range(
+                source, fd, min(span.nbytes - done, 1 << 26), span.offset + done
+            )
+        except OSError as error:
+            if error.errno in _NO_KERNEL_COPY:
+                return done
+            raise as_file_error(error, where, writing=True) from error
+        if not moved:  # the end of the file, or a file system that moves nothing: read() will tell
+            return done
+        done += moved
+        tell(moved)
+    return done
+
+
+def _write_all(fd: int, data: bytes | bytearray, where: str) -> None:
+    try:
+        done = os.write(fd, data)
+        while done < len(data):
+            done += os.write(fd, memoryview(data)[done:])
+    except OSError as error:
+        raise as_file_error(error, where, writing=True) from error
+
+
+def _non_finite(tensors: Mapping[str, Tensor], position: int, where: str) -> ValueRefused:
+    """The error for a NaN or an infinity at a byte position in the data of the output."""
+    start = 0
+    for key in order(tensors):
+        t = tensors[key]
+        if position < start + t.nbytes:
+            break
+        start += t.nbytes
+    return non_finite_error(key, t, (position - start) * t.numel // t.nbytes, where)
+
+
+def non_finite_error(key: str, tensor: Tensor, index: int, where: str = "") -> ValueRefused:
+    """The ValueRefused for a NaN or an infinity at a flat index of a tensor."""
+    place: list[int] = []
+    rest = index
+    for size in reversed(tensor.shape):
+        rest, i = divmod(rest, size)
+        place.insert(0, i)
+    return ValueRefused(
+        f"`{key}` holds NaN or infinity",
+        where=where,
+        seen=f"the first at index {place} of {tensor.dtype} {list(tensor.shape)}",
+        next="the file comes from a run that diverged or overflowed; no surgery mends it",
+        code="non-finite",
+    )
+
+
+class _Sources:
+    """Open files that spans point into; at most a few at once."""
+
+    limit = 16
+
+    def __init__(self) -> None:
+        self.files: dict[str, int] = {}
+
+    def __enter__(self) -> _Sources:
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        for fd in self.files.values():
+            os.close(fd)
+
+    def open(self, path: str) -> int:
+        if path in self.files:
+            return self.files[path]
+        if len(self.files) >= self.limit:
+            os.close(self.files.pop(next(iter(self.files))))
+        try:
+            fd = os.open(path, os.O_RDONLY | os.O_CLOEXEC)
+        except OSError as error:
+            raise as_file_error(error, path, writing=False) from error
+        self.files[path] = fd
+        return fd

@@ -1,0 +1,482 @@
+"""What an adapter does to a weight: the algebra that every algorithm is an instance of.
+
+    Delta      W' = W + s·Δ                     LoRA, LoHa, LoKr, full
+    Rotation   W' = W·R                         HRA
+    Renorm     W' = (W + sΔ)·m / ‖W + sΔ‖       DoRA
+    several    W' = W·R1·R2·… + Σ s·Δ, then a Renorm
+
+Weights are canonical, (o, i, *k), and as matrices (o, i·∏k). ``fold`` computes in float32 at least
+and rounds once; ``apply`` is the layer's forward with the update in it, and differentiable.
+"""
+
+from __future__ import annotations
+
+import math
+from abc import ABC, abstractmethod
+from collections.abc import Iterable
+from dataclasses import dataclass, fields, replace
+from typing import Any, ClassVar, Self, TypeVar
+
+import torch
+from torch import Tensor
+
+from adaptsurgery.core.cost import Form, cheapest, folding
+from adaptsurgery.core.geometry import Layer
+from adaptsurgery_formats.errors import InexactError, ShapeError, ValueRefused
+
+U = TypeVar("U", bound="Update")
+BLOCK = 32 * 1024  # numbers in a block of rows: 128 KiB of float32 stays in cache
+LINE = 16  # rows at least, so that a block of a transposed weight still fills cache lines
+
+
+class Update(ABC):
+    """Something that turns a weight W into W'."""
+
+    name: ClassVar[str] = ""
+
+    @abstractmethod
+    def folded(self, weight: Tensor) -> Tensor:
+        """W' as one differentiable expression, in the dtype of W."""
+
+    @abstractmethod
+    def apply(self, x: Tensor, layer: Layer, form: Form = "auto") -> Tensor:
+        """The output of ``layer`` with W' for W, without building W' where that is dearer.
+
+        ``form`` "auto" chooses by core/cost.py from shapes and token count; "factored" and
+        "folded" choose ahead, and then no size of ``x`` is read.
+        """
+
+    @abstractmethod
+    def scaled(self, weight: float) -> Update:
+        """The update at ``weight`` times its strength; ValueRefused where that has no meaning."""
+
+    def fold(self, weight: Tensor, *, compute: torch.dtype | None = None) -> Tensor:
+        """W' for a canonical W: computed in ``compute`` (float32 at least), rounded once.
+
+        Raises ValueRefused for a weight that is not floating, ShapeError for one that Δ or R does
+        not fit. Records no gradient.
+        """
+        wide = compute_dtype(weight, compute)
+        with torch.no_grad():
+            return self.folded(weight.to(wide)).to(weight.dtype)
+
+    def unfold(self, weight: Tensor, *, compute: torch.dtype | None = None) -> Tensor:
+        """W for a W': the inverse of ``fold``, up to the rounding of W's dtype."""
+        raise InexactError(
+            f"{type(self).__name__} cannot be taken out of a weight again: a norm was replaced",
+            next="keep the base weight",
+            code="no-inverse",
+        )
+
+    def fold_bias(self, bias: Tensor | None, dtype: torch.dtype | None = None) -> Tensor | None:
+        """The layer's bias with the update in it, in the bias's dtype (``dtype`` where it has none)."""
+        return bias
+
+
+@dataclass(frozen=True, eq=False, kw_only=True)
+class Delta(Update):
+    """W' = W + s·Δ, with s = ``scale``, the one attribute that fold and apply both read.
+
+    ``weight_shape`` (o, i, *k) is needed only where the factors hide the kernel and a Δ of that
+    shape is wanted; everything else takes it from the weight.
+    """
+
+    scale: float = 1.0
+    weight_shape: tuple[int, ...] | None = None
+
+    def __post_init__(self) -> None:
+        if wrong := self.misfit():
+            shapes = ", ".join(f"{name} {list(t.shape)}" for name, t in self.tensors().items())
+            raise ShapeError(f"{self.name}: {wrong}", seen=shapes)
+        if self.weight_shape is not None:
+            self.check_fits(self.weight_shape)
+
+    @abstractmethod
+    def misfit(self) -> str:
+        """What does not fit in the slots' shapes, as algebra, or an empty string."""
+
+    @property
+    @abstractmethod
+    def extent(self) -> tuple[int, int]:
+        """Δ as a matrix: (o, i·∏k)."""
+
+    @property
+    def kernel(self) -> tuple[int, ...] | None:
+        """The kernel's dims, or None where the tensors hide them."""
+        return None
+
+    @abstractmethod
+    def matrix(self) -> Tensor:
+        """Δ (o, i·∏k) in the factors' own dtype, differentiable."""
+
+    @abstractmethod
+    def add_rows_(self, block: Tensor, start: int, stop: int, factor: float) -> None:
+        """Add ``factor``·Δ[start:stop] to ``block`` (stop − start, i·∏k), in place.
+
+        Called on a ``prepared`` delta of the block's dtype.
+        """
+
+    @abstractmethod
+    def delta(self, x: Tensor, layer: Layer, form: Form = "factored") -> Tensor:
+        """What ``layer`` gives with the weight Δ, unscaled and without a bias, from the factors."""
+
+    def prices(self, positions: int, layer: Layer, training: bool) -> dict[Form, int]:
+        """What each form of ``apply`` costs; see core/cost.py."""
+        return {"factored": 0}
+
+    def flat(self) -> Self:
+        """The same Δ with fewer factors, ready to be read row by row."""
+        return self
+
+    def bias_delta(self) -> Tensor | None:
+        """What is added to the bias, unscaled."""
+        return None
+
+    def norms(self, weight: Tensor, axis: int) -> Tensor:
+        """‖W + sΔ‖ of every output (``axis`` 0) or input (1): a vector."""
+        return axis_norms(self.folded(weight), axis)
+
+    @property
+    def shape(self) -> tuple[int, ...]:
+        """(o, i, *k), or (o, i·∏k) where the kernel is hidden and no weight_shape was given."""
+        if self.weight_shape is not None:
+            return self.weight_shape
+        kernel = self.kernel or ()
+        return (self.extent[0], self.extent[1] // math.prod(kernel), *kernel)
+
+    def dense(self, dtype: torch.dtype | None = None) -> Tensor:
+        """Δ in the layer's canonical shape, unscaled; float32 at least unless ``dtype`` says."""
+        return self.cast(dtype or self.wide_dtype()).flat().matrix().reshape(self.shape)
+
+    def rows(self, start: int, stop: int, dtype: torch.dtype | None = None) -> Tensor:
+        """Δ[start:stop] as a matrix (stop − start, i·∏k), unscaled, building nothing else of Δ."""
+        ready = self.prepared(dtype or self.wide_dtype())
+        with torch.no_grad():
+            sample = next(iter(ready.tensors().values()))
+            block = sample.new_zeros((stop - start, self.extent[1]))
+            ready.add_rows_(block, start, stop, 1.0)
+        return block
+
+    def folded(self, weight: Tensor) -> Tensor:
+        self.check_fits(weight.shape)
+        wide = compute_dtype(weight)
+        matrix = self.cast(wide, weight.device).flat().matrix()
+        return (weight.to(wide) + self.scale * matrix.reshape(weight.shape)).to(weight.dtype)
+
+    def fold(self, weight: Tensor, *, compute: torch.dtype | None = None) -> Tensor:
+        return self._shift(weight, self.scale, compute)
+
+    def unfold(self, weight: Tensor, *, compute: torch.dtype | None = None) -> Tensor:
+        return self._shift(weight, -self.scale, compute)
+
+    @torch.no_grad()
+    def _shift(self, weight: Tensor, factor: float, compute: torch.dtype | None) -> Tensor:
+        """W + factor·Δ, a block of rows at a time."""
+        wide = compute_dtype(weight, compute)
+        self.check_fits(weight.shape)
+        ready = self.prepared(wide, weight.device)
+        outputs, columns = self.extent
+        step = max(LINE, BLOCK // max(columns, 1))
+        buffer = torch.empty((min(step, outputs), columns), dtype=wide, device=weight.device)
+        out = torch.empty_like(weight)
+        for start in range(0, outputs, step):
+            part = weight[start : start + step]
+            block = buffer[: part.shape[0]]
+            block.view(part.shape).copy_(part)
+            ready.add_rows_(block, start, start + part.shape[0], factor)
+            out[start : start + step].copy_(block.view(part.shape))
+        return out
+
+    def fold_bias(self, bias: Tensor | None, dtype: torch.dtype | None = None) -> Tensor | None:
+        difference = self.bias_delta()
+        if difference is None:
+            return bias
+        if bias is None:
+            return (self.scale * widened(difference)).to(dtype or difference.dtype)
+        if bias.shape != difference.shape:
+            raise ShapeError(
+                f"{self.name}: a bias difference {list(difference.shape)} for a bias {list(bias.shape)}"
+            )
+        shift = self.scale * difference.to(bias.device, compute_dtype(bias))
+        return (bias.to(shift.dtype) + shift).to(bias.dtype)
+
+    def apply(self, x: Tensor, layer: Layer, form: Form = "auto") -> Tensor:
+        self.check_fits(layer.shape)
+        bias = self.fold_bias(layer.bias, layer.weight.dtype)
+        chosen = self.choose(x, layer, form)
+        if chosen != "folded":
+            contribution = self.delta(x, layer, chosen)
+            return layer.forward(x, bias=bias) + self.scale * contribution
+        # A blocked fold is some times faster, and has no gradient to record.
+        fold = self.fold if form == "auto" and not self.training(x) else self.folded
+        return layer.forward(x, fold(layer.canonical()), bias)
+
+    def choose(self, x: Tensor, layer: Layer, form: Form = "auto") -> Form:
+        """The form that ``apply`` takes: grouped layers fold, "auto" takes the cheapest."""
+        if layer.groups > 1:
+            return "folded"
+        if form != "auto":
+            return form
+        return cheapest(self.prices(layer.positions(x), layer, self.training(x)))
+
+    def training(self, x: Tensor) -> bool:
+        """Whether a gradient through this update is wanted."""
+        tracked = any(t.requires_grad for t in self.tensors().values()) or x.requires_grad
+        return tracked and torch.is_grad_enabled()
+
+    def folding_price(self, build: int, positions: int, training: bool) -> int:
+        return folding(build, math.prod(self.extent), positions, training)
+
+    def scaled(self, weight: float) -> Self:
+        return replace(self, scale=self.scale * weight)
+
+    def tensors(self) -> dict[str, Tensor]:
+        """The slots that are present."""
+        held = {field.name: getattr(self, field.name) for field in fields(self)}
+        return {name: value for name, value in held.items() if isinstance(value, Tensor)}
+
+    def wide_dtype(self) -> torch.dtype:
+        """float64 where a factor is, else float32."""
+        held = {tensor.dtype for tensor in self.tensors().values()}
+        return torch.float64 if torch.float64 in held else torch.float32
+
+    def cast(self, dtype: torch.dtype, device: torch.device | None = None) -> Self:
+        """The same update with its tensors in ``dtype`` (and on ``device``)."""
+        held = self.tensors()
+        moved = {name: tensor.to(device, dtype) for name, tensor in held.items()}
+        if all(moved[name] is held[name] for name in held):
+            return self
+        changes: dict[str, Any] = dict(moved)
+        return replace(self, **changes)
+
+    def prepared(self, dtype: torch.dtype, device: torch.device | None = None) -> Self:
+        """Cast, flat and ready for ``add_rows_``."""
+        return self.cast(dtype, device).flat()
+
+    def check_fits(self, shape: Iterable[int]) -> None:
+        """Raise ShapeError unless Δ has the shape (o, i, *k)."""
+        shape = tuple(shape)
+        outputs, columns = self.extent
+        if shape[0] == outputs and math.prod(shape[1:]) == columns:
+            if not self.kernel or self.kernel == shape[2:] or math.prod(self.kernel) == 1:
+                return
+        kernel = "" if not self.kernel else f", kernel {list(self.kernel)}"
+        raise ShapeError(
+            f"{self.name}: Δ is ({outputs}, {columns}){kernel}, and the weight is {list(shape)}"
+        )
+
+
+class Rotation(Update):
+    """W' = W·R with an orthogonal R (i·∏k, i·∏k), on the input side of the weight."""
+
+    @abstractmethod
+    def turn(self, rows: Tensor, back: bool = False) -> Tensor:
+        """``rows`` (…, i·∏k) times R, or times Rᵀ = R⁻¹ where ``back``."""
+
+    @abstractmethod
+    def then(self, other: Rotation) -> Rotation:
+        """R·R_other: this rotation, and the other on the result."""
+
+    @abstractmethod
+    def inverse(self) -> Rotation:
+        """Rᵀ as a rotation."""
+
+    @property
+    @abstractmethod
+    def size(self) -> int:
+        """i·∏k."""
+
+    def check_values(self) -> None:
+        """Raise ValueRefused where the numbers define no rotation. Reads the data."""
+
+    def folded(self, weight: Tensor) -> Tensor:
+        return self._turned(weight, back=False)
+
+    def fold(self, weight: Tensor, *, compute: torch.dtype | None = None) -> Tensor:
+        self.check_values()
+        return super().fold(weight, compute=compute)
+
+    def unfold(self, weight: Tensor, *, compute: torch.dtype | None = None) -> Tensor:
+        self.check_values()
+        wide = compute_dtype(weight, compute)
+        with torch.no_grad():
+            return self._turned(weight.to(wide), back=True).to(weight.dtype)
+
+    def _turned(self, weight: Tensor, back: bool) -> Tensor:
+        self.check_fits(weight.shape)
+        rows = weight.flatten(1).to(compute_dtype(weight))
+        return self.turn(rows, back).reshape(weight.shape).to(weight.dtype)
+
+    def apply(self, x: Tensor, layer: Layer, form: Form = "auto") -> Tensor:
+        """A linear's input is turned (W·R·x = W·(R·x)); every other layer's weight is."""
+        self.check_fits(layer.shape)
+        if layer.kind == "linear" and form != "folded":
+            return layer.forward(self.turn(x, back=True))
+        return layer.forward(x, self.folded(layer.canonical()))
+
+    def scaled(self, weight: float) -> Self:
+        return only_whole(self, weight)
+
+    def check_fits(self, shape: Iterable[int]) -> None:
+        """Raise ShapeError unless R turns the rows of a weight (o, i, *k)."""
+        shape = tuple(shape)
+        if math.prod(shape[1:]) != self.size:
+            raise ShapeError(
+                f"{self.name}: R turns rows of {self.size}, and the weight {list(shape)} has rows "
+                f"of {math.prod(shape[1:])}"
+            )
+
+
+@dataclass(frozen=True, eq=False)
+class Renorm(Update):
+    """W' = (W + sΔ) with new norms, around a Delta."""
+
+    inner: Delta
+
+    @abstractmethod
+    def renormed(self, weight: Tensor) -> Tensor:
+        """``weight`` (W + sΔ, in at least float32) with the new norms."""
+
+    def folded(self, weight: Tensor) -> Tensor:
+        wide = weight.to(compute_dtype(weight))
+        return self.renormed(self.inner.folded(wide)).to(weight.dtype)
+
+    def fold(self, weight: Tensor, *, compute: torch.dtype | None = None) -> Tensor:
+        wide = weight.to(compute_dtype(weight, compute))
+        with torch.no_grad():
+            return self.renormed(self.inner.fold(wide)).to(weight.dtype)
+
+    def fold_bias(self, bias: Tensor | None, dtype: torch.dtype | None = None) -> Tensor | None:
+        return self.inner.fold_bias(bias, dtype)
+
+    def scaled(self, weight: float) -> Self:
+        return only_whole(self, weight)
+
+
+@dataclass(frozen=True, eq=False)
+class Composition(Update):
+    """W' = W·R1·R2·… + Σ s·Δ, then a Renorm: the one law for several updates on one layer."""
+
+    rotations: tuple[Rotation, ...]
+    deltas: tuple[Delta, ...]
+    renorm: Renorm | None = None
+
+    name: ClassVar[str] = "composition"
+
+    @property
+    def additive(self) -> tuple[Delta, ...]:
+        """Every Delta, the renorm's own included: those that shift the bias."""
+        return (*self.deltas, self.renorm.inner) if self.renorm else self.deltas
+
+    def folded(self, weight: Tensor) -> Tensor:
+        wide = weight.to(compute_dtype(weight))
+        for update in self._in_order():
+            wide = update.folded(wide)
+        return wide.to(weight.dtype)
+
+    def fold(self, weight: Tensor, *, compute: torch.dtype | None = None) -> Tensor:
+        out = weight.to(compute_dtype(weight, compute))
+        for update in self._in_order():
+            out = update.fold(out)
+        return out.to(weight.dtype)
+
+    def unfold(self, weight: Tensor, *, compute: torch.dtype | None = None) -> Tensor:
+        out = weight.to(compute_dtype(weight, compute))
+        for update in reversed(self._in_order()):
+            out = update.unfold(out)
+        return out.to(weight.dtype)
+
+    def fold_bias(self, bias: Tensor | None, dtype: torch.dtype | None = None) -> Tensor | None:
+        for delta in self.additive:
+            bias = delta.fold_bias(bias, dtype)
+        return bias
+
+    def apply(self, x: Tensor, layer: Layer, form: Form = "auto") -> Tensor:
+        """Every Delta sees the original x, whatever the rotations do to the base's input."""
+        bias = self.fold_bias(layer.bias, layer.weight.dtype)
+        if self.renorm or form == "folded":
+            return layer.forward(x, self.folded(layer.canonical()), bias)
+        turning = bool(self.rotations) and layer.kind == "linear"
+        weight, turned = layer.canonical(), x
+        for rotation in () if turning else self.rotations:
+            weight = rotation.folded(weight)
+        for rotation in reversed(self.rotations) if turning else ():
+            turned = rotation.turn(turned, back=True)
+        parts = []
+        for delta in self.deltas:
+            delta.check_fits(layer.shape)
+            chosen = delta.choose(x, layer, form)
+            if chosen != "folded":
+                parts.append(delta.scale * delta.delta(x, layer, chosen))
+            elif turning:
+                full = delta.cast(layer.dtype(x)).flat().matrix().reshape(layer.shape)
+                parts.append(delta.scale * layer.forward(x, full, None))
+            else:
+                weight = delta.folded(weight)
+        return sum(parts, layer.forward(turned, weight, bias))
+
+    def scaled(self, weight: float) -> Update:
+        return compose([update.scaled(weight) for update in self._in_order()])
+
+    def _in_order(self) -> tuple[Update, ...]:
+        return (*self.rotations, *self.deltas, *((self.renorm,) if self.renorm else ()))
+
+
+def compose(updates: Iterable[Update]) -> Update:
+    """Several updates of one layer as one, by the law W' = W·R1·R2·… + Σ s·Δ, then a Renorm.
+
+    Rotations keep their order; the place of deltas among them says nothing. Two renorms have no
+    order that both would agree on, and are a ValueRefused.
+    """
+    flat = [part for update in updates for part in _parts(update)]
+    renorms = [u for u in flat if isinstance(u, Renorm)]
+    if len(renorms) > 1:
+        raise ValueRefused(
+            "two updates both set the norm of one weight",
+            next="fold one into the base first",
+            code="two-renorms",
+        )
+    if len(flat) == 1:
+        return flat[0]
+    rotations = tuple(u for u in flat if isinstance(u, Rotation))
+    deltas = tuple(u for u in flat if isinstance(u, Delta))
+    return Composition(rotations, deltas, renorms[0] if renorms else None)
+
+
+def _parts(update: Update) -> tuple[Update, ...]:
+    return update._in_order() if isinstance(update, Composition) else (update,)
+
+
+def only_whole(update: U, weight: float) -> U:
+    """The update itself at weight 1; ValueRefused for any other weight."""
+    if weight == 1.0:
+        return update
+    raise ValueRefused(
+        f"{update.name or type(update).__name__} at weight {weight:g} has no meaning: it does not add",
+        next="use weight 1",
+        code="no-weight",
+    )
+
+
+def compute_dtype(weight: Tensor, compute: torch.dtype | None = None) -> torch.dtype:
+    """What a weight is folded in: float32 at least. ValueRefused for a weight that is not floating."""
+    if not weight.is_floating_point():
+        raise ValueRefused(
+            f"a weight of {weight.dtype} cannot take an update",
+            next="dequantise it first",
+            code="not-floating",
+        )
+    least = torch.float64 if weight.dtype == torch.float64 else torch.float32
+    return least if compute is None else torch.promote_types(compute, least)
+
+
+def widened(tensor: Tensor) -> Tensor:
+    """A tensor in float32 at least."""
+    return tensor.to(compute_dtype(tensor))
+
+
+def axis_norms(weight: Tensor, axis: int) -> Tensor:
+    """The norm of every output (``axis`` 0) or input (1) of a weight (o, i, *k): a vector."""
+    others = [dim for dim in range(weight.dim()) if dim != axis]
+    norms: Tensor = torch.linalg.vector_norm(weight, dim=others)
+    return norms

@@ -1,0 +1,230 @@
+"""Conversion: file → adapter → the target's names and needs → file, with ΔW checked on the way."""
+
+from __future__ import annotations
+
+import json
+import os
+from collections.abc import Callable, Sequence
+from dataclasses import replace
+from pathlib import Path
+
+from adaptsurgery.checkpoint.atomic import check_output, output
+from adaptsurgery.checkpoint.safetensors import read_safetensors
+from adaptsurgery.checkpoint.writer import file_size, layout, order, write_safetensors
+from adaptsurgery.jobs.change import EXACT, as_lora
+from adaptsurgery.jobs.loading import CONFIG, WEIGHTS, Loaded, format_named, load_state
+from adaptsurgery.jobs.renaming import renamed
+from adaptsurgery.jobs.report import Report, Row
+from adaptsurgery.jobs.steps import carry_out
+from adaptsurgery.jobs.verify import VerificationError, compare, verdict
+from adaptsurgery_formats import WRITABLE, AdapterFile, AdapterState, Format
+from adaptsurgery_formats.errors import FileError, LayoutError
+from adaptsurgery_formats.metadata import sshs_hashes
+from adaptsurgery_formats.names import flatten
+from adaptsurgery_formats.resolve import kohya_component, resolve
+
+# What an existing PEFT folder may hold and still be replaced.
+_OURS = (CONFIG, WEIGHTS, "README.md", f"*/{CONFIG}", f"*/{WEIGHTS}", "*/README.md")
+Progress = Callable[[int, int], None]
+
+
+def convert(
+    source: str | os.PathLike[str],
+    out: str | os.PathLike[str],
+    to: str,
+    *,
+    layout: str | None = None,
+    base: str | os.PathLike[str] | None = None,
+    algorithm: str | None = None,
+    rank: int | None = None,
+    allow_lossy: bool = False,
+    overwrite: bool = False,
+    dry_run: bool = False,
+    hashes: bool = True,
+    progress: Progress | None = None,
+) -> Report:
+    """Write the adapter at ``source`` to ``out`` in another layout, with the same ΔW.
+
+    ``to`` is "peft" (``out`` is a folder), "lycoris" or "kohya" (a file). ``layout`` overrules the
+    source's detection; ``base`` gives the module list: a checkpoint, a folder, a Hub name, or
+    sd15, sd2, sdxl, flux. ``algorithm`` "lora" changes LoHa, LoKr, HRA and DoRA into LoRA,
+    truncated to ``rank`` if given; what cannot be exact needs ``allow_lossy``. ``hashes`` False
+    leaves kohya's sshs hashes out, which take a second reading of the data. Nothing is written in
+    a dry run, and nothing is left behind by a failure.
+
+    Raises SurgeryError for any input that cannot be converted exactly: what, where, seen, next.
+    """
+    target = format_named(to)
+    if target.spell is None:
+        raise LayoutError(
+            f"{target.title} is read but not written",
+            next="--to " + ", ".join(WRITABLE),
+            code="read-only-layout",
+        )
+    if algorithm not in (None, "lora"):
+        raise LayoutError(f"--as {algorithm} is not offered", next="--as lora", code="no-such-form")
+    _check_paths(source, Path(out), target, overwrite, dry_run)
+    loaded = load_state(source, base=base, layout=layout)
+    _find_names(loaded, target)
+    changed = loaded.state
+    if algorithm:
+        changed = as_lora(loaded, rank=rank, allow_lossy=allow_lossy)
+    elif rank is not None:
+        raise LayoutError("--rank goes with --as lora", code="rank-without-as")
+    state = renamed(changed, loaded.names, target)
+    state = carry_out(state, target.plan(state, loaded.names))
+    files = target.spell(state, loaded.names)
+    rows = _checked(loaded, files, target, changed)
+    report = _report(loaded, state, rows, target, files)
+    if not dry_run:
+        report.outputs = _write(files, Path(out), target, overwrite, hashes, progress)
+    return report
+
+
+def _check_paths(
+    source: str | os.PathLike[str], out: Path, target: Format, overwrite: bool, dry_run: bool
+) -> None:
+    """Refuse an output that is the source, or that cannot be written, before any work is done."""
+    folder = target.name == "peft"
+    if folder and out.suffix in (".safetensors", ".bin"):
+        raise FileError(
+            "PEFT's layout is a folder", where=str(out), next="-o FOLDER", code="not-a-directory"
+        )
+    spec = os.fspath(source)
+    if os.path.lexists(spec) and os.path.exists(out) and os.path.samefile(spec, out):
+        raise FileError(
+            "the output is the source",
+            where=str(out),
+            next="-o another path",
+            code="output-is-source",
+        )
+    if not dry_run:
+        check_output(out, overwrite=overwrite, directory=folder, replaceable=_OURS)
+
+
+def _find_names(loaded: Loaded, target: Format) -> None:
+    """Find the model of an adapter that came without a base, where the target's names need it."""
+    if loaded.names is not None or target.name != "kohya":
+        return
+    found = kohya_component(loaded.state)
+    if found is not None:
+        loaded.names, loaded.state = found
+        return
+    loaded.state.note(
+        "assumed-prefix",
+        loaded.state.where,
+        "no bundled model has these modules: written under lora_unet_; --base names the model",
+    )
+
+
+def _checked(
+    loaded: Loaded, files: Sequence[AdapterFile], target: Format, changed: AdapterState
+) -> list[Row]:
+    """Read back what was spelled and hold its ΔW against the source's; one row per module.
+
+    ``changed`` is the source's state after a change of algorithm, whose errors were weighed
+    already: a row of it may be lossy, what was spelled from it may not. Raises VerificationError
+    where that is not so, which is an error of ours.
+    """
+    state = target.parse(files)
+    if loaded.names is not None:
+        state = resolve(state, loaded.names)
+    elif any(m.naming == "flat" for m in state.modules):
+        state = _unflattened(state, changed)
+    before = replace(loaded, state=changed)
+    rows = list(compare(before, replace(loaded, state=state)))
+    wrong = [r for r in rows if r.error > EXACT]
+    if wrong:
+        raise VerificationError(
+            f"`{wrong[0].module}` would not keep its ΔW: nothing was written",
+            where=loaded.state.where,
+            seen=f"relative error {wrong[0].error:.3g}",
+            next="this is an error in adaptsurgery; please report it",
+        )
+    return rows if changed is loaded.state else list(compare(loaded, before))
+
+
+def _unflattened(state: AdapterState, source: AdapterState) -> AdapterState:
+    """Flat names as the source's paths: there is no other list to look them up in."""
+    paths = {flatten(m.path): m for m in source.modules}
+    modules = [
+        replace(m, path=paths[m.path].path, component=paths[m.path].component, naming="base")
+        for m in state.modules
+    ]
+    return replace(state, modules=modules)
+
+
+def _report(
+    loaded: Loaded,
+    state: AdapterState,
+    rows: list[Row],
+    target: Format,
+    files: Sequence[AdapterFile],
+) -> Report:
+    facts = {
+        "source": loaded.state.where,
+        "from": loaded.state.layout,
+        "to": target.name,
+        "model": loaded.names.model if loaded.names else "",
+        "components": state.components,
+        "modules": len(rows),
+        "tensors": sum(len(f.tensors) for f in files),
+        "bytes": sum(t.nbytes for f in files for t in f.tensors.values()),
+    }
+    notes = list(dict.fromkeys([*loaded.state.notes, *state.notes]))
+    return Report("convert", verdict(rows), rows, notes, facts=facts)
+
+
+def _write(
+    files: Sequence[AdapterFile],
+    out: Path,
+    target: Format,
+    overwrite: bool,
+    hashes: bool,
+    progress: Progress | None,
+) -> list[str]:
+    """The files under their final names, whole or not at all."""
+    total = sum(file_size(f.tensors, f.metadata) for f in files)
+    done = 0
+
+    def tell(count: int) -> None:
+        nonlocal done
+        done += count
+        if progress:
+            progress(done, total)
+
+    folder = target.name == "peft"
+    with output(
+        out, overwrite=overwrite, directory=folder, replaceable=_OURS, needed=total
+    ) as place:
+        for file in files:
+            at = place / file.component / WEIGHTS if folder else place
+            at.parent.mkdir(exist_ok=True)
+            _add_hashes(file, hashes)
+            write_safetensors(at, file.tensors, file.metadata, progress=tell)
+            _check_written(at, file)
+            if file.config is not None:
+                text = json.dumps(file.config, indent=2, sort_keys=True)
+                (at.parent / CONFIG).write_text(text, "utf-8")
+    if not folder:
+        return [str(out)]
+    return [str(out / f.component / name) for f in files for name in (CONFIG, WEIGHTS)]
+
+
+def _add_hashes(file: AdapterFile, wanted: bool) -> None:
+    """sd-scripts' hashes, in files that carry its metadata."""
+    if wanted and any(key.startswith("ss_") for key in file.metadata) and file.config is None:
+        tensors = [file.tensors[key] for key in order(file.tensors)]
+        file.metadata |= sshs_hashes(
+            tensors, file.metadata, lambda metadata: layout(file.tensors, metadata)
+        )
+
+
+def _check_written(path: Path, file: AdapterFile) -> None:
+    """The header on disk must say what was meant to be written."""
+    read = read_safetensors(path)
+    meant = {key: (t.dtype, t.shape) for key, t in file.tensors.items()}
+    if {key: (t.dtype, t.shape) for key, t in read.tensors.items()} != meant:
+        raise VerificationError(
+            "the file on disk is not what was written", where=str(path), code="bad-file"
+        )

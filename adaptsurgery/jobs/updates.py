@@ -1,0 +1,111 @@
+"""From a parsed module to an Update of the algebra, and to the weight that it changes."""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING
+
+from adaptsurgery.checkpoint.bridge import to_torch
+from adaptsurgery.checkpoint.finite import find_nonfinite
+from adaptsurgery.checkpoint.writer import non_finite_error
+from adaptsurgery.jobs.loading import Loaded
+from adaptsurgery_formats import ModuleState, Tensor
+from adaptsurgery_formats.errors import InexactError, LayoutError
+from adaptsurgery_formats.names import Component, Names
+from adaptsurgery_formats.state import delta_shape
+from adaptsurgery_formats.tensors import concat_rows
+
+if TYPE_CHECKING:
+    import torch
+
+    from adaptsurgery.core.update import Update
+
+
+def canonical_shape(module: ModuleState, names: Names | None) -> tuple[int, ...] | None:
+    """The weight's shape (o, i, *k), turned round for weights stored (i, o); None if unknown."""
+    component = names.components.get(module.component) if names else None
+    shape = component.shape(module.path, module.naming) if component else None
+    return shape[::-1] if shape is not None and is_transposed(module, shape) else shape
+
+
+def is_transposed(module: ModuleState, shape: tuple[int, ...]) -> bool:
+    """Whether a weight of this shape is stored (i, o): an embedding's, or one that fits only so."""
+    if len(shape) != 2 or module.algorithm == "norm":
+        return False
+    if module.algorithm == "hra":
+        return module.tensors["u"].shape[0] != shape[1]
+    if "diff" not in module.tensors and module.algorithm == "full":
+        return False
+    return module.kind == "embedding" or delta_shape(module) != shape
+
+
+def update_of(module: ModuleState, names: Names | None, where: str = "") -> Update:
+    """The module as an Update with torch tensors.
+
+    Raises ValueRefused ("non-finite") for NaN or infinity, InexactError for what is no update of a
+    weight at all.
+    """
+    from adaptsurgery.algorithms import build
+
+    if module.options.get("not_kronecker"):
+        raise InexactError(
+            f"`{module.label}`: PEFT scrambles a Conv1d LoKr with a full w2; it has no ΔW of "
+            "Kronecker form",
+            where=where,
+            code="peft-conv1d-lokr",
+        )
+    for slot, tensor in module.tensors.items():
+        index = find_nonfinite(tensor)
+        if index is not None:
+            raise non_finite_error(f"{module.label}.{slot}", tensor, index, where)
+    slots = {slot: to_torch(tensor) for slot, tensor in module.tensors.items()}
+    options = {"apply_gs": module.options["apply_gs"]} if module.algorithm == "hra" else {}
+    shape = canonical_shape(module, names)
+    return build(module.algorithm, slots, module.scale, shape, **options)
+
+
+def base_weight(loaded: Loaded, module: ModuleState) -> torch.Tensor:
+    """The canonical weight (o, i, *k) that a module changes, from the base's checkpoint.
+
+    Raises LayoutError ("base-needed") without a base that has weights.
+    """
+    if loaded.base is None or loaded.names is None:
+        raise LayoutError(
+            f"`{module.label}` needs the base's weights",
+            where=loaded.state.where,
+            next="--base MODEL with the weights (a safetensors file or a folder)",
+            code="base-needed",
+        )
+    component = loaded.names.components[module.component]
+    home = module.component if module.component in loaded.base.parameters else ""
+    pieces = [
+        loaded.base.weight(home, name).rows(start, stop) if stop else loaded.base.weight(home, name)
+        for name, start, stop in _pieces(module, component)
+    ]
+    weight = to_torch(_joined(pieces))
+    return weight.t() if is_transposed(module, tuple(weight.shape)) else weight
+
+
+def _joined(pieces: list[Tensor]) -> Tensor:
+    return pieces[0] if len(pieces) == 1 else concat_rows(pieces)
+
+
+def _pieces(module: ModuleState, component: Component) -> list[tuple[str, int, int]]:
+    """(stored name, first row, last row) of the stored weights that make up a module's.
+
+    A stop of 0 takes the whole. A base stored under native names holds several diffusers modules
+    in one fused weight, or one in another order of its rows.
+    """
+    stored_native = component.stored == "native"
+    if stored_native == (module.naming == "native"):
+        name = module.path if stored_native else component.called(module.path)
+        return [(name, 0, 0)]
+    if not stored_native:
+        return [(component.called(s.path), s.start, s.stop) for s in component.native[module.path]]
+    native = component.native_of[module.path]
+    found, at = [], 0
+    for segment in component.native[native]:
+        rows = segment.stop - segment.start
+        if segment.path == module.path:
+            found.append((segment.start, at, at + rows))
+        at += rows
+    return [(native, start, stop) for _, start, stop in sorted(found)]

@@ -1,0 +1,215 @@
+"""Whether two adapters do the same: ΔW module by module, from the tensors of both."""
+
+from __future__ import annotations
+
+import math
+import os
+from collections.abc import Callable, Iterator
+from typing import TYPE_CHECKING
+
+from adaptsurgery.jobs.change import EXACT
+from adaptsurgery.jobs.loading import Loaded, load_state
+from adaptsurgery.jobs.renaming import comparable
+from adaptsurgery.jobs.report import Report, Row
+from adaptsurgery.jobs.updates import base_weight, update_of
+from adaptsurgery_formats import ModuleState
+from adaptsurgery_formats.errors import SurgeryError
+from adaptsurgery_formats.tensors import same_bytes
+
+if TYPE_CHECKING:
+    import torch
+
+    from adaptsurgery.core.update import Delta
+
+    Rows = Callable[[int, int], torch.Tensor]
+
+_BLOCK = 1 << 22  # numbers of ΔW held at a time
+
+
+class VerificationError(SurgeryError):
+    """Two adapters that should do the same do not."""
+
+    default_code = "not-equal"
+
+
+def verify(
+    first: str | os.PathLike[str],
+    second: str | os.PathLike[str],
+    *,
+    base: str | os.PathLike[str] | None = None,
+) -> Report:
+    """Compare two adapter files by their ΔW, whatever their layouts and algorithms.
+
+    Raises VerificationError ("not-equal") unless both adapt the same modules and every ΔW agrees
+    to 1e-6 of its norm; a base is needed for names that no bundled table has, and where an HRA or
+    a DoRA is held against another algorithm.
+    """
+    a, b = load_state(first, base=base), load_state(second, base=base)
+    _share_names(a, b)
+    report = Report("verify", rows=list(compare(a, b)))
+    wrong = [r for r in report.rows if r.change == "lossy"]
+    if wrong:
+        worst = max(wrong, key=lambda r: r.error)
+        raise VerificationError(
+            f"{len(wrong)} of {len(report.rows)} modules differ",
+            where=b.state.where,
+            seen=f"`{worst.module}`: relative error {worst.error:.3g}",
+        )
+    report.verdict = verdict(report.rows)
+    return report
+
+
+def _share_names(a: Loaded, b: Loaded) -> None:
+    """Let an adapter without names of its own be looked up where the other one's were found."""
+    from adaptsurgery_formats.resolve import resolve
+
+    for one, other in ((a, b), (b, a)):
+        if one.names is None and other.names is not None:
+            one.names, one.base = other.names, other.base
+            one.state = resolve(one.state, other.names)
+
+
+def compare(a: Loaded, b: Loaded) -> Iterator[Row]:
+    """One row per module that the two adapters have; raises where one has a module more."""
+    ours = _by_place(comparable(a.state, a.names))
+    theirs = _by_place(comparable(b.state, b.names))
+    missing = [p for p in ours if p not in theirs] + [p for p in theirs if p not in ours]
+    if missing:
+        raise VerificationError(
+            f"{len(missing)} modules are in one of the two alone",
+            where=b.state.where,
+            seen=", ".join(f"`{'.'.join(filter(None, m))}`" for m in missing[:4]),
+            code="modules-differ",
+        )
+    _compare_saved(a, b)
+    for place, mine in ours.items():
+        yield _row(mine, theirs[place], a, b)
+
+
+def _by_place(modules: list[ModuleState]) -> dict[tuple[str, str], list[ModuleState]]:
+    """The modules by component and path: a layer may have a low-rank part and a bias's."""
+    found: dict[tuple[str, str], list[ModuleState]] = {}
+    for module in modules:
+        found.setdefault((module.component, module.path), []).append(module)
+    return found
+
+
+def _compare_saved(a: Loaded, b: Loaded) -> None:
+    mine = {(c, k): t for c, s in a.state.saved.items() for k, t in s.items()}
+    theirs = {(c, k): t for c, s in b.state.saved.items() for k, t in s.items()}
+    unequal = [k for k in mine.keys() | theirs.keys() if k not in mine or k not in theirs]
+    unequal += [k for k in mine.keys() & theirs.keys() if not same_bytes(mine[k], theirs[k])]
+    if unequal:
+        raise VerificationError(
+            f"{len(unequal)} replaced parameters differ",
+            where=b.state.where,
+            seen=", ".join(".".join(filter(None, k)) for k in sorted(unequal)[:4]),
+        )
+
+
+def _row(mine: list[ModuleState], theirs: list[ModuleState], a: Loaded, b: Loaded) -> Row:
+    label = mine[0].label
+    shown = "+".join(dict.fromkeys(m.algorithm for m in theirs))
+    if len(mine) == len(theirs) and all(map(identical, mine, theirs)):
+        return Row(label, shown, "identical")
+    error = distance(mine, theirs, a, b)
+    return Row(label, shown, "rounded" if error <= EXACT else "lossy", error)
+
+
+def identical(a: ModuleState, b: ModuleState) -> bool:
+    """The same algorithm, the same bytes in every slot, the same scale."""
+    return (
+        a.algorithm == b.algorithm
+        and a.tensors.keys() == b.tensors.keys()
+        and a.scale == b.scale
+        and a.options.get("apply_gs", False) == b.options.get("apply_gs", False)
+        and all(same_bytes(t, b.tensors[slot]) for slot, t in a.tensors.items())
+    )
+
+
+def distance(mine: list[ModuleState], theirs: list[ModuleState], a: Loaded, b: Loaded) -> float:
+    """‖Δ − Δ'‖/‖Δ‖ over a layer's weight and bias, in float64, a block of rows at a time."""
+    (first, size), (second, other) = _change(mine, a), _change(theirs, b)
+    if size != other:
+        return math.inf
+    step = max(1, _BLOCK // max(1, size[1]))
+    apart = total = 0.0
+    for start in range(0, size[0], step):
+        stop = min(start + step, size[0])
+        block = first(start, stop)
+        apart += float((block - second(start, stop)).square().sum())
+        total += float(block.square().sum())
+    difference, norm = _bias_distance(mine, theirs, a, b)
+    apart, total = apart + difference, total + norm
+    if not total:
+        return 0.0 if not apart else math.inf
+    return math.sqrt(apart / total)
+
+
+def _change(modules: list[ModuleState], loaded: Loaded) -> tuple[Rows, tuple[int, int]]:
+    """What the modules add to a weight as a matrix (o, i·∏k), by blocks of rows, and its size."""
+    import torch
+
+    from adaptsurgery.core.update import Delta, Update
+
+    blocks: list[Rows] = []
+    size = (0, 0)
+    for module in modules:
+        update: Update = update_of(module, loaded.names, loaded.state.where)
+        if isinstance(update, Delta):
+            blocks.append(_delta_rows(update))
+            size = max(size, update.extent)
+            continue
+        weight = base_weight(loaded, module).double()
+        moved = (update.fold(weight) - weight).flatten(1)
+        blocks.append(lambda start, stop, moved=moved: moved[start:stop])  # type: ignore[misc]
+        size = (moved.shape[0], moved.shape[1])
+
+    def rows(start: int, stop: int) -> torch.Tensor:
+        return torch.stack([block(start, stop) for block in blocks]).sum(0)
+
+    return rows, size
+
+
+def _delta_rows(update: Delta) -> Rows:
+    import torch
+
+    def rows(start: int, stop: int) -> torch.Tensor:
+        return update.scale * update.rows(start, stop, torch.float64)
+
+    return rows
+
+
+def _bias_distance(
+    mine: list[ModuleState], theirs: list[ModuleState], a: Loaded, b: Loaded
+) -> tuple[float, float]:
+    """‖β − β'‖² and ‖β‖² of the bias differences."""
+    first, second = _bias(mine, a), _bias(theirs, b)
+    if first is None or second is None:
+        present = first if first is not None else second
+        square = float(present.square().sum()) if present is not None else 0.0
+        return square, square
+    return float((first - second).square().sum()), float(first.square().sum())
+
+
+def _bias(modules: list[ModuleState], loaded: Loaded) -> torch.Tensor | None:
+    from adaptsurgery.core.update import Delta
+
+    found = None
+    for module in modules:
+        update = update_of(module, loaded.names, loaded.state.where)
+        if isinstance(update, Delta) and (shift := update.bias_delta()) is not None:
+            part = update.scale * shift.double()
+            found = part if found is None else found + part
+    return found
+
+
+def verdict(rows: list[Row]) -> str:
+    """One line: how many modules are the same, and how far the farthest is off."""
+    same = sum(r.change == "identical" for r in rows)
+    parts = [f"{same} identical"] if same else []
+    for change, word in (("rounded", "equal to float32 rounding"), ("lossy", "approximated")):
+        errors = [r.error for r in rows if r.change == change]
+        if errors:
+            parts.append(f"{len(errors)} {word}, relative error up to {max(errors):.2g}")
+    return f"{len(rows)}/{len(rows)} modules: " + "; ".join(parts)

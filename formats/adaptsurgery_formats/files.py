@@ -1,0 +1,81 @@
+"""What a format reads and writes: the content of one adapter file, and the format itself as data."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, field
+from typing import Any
+
+from adaptsurgery_formats.errors import LayoutError
+from adaptsurgery_formats.names import Names
+from adaptsurgery_formats.state import AdapterState, ModuleState
+from adaptsurgery_formats.tensors import Tensor
+
+# Our own metadata keys: what a layout cannot say by itself, kept so that the way back is exact.
+META_COMPONENT = "adaptsurgery.component"
+META_MODEL = "adaptsurgery.model"
+META_CONFIG = "adaptsurgery.adapter_config"
+
+
+@dataclass
+class AdapterFile:
+    """One safetensors file's keys and metadata, with the adapter_config.json beside it if any.
+
+    ``component`` is the sub-folder of a pipeline's adapter ("unet", "text_encoder"), or "".
+    """
+
+    tensors: dict[str, Tensor]
+    metadata: dict[str, str] = field(default_factory=dict)
+    config: dict[str, Any] | None = None
+    component: str = ""
+    where: str = ""
+
+
+def carried_config(metadata: dict[str, str], where: str) -> dict[str, Any]:
+    """Take PEFT's configs, by component, out of the metadata where an earlier conversion put them."""
+    text = metadata.pop(META_CONFIG, "{}")
+    try:
+        config = json.loads(text)
+    except json.JSONDecodeError as error:
+        raise LayoutError(f"metadata {META_CONFIG} is not JSON: {error}", where=where) from None
+    if not isinstance(config, dict) or not all(isinstance(c, dict) for c in config.values()):
+        raise LayoutError(f"metadata {META_CONFIG} is not a config per component", where=where)
+    return config
+
+
+# Exact rewritings that a layout may ask for before it can spell a module. They need arithmetic,
+# so the format only names them and the caller carries them out.
+FOLD_MID = "fold lora_mid into lora_down"
+FLATTEN_TUCKER = "flatten the tucker core"
+FOLD_SCALE = "fold the scale into w1"
+JOIN_W1 = "multiply w1_a by w1_b"
+JOIN_W2 = "multiply w2_a by w2_b"
+
+
+@dataclass(frozen=True)
+class Step:
+    """A rewriting that a module needs before it can be spelled."""
+
+    module: ModuleState
+    step: str
+
+
+@dataclass(frozen=True)
+class Format:
+    """One layout, as data: how to know its keys, parse them, and spell an adapter.
+
+    ``refuses`` says for each algorithm that the layout cannot hold why; an algorithm not named
+    there is held. ``naming`` gives the names it writes for a component: "diffusers", "native" or
+    the component's own kohya_naming where it is None.
+    """
+
+    name: str
+    title: str
+    claims: Callable[[str], bool]
+    parse: Callable[[Sequence[AdapterFile]], AdapterState]
+    plan: Callable[[AdapterState, Names | None], list[Step]]
+    spell: Callable[[AdapterState, Names | None], list[AdapterFile]] | None
+    refuses: Mapping[str, str]
+    naming: str | None
+    examples: tuple[str, ...]

@@ -1,0 +1,124 @@
+"""The layout of LyCORIS's own wrapper (create_lycoris), for any torch model.
+
+    lycoris_blocks_0_attn_q.lokr_w1       (a, c)
+    lycoris_blocks_0_attn_q.lokr_w2_a     (b, r)
+    lycoris_blocks_0_attn_q.alpha         ()
+
+- One prefix, then the module's path with its dots made underscores; one model a file.
+- Scale and tensor suffixes: see ``lycoris_keys``.
+- No metadata of its own; a user's is kept. Ours names the component, which the keys do not.
+- Its own loader guesses LoKr's factor from shapes and fails on right files: see ``kronecker``.
+"""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Sequence
+from dataclasses import replace
+
+from adaptsurgery_formats import kohya, lycoris_keys
+from adaptsurgery_formats.errors import LayoutError
+from adaptsurgery_formats.files import (
+    META_COMPONENT,
+    META_CONFIG,
+    META_MODEL,
+    AdapterFile,
+    Format,
+    Step,
+    carried_config,
+)
+from adaptsurgery_formats.kronecker import lycoris_loader_factor
+from adaptsurgery_formats.metadata import HASH_KEYS, describe_network
+from adaptsurgery_formats.names import Names, flatten
+from adaptsurgery_formats.state import AdapterState, lokr_shapes
+from adaptsurgery_formats.tensors import Tensor
+
+PREFIX = "lycoris_"
+
+
+def claims(key: str) -> bool:
+    return key.startswith(PREFIX)
+
+
+def parse(files: Sequence[AdapterFile]) -> AdapterState:
+    """One file's modules under their flat names."""
+    (file,) = files
+    metadata = dict(file.metadata)
+    component = metadata.pop(META_COMPONENT, "")
+    model = metadata.pop(META_MODEL, "")
+    config = carried_config(metadata, file.where)
+    modules = [
+        replace(m, path=m.path.removeprefix(PREFIX), component=component)
+        for m in lycoris_keys.parse_names(file.tensors, file.where)
+    ]
+    state = AdapterState(
+        "lycoris", modules, metadata=metadata, config=config, model=model, where=file.where
+    )
+    lycoris_keys.add_notes(state)
+    return state
+
+
+def plan(state: AdapterState, names: Names | None) -> list[Step]:
+    if len(state.components) > 1:
+        raise LayoutError(
+            f"lycoris_ names hold one model, not {len(state.components)}",
+            where=state.where,
+            seen=", ".join(state.components),
+            next="--to kohya keeps them in one file under a prefix each",
+            code="several-components",
+        )
+    return kohya.plan(state, names)
+
+
+def spell(state: AdapterState, names: Names | None) -> list[AdapterFile]:
+    """One file with the prefix lycoris_."""
+    tensors: dict[str, Tensor] = {}
+    for module in state.modules:
+        name = PREFIX + flatten(module.path)
+        spelled = lycoris_keys.spell_module(module, name, keep=state.layout == "lycoris")
+        if spelled.keys() & tensors.keys():
+            raise LayoutError(
+                f"two modules flatten to `{name}`",
+                where=state.where,
+                next="LyCORIS's names cannot tell them apart; use --to peft",
+                code="colliding-names",
+            )
+        tensors |= spelled
+    _note_loader(state)
+    metadata = dict(state.metadata)
+    if any(k.startswith("ss_") or k in HASH_KEYS for k in metadata):
+        metadata = describe_network(state, metadata)
+    component = state.components[0] if state.components else ""
+    extra = {META_COMPONENT: component, META_MODEL: state.model}
+    if state.config:
+        extra[META_CONFIG] = json.dumps(state.config, sort_keys=True)
+    return [AdapterFile(tensors, metadata | {k: v for k, v in extra.items() if v})]
+
+
+def _note_loader(state: AdapterState) -> None:
+    """Name the right files that LyCORIS's own loader cannot rebuild."""
+    for module in state.modules:
+        if module.algorithm != "lokr":
+            continue
+        out, into, _ = lokr_shapes(module)
+        mixed = ("w1_a" in module.tensors) != ("w2_a" in module.tensors)
+        if (mixed and "w1_a" in module.tensors) or not lycoris_loader_factor(out, into):
+            state.note(
+                "lycoris-loader",
+                module.label,
+                f"right by its definition, but LyCORIS's own loader guesses another cut for "
+                f"outputs {out[0]}·{out[1]}, inputs {into[0]}·{into[1]}",
+            )
+
+
+FORMAT = Format(
+    name="lycoris",
+    title="LyCORIS (lycoris_…)",
+    claims=claims,
+    parse=parse,
+    plan=plan,
+    spell=spell,
+    refuses=lycoris_keys.REFUSES,
+    naming="diffusers",
+    examples=("lycoris_blocks_0_attn_q.lokr_w1",),
+)

@@ -1,0 +1,267 @@
+"""The tensor suffixes that LyCORIS, kohya's sd-scripts and ComfyUI share, and what they mean.
+
+    <module>.lora_up.weight  .lora_down.weight  .lora_mid.weight      LoRA, LoCon
+    <module>.hada_w1_a … .hada_t2                                     LoHa
+    <module>.lokr_w1 … .lokr_t2                                       LoKr
+    <module>.alpha                                                    0-d; absent or 0 means r
+    <module>.dora_scale                                               DoRA around any of them
+    <module>.diff  .diff_b   .w_norm  .b_norm                         dense and norm differences
+
+Scale: alpha/r, whatever rsLoRA did in training (LyCORIS folds it into the saved alpha); 1 where
+both Kronecker factors are stored full, whatever alpha says. Source: lycoris-lora 4.1.3, read and
+run; kohya reads LoRA the same.
+"""
+
+from __future__ import annotations
+
+import math
+import struct
+from collections.abc import Iterable, Mapping
+from dataclasses import replace
+
+from adaptsurgery_formats.errors import InexactError, KeyRefused, ShapeError, ValueRefused
+from adaptsurgery_formats.files import FLATTEN_TUCKER, FOLD_SCALE, Step
+from adaptsurgery_formats.state import (
+    ALPHA_OVER_R,
+    BOTH_FULL,
+    NO_ALPHA,
+    UNSCALED,
+    ZERO_ALPHA,
+    AdapterState,
+    ModuleState,
+    check_complete,
+    check_shapes,
+    module_rank,
+)
+from adaptsurgery_formats.tensors import Tensor, scalar
+
+# suffix → (algorithm, slot). alpha and dora_scale belong to whichever low-rank algorithm is there.
+SUFFIXES: dict[str, tuple[str, str]] = {
+    "lora_up.weight": ("lora", "up"),
+    "lora_down.weight": ("lora", "down"),
+    "lora_mid.weight": ("lora", "mid"),
+    **{f"hada_{slot}": ("loha", slot) for slot in ("w1_a", "w1_b", "w2_a", "w2_b", "t1", "t2")},
+    **{
+        f"lokr_{slot}": ("lokr", slot)
+        for slot in ("w1", "w1_a", "w1_b", "w2", "w2_a", "w2_b", "t2")
+    },
+    "diff": ("full", "diff"),
+    "diff_b": ("full", "diff_b"),
+    "w_norm": ("norm", "w_norm"),
+    "b_norm": ("norm", "b_norm"),
+    "alpha": ("", "alpha"),
+    "dora_scale": ("", "magnitude"),
+}
+_SPELLED = {pair: suffix for suffix, pair in SUFFIXES.items()}
+# Suffixes that are known and not carried: the reason is told.
+_OFT = "Diag-OFT and BOFT rotate the output side; no layout here but LyCORIS's own holds that"
+REFUSED: dict[str, str] = {
+    "oft_blocks": _OFT,
+    "oft_diag": _OFT,
+    "rescale": _OFT,
+    **dict.fromkeys(
+        ("a1.weight", "a2.weight", "b1.weight", "b2.weight"), "GLoRA is not carried yet"
+    ),
+    "on_input": "(IA)³ is not carried yet",
+    **dict.fromkeys(
+        ("q_layer.weight", "p_layer.weight", "lambda_layer"),
+        "T-LoRA's base part is not saved, so its ΔW needs the weights it was trained on",
+    ),
+    **dict.fromkeys(
+        ("bias_indices", "bias_values", "bias_size"), "sparse bias differences are not carried yet"
+    ),
+    "lokr_t1": "a tucker w1 is written by no known trainer",
+    "scalar": "LyCORIS folds its scalar into a factor when it saves; this file kept it apart",
+}
+
+
+def split_key(key: str, suffixes: Iterable[str]) -> tuple[str, str] | None:
+    """(module, suffix) of a key that ends in one of the suffixes or a refused one, else None."""
+    for suffix in (*suffixes, *REFUSED):
+        if key.endswith("." + suffix):
+            return key[: -len(suffix) - 1], suffix
+    return None
+
+
+def parse_group(
+    name: str, tensors: dict[str, Tensor], where: str, suffixes: Mapping[str, tuple[str, str]]
+) -> list[ModuleState]:
+    """The modules that one name's tensors, by suffix, stand for.
+
+    Usually one; a dense bias difference beside a LoRA makes two that act on the same layer.
+    """
+    by_algorithm: dict[str, dict[str, Tensor]] = {}
+    shared: dict[str, Tensor] = {}
+    for suffix, tensor in tensors.items():
+        algorithm, slot = suffixes[suffix]
+        slots = by_algorithm.setdefault(algorithm, {}) if algorithm else shared
+        if slot in slots:
+            raise KeyRefused(
+                f"`{name}` has two tensors that stand for {slot}",
+                where=where, seen=", ".join(f"{name}.{s}" for s in tensors), code="duplicate-key",
+            )  # fmt: skip
+        slots[slot] = tensor
+    low_rank = [a for a in by_algorithm if a in ("lora", "loha", "lokr")]
+    if len(low_rank) > 1:
+        raise KeyRefused(
+            f"`{name}` has the tensors of {' and '.join(low_rank)} at once",
+            where=where, seen=", ".join(f"{name}.{s}" for s in tensors), code="mixed-algorithms",
+        )  # fmt: skip
+    if not by_algorithm or ("magnitude" in shared and not low_rank):
+        raise KeyRefused(
+            f"`{name}` has {' and '.join(t for t in tensors)} but no factors",
+            where=where, seen=", ".join(f"{name}.{s}" for s in tensors), code="incomplete-module",
+        )  # fmt: skip
+    owner = low_rank[0] if low_rank else next(iter(by_algorithm))
+    keys = tuple(f"{name}.{s}" for s in tensors)
+    return [
+        _module(name, algorithm, slots, shared if algorithm == owner else {}, keys, where)
+        for algorithm, slots in by_algorithm.items()
+    ]
+
+
+def _module(
+    name: str, algorithm: str, slots: dict[str, Tensor], shared: dict[str, Tensor],
+    keys: tuple[str, ...], where: str,
+) -> ModuleState:  # fmt: skip
+    alpha_tensor = shared.get("alpha")
+    alpha = read_alpha(alpha_tensor, f"{name}.alpha", where) if alpha_tensor else None
+    if "magnitude" in shared:
+        slots = {**slots, "magnitude": shared["magnitude"]}
+    module = ModuleState(name, algorithm, slots, alpha, keys=keys, naming="flat")
+    check_complete(module, where)
+    check_shapes(module, where)
+    rule = scale_rule(module)
+    options = {"alpha_tensor": alpha_tensor} if alpha_tensor else {}
+    return replace(module, rank=module_rank(module), rule=rule, options=options)
+
+
+def scale_rule(module: ModuleState) -> str:
+    """LyCORIS's reading of alpha: see scale_of for the rules' meaning."""
+    if module.algorithm not in ("lora", "loha", "lokr"):
+        return UNSCALED
+    if "w1" in module.tensors and "w2" in module.tensors:
+        return BOTH_FULL
+    if module.alpha is None:
+        return NO_ALPHA
+    return ALPHA_OVER_R if module.alpha else ZERO_ALPHA
+
+
+def read_alpha(tensor: Tensor, key: str, where: str) -> float:
+    """The number in an alpha tensor of shape () or (1,) and any number dtype."""
+    try:
+        alpha = tensor.item()
+    except ShapeError:
+        raise ShapeError(
+            f"`{key}` should hold one number", where=where, seen=f"shape {list(tensor.shape)}"
+        ) from None
+    except ValueRefused as error:
+        raise ValueRefused(f"`{key}`: {error.what}", where=where) from None
+    if not math.isfinite(alpha):
+        raise ValueRefused(f"`{key}` is {alpha}", where=where, code="non-finite")
+    return alpha
+
+
+def parse_names(
+    tensors: Mapping[str, Tensor],
+    where: str,
+    suffixes: Mapping[str, tuple[str, str]] = SUFFIXES,
+) -> list[ModuleState]:
+    """All modules of a file in this family, in the file's order, names as they stand."""
+    groups: dict[str, dict[str, Tensor]] = {}
+    for key, tensor in tensors.items():
+        split = split_key(key, suffixes)
+        if split is None:
+            raise KeyRefused(
+                f"`{key}` is no adapter tensor that is known",
+                where=where,
+                seen=f"{tensor.dtype} {list(tensor.shape)}",
+                next="if another tool wrote it on purpose, remove it or ask for support by name",
+            )
+        name, suffix = split
+        if suffix in REFUSED:
+            raise KeyRefused(
+                f"`{key}`: {REFUSED[suffix]}", where=where, code="unsupported-algorithm"
+            )
+        groups.setdefault(name, {})[suffix] = tensor
+    return [m for name, group in groups.items() for m in parse_group(name, group, where, suffixes)]
+
+
+def add_notes(state: AdapterState) -> None:
+    """Say where a scale does not follow from the alpha that the file shows."""
+    for rule in (NO_ALPHA, ZERO_ALPHA, BOTH_FULL):
+        told = [m for m in state.modules if m.rule == rule]
+        if rule == BOTH_FULL:
+            told = [m for m in told if m.alpha is not None]
+        if told:
+            more = f" and {len(told) - 1} more" if len(told) > 1 else ""
+            state.note("scale-rule", f"{told[0].label}{more}", f"scale {rule}")
+
+
+HELD = "LyCORIS and kohya have no such adapter"
+REFUSES = {
+    "hra": "LyCORIS and kohya have no Householder adapter; `--as lora --base BASE` is exact",
+}
+
+
+def plan_module(module: ModuleState, where: str) -> list[Step]:
+    """The rewritings that a module needs before this family can hold it; raises where none help."""
+    refusal = _refusal(module)
+    if refusal:
+        code, what, remedy = refusal
+        raise InexactError(f"`{module.label}`: {what}", where=where, next=remedy, code=code)
+    if "w1" in module.tensors and "w2" in module.tensors and module.scale != 1.0:
+        return [Step(module, FOLD_SCALE)]
+    if module.options.get("ambiguous_tucker"):
+        return [Step(module, FLATTEN_TUCKER)]
+    return []
+
+
+def _refusal(module: ModuleState) -> tuple[str, str, str] | None:
+    """(code, why, what to do) where the family cannot hold a module."""
+    if module.algorithm in REFUSES:
+        return f"no-{module.algorithm}", REFUSES[module.algorithm], "--as lora --base BASE"
+    if module.kind == "embedding":
+        return "no-embedding", f"{HELD} for an embedding", "merge it into the base model instead"
+    if "up_bias" in module.tensors:
+        return "no-lora-bias", f"{HELD} with a bias on lora_B", "merge it into the base instead"
+    if module.options.get("not_kronecker"):
+        why = "PEFT scrambles a Conv1d LoKr with a full w2: it is no Kronecker product"
+        return "peft-conv1d-lokr", why, "merge it with PEFT, then extract"
+    if module.rule == ALPHA_OVER_R and module.alpha == 0:
+        why = "alpha is 0, which this layout reads as alpha = r"
+        return "zero-alpha", why, "leave the module out: it adds nothing"
+    return None
+
+
+def spell_module(module: ModuleState, name: str, keep: bool) -> dict[str, Tensor]:
+    """A module's keys under a name of this family. ``keep`` leaves an absent alpha absent."""
+    spelled = {}
+    for slot, tensor in module.tensors.items():
+        owner = "" if slot == "magnitude" else module.algorithm
+        spelled[f"{name}.{_SPELLED[owner, slot]}"] = tensor
+    if (alpha := _spelled_alpha(module, keep)) is not None:
+        spelled[f"{name}.alpha"] = alpha
+    return spelled
+
+
+def _spelled_alpha(module: ModuleState, keep: bool) -> Tensor | None:
+    """The alpha tensor that makes this family's readers see the module's scale.
+
+    Some readers take an absent or zero alpha for scale 0 or fail on it, so on the way into another
+    layout it is written out as r; a full/full LoKr has none that matters and gets 1.
+    """
+    original: Tensor | None = module.options.get("alpha_tensor")
+    if module.rule == UNSCALED:
+        return original
+    if keep and module.rule in (NO_ALPHA, ZERO_ALPHA, BOTH_FULL):
+        return original
+    if module.rule == BOTH_FULL or module.rank is None:
+        return original if original is not None else scalar(1.0)
+    alpha = module.scale * module.rank
+    if original is not None and original.item() == alpha:
+        return original
+    value = struct.unpack("<f", struct.pack("<f", alpha))[0]
+    if not math.isfinite(value):
+        raise ValueRefused(f"`{module.label}`: alpha {alpha} does not fit in float32")
+    return scalar(alpha)

@@ -1,0 +1,32 @@
+"""Module names: flat ↔ dotted, diffusers ↔ original repository, and the tables that know them."""
+
+from __future__ import annotations
+
+from adaptsurgery_formats.names.native import Segment
+from adaptsurgery_formats.names.renaming import to_diffusers, to_native
+from adaptsurgery_formats.names.tables import (
+    TABLES,
+    Component,
+    Names,
+    flatten,
+    from_modules,
+    names_of_base,
+    recognise,
+    table,
+    unflatten,
+)
+
+__all__ = [
+    "TABLES",
+    "Component",
+    "Names",
+    "Segment",
+    "flatten",
+    "from_modules",
+    "names_of_base",
+    "recognise",
+    "table",
+    "to_diffusers",
+    "to_native",
+    "unflatten",
+]

@@ -1,0 +1,588 @@
+"""PEFT's layout: a folder with adapter_config.json and adapter_model.safetensors.
+
+    base_model.model.encoder.layers.0.self_attn.q_proj.lora_A.weight     (r, i[, *k])
+    base_model.model.encoder.layers.0.self_attn.q_proj.lora_B.weight     (o, r[, 1, …])
+    base_model.model.embed_tokens.lora_embedding_A                       (r, vocab)
+    base_model.model.mid.attn.to_q.lora_magnitude_vector                 (o,) or (1, o, 1, …)
+    base_model.model.mid.conv.hada_t1                                    (r, r, kh, kw)
+    base_model.model.mid.attn.to_q.lokr_w2_b                             (r, d·∏k)
+    base_model.model.fc.hra_u                                            (i·∏k, r)
+    base_model.model.classifier.weight                                   modules_to_save
+
+- Scale: alpha/r from the config, alpha/√r with use_rslora, always, full/full LoKr included. There
+  is no alpha tensor. HRA has no scale.
+- One algorithm a folder, and one value of use_dora, use_effective_conv2d, decompose_both,
+  decompose_factor, apply_GS for all of its modules; rank and alpha vary by rank_pattern and
+  alpha_pattern. LoKr's shapes are derived again from those on loading.
+- Conv1d: tucker cores are (r, r, k, 1); a full w2 is scrambled and is no Kronecker product.
+- Metadata: {"format": "pt"}; a pipeline is a folder with one such folder per component.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+from adaptsurgery_formats import peft_config
+from adaptsurgery_formats.errors import (
+    InexactError,
+    KeyRefused,
+    LayoutError,
+    ShapeError,
+)
+from adaptsurgery_formats.files import (
+    FLATTEN_TUCKER,
+    FOLD_MID,
+    JOIN_W1,
+    JOIN_W2,
+    META_COMPONENT,
+    META_MODEL,
+    AdapterFile,
+    Format,
+    Step,
+)
+from adaptsurgery_formats.kronecker import peft_decompose_factor
+from adaptsurgery_formats.names import Component, Names
+from adaptsurgery_formats.patterns import Matcher
+from adaptsurgery_formats.state import (
+    AdapterState,
+    ModuleState,
+    check_complete,
+    check_shapes,
+    kernel_of,
+    lokr_shapes,
+    magnitude_axis,
+    module_rank,
+)
+from adaptsurgery_formats.tensors import Tensor
+
+PREFIX = "base_model.model."
+# suffix → (algorithm, slot)
+SUFFIXES: dict[str, tuple[str, str]] = {
+    "lora_A.weight": ("lora", "down"),
+    "lora_B.weight": ("lora", "up"),
+    "lora_B.bias": ("lora", "up_bias"),
+    "lora_embedding_A": ("lora", "down"),
+    "lora_embedding_B": ("lora", "up"),
+    "lora_magnitude_vector": ("lora", "magnitude"),
+    "lora_magnitude_vector.weight": ("lora", "magnitude"),
+    **{f"hada_{s}": ("loha", s) for s in ("w1_a", "w1_b", "w2_a", "w2_b", "t1", "t2")},
+    **{f"lokr_{s}": ("lokr", s) for s in ("w1", "w1_a", "w1_b", "w2", "w2_a", "w2_b", "t2")},
+    "hra_u": ("hra", "u"),
+}
+_OTHERS = ("lora_", "oft_", "boft_", "vera_", "ia3_", "vblora_", "randlora_", "token_adapter")
+
+
+def claims(key: str) -> bool:
+    return key.startswith(PREFIX)
+
+
+def parse(files: Sequence[AdapterFile]) -> AdapterState:
+    """The modules of one folder, or of a pipeline's folders, under the model's own names."""
+    state = AdapterState("peft", [], where=files[0].where)
+    for file in files:
+        _parse_folder(file, state)
+    return state
+
+
+def _parse_folder(file: AdapterFile, state: AdapterState) -> None:
+    if file.config is None:
+        raise LayoutError(
+            "there is no adapter_config.json beside these tensors",
+            where=file.where,
+            next="PEFT keeps rank and alpha there; pass the folder that holds both files",
+            code="config-missing",
+        )
+    unknown = peft_config.check_config(file.config, file.where)
+    if unknown:
+        state.note("unknown-config-field", file.where, f"kept, not read: {', '.join(unknown)}")
+    metadata = dict(file.metadata)
+    component = file.component or metadata.get(META_COMPONENT, "")
+    state.model = metadata.get(META_MODEL, state.model)
+    for key in (META_COMPONENT, META_MODEL):
+        metadata.pop(key, None)
+    groups, saved = _grouped(file)
+    matcher = Matcher(groups, file.where)
+    said = peft_config.settings(file.config, matcher, file.where)
+    modules = [_module(path, slots, said[path], component, file) for path, slots in groups.items()]
+    peft_config.check_targets(file.config, modules, matcher, file.where)
+    state.modules += modules
+    state.saved[component] = saved
+    state.config[component] = dict(file.config)
+    state.metadata |= {k: v for k, v in metadata.items() if (k, v) != ("format", "pt")}
+
+
+def _grouped(file: AdapterFile) -> tuple[dict[str, dict[str, Tensor]], dict[str, Tensor]]:
+    """Adapter tensors by module path and suffix, and replaced parameters by name."""
+    assert file.config is not None
+    groups: dict[str, dict[str, Tensor]] = {}
+    saved: dict[str, Tensor] = {}
+    for key, tensor in file.tensors.items():
+        if not claims(key):
+            raise KeyRefused(f"`{key}` does not begin with {PREFIX}", where=file.where)
+        name = key.removeprefix(PREFIX)
+        suffix = next((s for s in SUFFIXES if name.endswith("." + s)), None)
+        if suffix is not None:
+            groups.setdefault(name[: -len(suffix) - 1], {})[suffix] = tensor
+        elif _is_saved(name, file.config):
+            saved[name] = tensor
+        else:
+            raise _unknown(key, tensor, file)
+    if not groups:
+        raise LayoutError("no adapter tensors", where=file.where, code="empty-adapter")
+    return groups, saved
+
+
+def _is_saved(name: str, config: dict[str, Any]) -> bool:
+    """Whether a parameter is one that PEFT saves whole: modules_to_save, biases, embeddings."""
+    path, _, parameter = name.rpartition(".")
+    if parameter not in ("weight", "bias") or any(mark in path for mark in _OTHERS):
+        return False
+    if path.endswith(".base_layer"):  # an adapted embedding whose table was resized
+        return True
+    if config.get("bias", "none") != "none" and parameter == "bias":
+        return True
+    wanted = config.get("modules_to_save") or []
+    if any(f".{path}.".find(f".{w}.") >= 0 for w in wanted):
+        return True
+    return path.rpartition(".")[2] in (
+        "embed_tokens",
+        "lm_head",
+        "wte",
+        "shared",
+        "word_embeddings",
+    )
+
+
+def _unknown(key: str, tensor: Tensor, file: AdapterFile) -> KeyRefused:
+    other = next((mark for mark in _OTHERS if f".{mark}" in key), None)
+    return KeyRefused(
+        f"`{key}` is no tensor that this config's adapter has",
+        where=file.where,
+        seen=f"{tensor.dtype} {list(tensor.shape)}",
+        next="it is of another method, which is not carried"
+        if other
+        else "list its module in modules_to_save if it is meant to be replaced",
+    )
+
+
+def _module(
+    path: str,
+    tensors: dict[str, Tensor],
+    said: peft_config.Setting,
+    component: str,
+    file: AdapterFile,
+) -> ModuleState:
+    assert file.config is not None
+    algorithm = peft_config.algorithm_of(file.config, file.where)
+    slots: dict[str, Tensor] = {}
+    for suffix, tensor in tensors.items():
+        owner, slot = SUFFIXES[suffix]
+        if owner != algorithm or slot in slots:
+            raise KeyRefused(
+                f"`{PREFIX}{path}.{suffix}` does not belong to a {algorithm}",
+                where=file.where,
+                seen=f"peft_type {file.config['peft_type']}",
+                code="config-disagrees",
+            )
+        slots[slot] = tensor
+    embedding = any(s.startswith("lora_embedding") for s in tensors)
+    if "magnitude" in slots:
+        slots["magnitude"] = _canonical_magnitude(slots["magnitude"])
+    module = ModuleState(
+        path,
+        algorithm,
+        slots,
+        said.alpha,
+        said.rule,
+        said.rank,
+        component,
+        keys=tuple(f"{PREFIX}{path}.{s}" for s in tensors),
+        kind="embedding" if embedding else "",
+        options=_options(algorithm, slots, file.config),
+    )
+    _check_module(module, file)
+    return module
+
+
+def _canonical_magnitude(magnitude: Tensor) -> Tensor:
+    """(o,) and (1, o, 1, …) as (o, 1, …): the same bytes."""
+    return magnitude.reshape(magnitude.numel, *[1] * max(1, len(magnitude.shape) - 1))
+
+
+def _options(algorithm: str, slots: dict[str, Tensor], config: dict[str, Any]) -> dict[str, Any]:
+    if algorithm == "hra":
+        return {"apply_gs": bool(config.get("apply_GS"))}
+    options: dict[str, Any] = {}
+    if algorithm == "lokr" and len(slots["w2"].shape if "w2" in slots else ()) == 3:
+        a, c = slots["w1"].shape if "w1" in slots else (0, 0)
+        if (a, c) != (1, 1):
+            options["not_kronecker"] = True
+    core = slots.get("t2")
+    if core is not None and len(core.shape) == 4 and core.shape[3] == 1:
+        options["ambiguous_tucker"] = True
+    return options
+
+
+def _check_module(module: ModuleState, file: AdapterFile) -> None:
+    check_complete(module, file.where)
+    up, down = module.tensors.get("up"), module.tensors.get("down")
+    if up is not None and down is not None and len(up.shape) > 2:
+        r, columns = down.shape[0], up.shape[1]
+        if columns < r and r % columns == 0:
+            raise ShapeError(
+                f"`{module.label}`: a LoRA of PEFT on a convolution with {r // columns} groups",
+                where=file.where,
+                seen=f"lora_A {list(down.shape)}, lora_B {list(up.shape)}",
+                next="there every group sees all inputs, so no ΔW of the weight's shape equals it",
+                code="peft-grouped-conv",
+            )
+    check_shapes(module, file.where)
+    shown = module_rank(module)
+    if shown is not None and shown != module.rank:
+        raise ShapeError(
+            f"`{module.label}`: the config says r = {module.rank}, the tensors r = {shown}",
+            where=file.where,
+            next="mend r or rank_pattern in adapter_config.json, or take the file it belongs to",
+            code="config-disagrees",
+        )
+    if bool((file.config or {}).get("use_dora")) != ("magnitude" in module.tensors):
+        if module.algorithm == "lora":
+            raise LayoutError(
+                f"`{module.label}`: use_dora and the tensors disagree",
+                where=file.where,
+                seen=", ".join(module.keys),
+                code="config-disagrees",
+            )
+
+
+# --- writing -------------------------------------------------------------------------------------
+
+
+@dataclass(frozen=True)
+class _Lokr:
+    """A LoKr module's cuts with the kernel told apart: o = a·b, i = c·d, kernel from the base."""
+
+    module: ModuleState
+    out: tuple[int, int]
+    into: tuple[int, int]
+    kernel: tuple[int, ...]
+
+    @property
+    def widest(self) -> tuple[int, int]:
+        """Twice the ranks from which PEFT stores w1 and w2 in full."""
+        return max(self.out[0], self.into[0]), max(self.out[1], self.into[1])
+
+    def rank(self, decompose_both: bool) -> int:
+        """The module's rank, or, where both factors are full, the least that PEFT stores so."""
+        both_full = "w1" in self.module.tensors and "w2" in self.module.tensors
+        if not both_full and self.module.rank is not None:
+            return self.module.rank
+        w1, w2 = self.widest
+        least = math.ceil(max(w1, w2) / 2) if decompose_both else math.ceil(w2 / 2)
+        said = self.module.rank
+        return said if said is not None and said >= least else max(1, least)
+
+
+def plan(state: AdapterState, names: Names | None) -> list[Step]:
+    """The rewritings that PEFT's one-value-for-all options ask for; raises where none help."""
+    steps: list[Step] = []
+    for component in state.components:
+        modules = list(state.of(component))
+        algorithm = _one_algorithm(modules, state.where)
+        for module in modules:
+            _refuse(module, names, state.where)
+        steps += _PLANS[algorithm](modules, names, state.where)
+    return steps
+
+
+def _one_algorithm(modules: Sequence[ModuleState], where: str) -> str:
+    algorithms = dict.fromkeys(m.algorithm for m in modules)
+    for algorithm in algorithms:
+        if algorithm in REFUSES:
+            first = next(m for m in modules if m.algorithm == algorithm)
+            raise InexactError(
+                f"`{first.label}`: {REFUSES[algorithm]}", where=where, code=f"no-{algorithm}"
+            )
+    if len(algorithms) > 1:
+        raise InexactError(
+            f"PEFT holds one algorithm an adapter, not {' and '.join(algorithms)}",
+            where=where,
+            seen=", ".join(
+                f"{next(m.label for m in modules if m.algorithm == a)}" for a in algorithms
+            ),
+            next="--as lora turns LoHa and LoKr into LoRA exactly",
+            code="mixed-algorithms",
+        )
+    return next(iter(algorithms))
+
+
+REFUSES = {
+    "full": "PEFT has no dense difference; merge it into the base, or keep --to lycoris",
+    "norm": "PEFT has no norm difference; merge it into the base, or keep --to lycoris",
+}
+
+
+def _shape(module: ModuleState, names: Names | None) -> tuple[int, ...] | None:
+    """The shape of the weight that a module adapts, where the base is known."""
+    component = names.components.get(module.component) if names else None
+    return component.shape(module.path, module.naming) if component else None
+
+
+def _refuse(module: ModuleState, names: Names | None, where: str) -> None:
+    shape = _shape(module, names)
+    dims = len(shape) if shape else 2 + len(kernel_of(module) or ())
+    reason = ""
+    if module.algorithm in ("loha", "lokr") and "magnitude" in module.tensors:
+        reason = "PEFT has DoRA around LoRA only: no-dora"
+    elif "magnitude" in module.tensors and magnitude_axis(module) == "in":
+        if module.kind != "embedding":
+            reason = "PEFT's DoRA takes norms per output, this one per input: dora-axis"
+    elif module.algorithm in ("loha", "lokr") and dims > 4:
+        reason = f"PEFT has no {module.algorithm} on Conv3d: no-conv3d"
+    elif module.algorithm == "hra" and shape is not None and len(shape) not in (2, 4):
+        reason = "PEFT's HRA takes Linear and Conv2d only: no-conv1d"
+    if not reason and module.algorithm == "lokr" and module.options.get("not_kronecker") is None:
+        t = module.tensors
+        a, c = t["w1"].shape if "w1" in t else (0, 0)
+        if "w2" in t and dims == 3 and (a, c) != (1, 1):
+            reason = "PEFT scrambles a Conv1d LoKr with a full w2: peft-conv1d-lokr"
+    if reason:
+        what, _, code = reason.rpartition(": ")
+        raise InexactError(
+            f"`{module.label}`: {what}",
+            where=where,
+            next="--as lora is exact for LoHa and LoKr; around a DoRA it needs --base and --rank",
+            code=code,
+        )
+
+
+def _plan_lora(modules: Sequence[ModuleState], names: Names | None, where: str) -> list[Step]:
+    dora = [m for m in modules if "magnitude" in m.tensors]
+    if dora and len(dora) != len(modules):
+        plain = next(m for m in modules if "magnitude" not in m.tensors)
+        raise InexactError(
+            f"{len(dora)} of {len(modules)} modules are DoRA; PEFT's use_dora is for all",
+            where=where,
+            seen=f"`{plain.label}` is not",
+            next="--as lora --base BASE --rank N --allow-lossy",
+            code="mixed-dora",
+        )
+    return [Step(m, FOLD_MID) for m in modules if "mid" in m.tensors]
+
+
+def _plan_loha(modules: Sequence[ModuleState], names: Names | None, where: str) -> list[Step]:
+    tucker = [m for m in modules if "t1" in m.tensors]
+    mixed = any("t1" not in m.tensors and _has_kernel(m, names, where) for m in modules)
+    pointwise = [m for m in tucker if not any(k != 1 for k in kernel_of(m) or ())]
+    return [Step(m, FLATTEN_TUCKER) for m in (tucker if mixed else pointwise)]
+
+
+def _has_kernel(module: ModuleState, names: Names | None, where: str) -> bool:
+    """Whether a flat module sits on a convolution with a kernel other than 1."""
+    shape = _shape(module, names)
+    if shape is None:
+        raise LayoutError(
+            f"`{module.label}` may be a convolution's: flat factors do not show the kernel",
+            where=where,
+            next="--base MODEL",
+            code="base-needed",
+        )
+    return any(k != 1 for k in shape[2:])
+
+
+def _plan_lokr(modules: Sequence[ModuleState], names: Names | None, where: str) -> list[Step]:
+    cut = [_cut(m, names, where) for m in modules]
+    steps = _tucker_steps(cut, names, where)
+    steps += [
+        Step(c.module, JOIN_W2)
+        for c in cut
+        if "w2_a" in c.module.tensors and 2 * c.rank(False) >= c.widest[1]
+    ]
+    if not _decompose_both(cut):
+        steps += [Step(c.module, JOIN_W1) for c in cut if "w1_a" in c.module.tensors]
+    _factor(cut, where)
+    return steps
+
+
+def _tucker_steps(cut: Sequence[_Lokr], names: Names | None, where: str) -> list[Step]:
+    tucker = [c.module for c in cut if "t2" in c.module.tensors]
+    if not tucker:
+        return []
+    flat = [c.module for c in cut if "t2" not in c.module.tensors and "w2" not in c.module.tensors]
+    if any(_has_kernel(m, names, where) for m in flat):
+        return [Step(m, FLATTEN_TUCKER) for m in tucker]
+    # A 1×1 kernel takes no core in PEFT, and with r = 1 a core that ends in 1 breaks it.
+    return [
+        Step(m, FLATTEN_TUCKER)
+        for m in tucker
+        if all(k == 1 for k in kernel_of(m) or ())
+        or (
+            module_rank(m) == 1
+            and (len(kernel_of(m) or ()) == 1 or (kernel_of(m) or (1,))[-1] == 1)
+        )
+    ]
+
+
+def _cut(module: ModuleState, names: Names | None, where: str) -> _Lokr:
+    out, (c, d), kernel = lokr_shapes(module)
+    shape = _shape(module, names)
+    if shape is not None:
+        into = (c, shape[1] // c)
+        if into[0] * into[1] != shape[1] or out[0] * out[1] != shape[0]:
+            into = (c, d)  # a transposed weight: the cuts are the adapter's own
+        return _Lokr(module, out, into, tuple(shape[2:]))
+    return _Lokr(module, out, (c, d), kernel)
+
+
+def _decompose_both(cut: Sequence[_Lokr]) -> bool:
+    """Whether one decompose_both stores every w1 as it is here; False also where none is factored."""
+    if not any("w1_a" in c.module.tensors for c in cut):
+        return False
+    return all(("w1_a" in c.module.tensors) == (2 * c.rank(True) < c.widest[0]) for c in cut)
+
+
+def _factor(cut: Sequence[_Lokr], where: str) -> int:
+    factor = peft_decompose_factor([pair for c in cut for pair in (c.out, c.into)])
+    if factor is None:
+        shown = dict.fromkeys(f"{m}·{n}" for c in cut for m, n in (c.out, c.into))
+        raise InexactError(
+            "no one decompose_factor makes PEFT cut these dimensions this way",
+            where=where,
+            seen=f"cuts {', '.join(list(shown)[:8])}",
+            next="--as lora is exact",
+            code="lokr-factor",
+        )
+    return factor
+
+
+def _plan_hra(modules: Sequence[ModuleState], names: Names | None, where: str) -> list[Step]:
+    if len({m.rank for m in modules}) > 1 or len({m.options.get("apply_gs") for m in modules}) > 1:
+        raise InexactError(
+            "PEFT's HRA has one rank and one apply_GS for all modules",
+            where=where,
+            code="hra-ranks",
+        )
+    return []
+
+
+_Plan = Callable[[Sequence[ModuleState], "Names | None", str], list[Step]]
+_PLANS: dict[str, _Plan] = {
+    "lora": _plan_lora,
+    "loha": _plan_loha,
+    "lokr": _plan_lokr,
+    "hra": _plan_hra,
+}
+
+
+def spell(state: AdapterState, names: Names | None) -> list[AdapterFile]:
+    """One file with its config per component."""
+    return [_spell_component(c, state, names) for c in state.components]
+
+
+def _spell_component(name: str, state: AdapterState, names: Names | None) -> AdapterFile:
+    modules = list(state.of(name))
+    component = names.components.get(name) if names else None
+    tensors: dict[str, Tensor] = {}
+    for module in modules:
+        path = component.called(module.path) if component else module.path
+        for suffix, tensor in _spell_module(module):
+            tensors[f"{PREFIX}{path}.{suffix}"] = tensor
+    saved = state.saved.get(name, {})
+    tensors |= {PREFIX + key: tensor for key, tensor in saved.items()}
+    template = state.config.get(name) or (state.config.get("") if len(state.config) == 1 else None)
+    config = _config(modules, component, names, template, state.where)
+    metadata = {"format": "pt", **state.metadata}
+    known = {META_COMPONENT: name, META_MODEL: state.model}
+    metadata |= {k: v for k, v in known.items() if v}
+    folder = name if len(state.components) > 1 else ""
+    return AdapterFile(tensors, metadata, config, folder)
+
+
+def _spell_module(module: ModuleState) -> list[tuple[str, Tensor]]:
+    embedding = module.kind == "embedding"
+    spelled = []
+    for slot, tensor in module.tensors.items():
+        if module.algorithm == "lora":
+            suffix = _LORA[slot]
+            if embedding and slot in ("up", "down"):
+                suffix = "lora_embedding_B" if slot == "up" else "lora_embedding_A"
+            if slot == "magnitude":
+                tensor = _peft_magnitude(tensor)
+        else:
+            suffix = next(s for s, p in SUFFIXES.items() if p == (module.algorithm, slot))
+            if slot in ("t1", "t2") and len(tensor.shape) == 3:
+                tensor = tensor.reshape(*tensor.shape, 1)
+        spelled.append((suffix, tensor))
+    return spelled
+
+
+_LORA = {
+    "up": "lora_B.weight",
+    "down": "lora_A.weight",
+    "up_bias": "lora_B.bias",
+    "magnitude": "lora_magnitude_vector",
+}
+
+
+def _peft_magnitude(magnitude: Tensor) -> Tensor:
+    if len(magnitude.shape) == 2:
+        return magnitude.reshape(magnitude.numel)
+    return magnitude.reshape(1, magnitude.numel, *[1] * (len(magnitude.shape) - 2))
+
+
+def _config(
+    modules: Sequence[ModuleState],
+    component: Component | None,
+    names: Names | None,
+    template: dict[str, Any] | None,
+    where: str,
+) -> dict[str, Any]:
+    algorithm = _one_algorithm(modules, where)
+    called = {m.path: component.called(m.path) if component else m.path for m in modules}
+    flags: dict[str, Any] = {}
+    ranks = {called[m.path]: m.rank or module_rank(m) or 1 for m in modules}
+    if algorithm == "lora":
+        flags = {"use_dora": "magnitude" in modules[0].tensors, "use_rslora": False}
+        if any("up_bias" in m.tensors for m in modules):
+            flags["lora_bias"] = True
+    elif algorithm == "lokr":
+        cut = [_cut(m, names, where) for m in modules]
+        both = _decompose_both(cut)
+        ranks = {called[c.module.path]: c.rank(both) for c in cut}
+        flags = {
+            "decompose_both": both,
+            "decompose_factor": _factor(cut, where),
+            "use_effective_conv2d": any("t2" in m.tensors for m in modules),
+        }
+    elif algorithm == "loha":
+        flags = {"use_effective_conv2d": any("t1" in m.tensors for m in modules)}
+    else:
+        flags = {"apply_GS": bool(modules[0].options.get("apply_gs"))}
+    scales = {called[m.path]: m.scale for m in modules}
+    alphas = {called[m.path]: _alpha(m, ranks[called[m.path]]) for m in modules}
+    others = frozenset(component.called(p) for p in component.modules) if component else frozenset()
+    wanted = peft_config.Wanted(algorithm, ranks, scales, alphas, flags, others - set(ranks))
+    return peft_config.write_config(wanted, template, where)
+
+
+def _alpha(module: ModuleState, rank: int) -> float:
+    """alpha with alpha/rank = the module's scale; the file's own where it says that."""
+    if module.alpha is not None and module.alpha / rank == module.scale:
+        return module.alpha
+    return module.scale * rank
+
+
+FORMAT = Format(
+    name="peft",
+    title="PEFT (adapter_config.json + adapter_model.safetensors)",
+    claims=claims,
+    parse=parse,
+    plan=plan,
+    spell=spell,
+    refuses=REFUSES,
+    naming="diffusers",
+    examples=("base_model.model.encoder.layers.0.self_attn.q_proj.lora_A.weight",),
+)

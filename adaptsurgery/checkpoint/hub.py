@@ -68,7 +68,7 @@ def resolve(spec: str, *, kind: Kind) -> Path:
     ``hub-not-found``, ``hub-denied``, ``path-escapes``, ``ambiguous-adapter``, ``no-weights``.
     """
     local = Path(spec).expanduser()
-    if os.path.lexists(local):
+    if spec and os.path.lexists(local):
         return local
     named = parse_spec(spec)
     if PurePosixPath(named.inner).suffix in (*_WEIGHTS, *_SMALL):
@@ -94,7 +94,7 @@ def base_headers(spec: str) -> Base:
     with FileError ``names-only``. Raises as ``resolve`` and ``read_base`` do.
     """
     local = Path(spec).expanduser()
-    if os.path.lexists(local):
+    if spec and os.path.lexists(local):
         return read_base(local)
     named = parse_spec(spec)
     if cached := _cached_base(named):
@@ -334,8 +334,9 @@ def _remote_header(spec: Spec, name: str, component: str) -> BaseFile:
 def _remote_names(spec: Spec) -> list[str]:
     from huggingface_hub import HfApi
 
-    with _said(spec):
-        return HfApi().list_repo_files(spec.repo, revision=spec.revision)
+    with _said(spec):  # list_repo_files would retry for 20 seconds where there is no network
+        siblings = HfApi().model_info(spec.repo, revision=spec.revision).siblings
+    return [sibling.rfilename for sibling in siblings or []]
 
 
 def _fetch_file(spec: Spec) -> Path:
@@ -441,11 +442,9 @@ def _nothing_inside(spec: Spec) -> FileError:
 
 
 def _nearest_remote(spec: Spec, file: str) -> str:
-    from huggingface_hub import HfApi
-
     try:
-        names = HfApi().list_repo_files(spec.repo, revision=spec.revision)
-    except Exception:  # only a hint
+        names = _remote_names(spec)
+    except FileError:  # only a hint
         return ""
     folders = {_parent(n) for n in names} - {""}
     return nearest(file, [*names, *folders])

@@ -6,6 +6,7 @@ import json
 import os
 from collections.abc import Callable, Sequence
 from dataclasses import replace
+from functools import partial
 from pathlib import Path
 
 from adaptsurgery.checkpoint.atomic import check_output, output
@@ -54,31 +55,60 @@ def convert(
 
     Raises SurgeryError for any input that cannot be converted exactly: what, where, seen, next.
     """
-    target = format_named(to)
-    if target.spell is None:
-        raise LayoutError(
-            f"{target.title} is read but not written",
-            next="--to " + ", ".join(WRITABLE),
-            code="read-only-layout",
-        )
+    target = _writable(to)
     if algorithm not in (None, "lora"):
         raise LayoutError(f"--as {algorithm} is not offered", next="--as lora", code="no-such-form")
+    if rank is not None and algorithm is None:
+        raise LayoutError("--rank goes with --as lora", code="rank-without-as")
     _check_paths(source, Path(out), target, overwrite, dry_run)
     loaded = load_state(source, base=base, layout=layout)
+    return write_adapter(
+        loaded,
+        Path(out),
+        to,
+        change=partial(as_lora, rank=rank, allow_lossy=allow_lossy) if algorithm else None,
+        overwrite=overwrite,
+        dry_run=dry_run,
+        hashes=hashes,
+        progress=progress,
+    )
+
+
+def write_adapter(
+    loaded: Loaded,
+    out: Path,
+    to: str,
+    *,
+    change: Callable[[Loaded], AdapterState] | None = None,
+    overwrite: bool = False,
+    dry_run: bool = False,
+    hashes: bool = True,
+    progress: Progress | None = None,
+) -> Report:
+    """A loaded adapter in a layout, after a change of its algorithm if one is asked for."""
+    target = _writable(to)
+    assert target.spell is not None
     _find_names(loaded, target)
-    changed = loaded.state
-    if algorithm:
-        changed = as_lora(loaded, rank=rank, allow_lossy=allow_lossy)
-    elif rank is not None:
-        raise LayoutError("--rank goes with --as lora", code="rank-without-as")
+    changed = change(loaded) if change else loaded.state
     state = renamed(changed, loaded.names, target)
     state = carry_out(state, target.plan(state, loaded.names))
     files = target.spell(state, loaded.names)
     rows = _checked(loaded, files, target, changed)
     report = _report(loaded, state, rows, target, files)
     if not dry_run:
-        report.outputs = _write(files, Path(out), target, overwrite, hashes, progress)
+        report.outputs = _write(files, out, target, overwrite, hashes, progress)
     return report
+
+
+def _writable(name: str) -> Format:
+    target = format_named(name)
+    if target.spell is None:
+        raise LayoutError(
+            f"{target.title} is read but not written",
+            next="--to " + ", ".join(WRITABLE),
+            code="read-only-layout",
+        )
+    return target
 
 
 def _check_paths(

@@ -1,0 +1,138 @@
+"""The library's view of an adapter: module paths mapped to updates, and where they came from."""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Iterator, Mapping
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from adaptsurgery.jobs.convert import write_adapter
+from adaptsurgery.jobs.loading import Loaded, load_state
+from adaptsurgery.jobs.report import Report
+from adaptsurgery.jobs.updates import update_of
+from adaptsurgery_formats import ModuleState, Note
+from adaptsurgery_formats.errors import NameLookupError, nearest
+
+if TYPE_CHECKING:
+    from adaptsurgery.core.update import Update
+
+
+class Adapter(Mapping[str, "Update"]):
+    """An adapter file as a mapping from module paths to updates, built when they are asked for.
+
+    A key is the module's dotted path, with its component before it ("unet.mid_block…") where the
+    file adapts several. ``provenance`` tells where a module came from. Two entries on one layer (a
+    LoRA and a bias difference) are one update, composed.
+    """
+
+    def __init__(self, loaded: Loaded) -> None:
+        self._loaded = loaded
+        several = len(loaded.state.components) > 1
+        self._modules: dict[str, list[ModuleState]] = {}
+        for module in loaded.state.modules:
+            key = module.label if several else module.path
+            self._modules.setdefault(key, []).append(module)
+
+    def __getitem__(self, path: str) -> Update:
+        modules = self.modules(path)
+        where = self._loaded.state.where
+        updates = [update_of(m, self._loaded.names, where) for m in modules]
+        if len(updates) == 1:
+            return updates[0]
+        from adaptsurgery.core.update import compose
+
+        return compose(updates)
+
+    def __iter__(self) -> Iterator[str]:
+        return iter(self._modules)
+
+    def __len__(self) -> int:
+        return len(self._modules)
+
+    def __contains__(self, path: object) -> bool:
+        return path in self._modules
+
+    def __repr__(self) -> str:
+        algorithms = "+".join(dict.fromkeys(m.algorithm for m in self._loaded.state.modules))
+        return f"<Adapter {self.layout} {algorithms}, {len(self)} modules, {self.path}>"
+
+    @property
+    def path(self) -> Path:
+        return self._loaded.path
+
+    @property
+    def layout(self) -> str:
+        return self._loaded.state.layout
+
+    @property
+    def model(self) -> str:
+        """The bundled table that the names were found in, or an empty string."""
+        return self._loaded.names.model if self._loaded.names else ""
+
+    @property
+    def components(self) -> list[str]:
+        return self._loaded.state.components
+
+    @property
+    def metadata(self) -> dict[str, str]:
+        return dict(self._loaded.state.metadata)
+
+    @property
+    def notes(self) -> list[Note]:
+        """What was noticed on reading: scale rules, untouched fields."""
+        return list(self._loaded.state.notes)
+
+    def modules(self, path: str) -> list[ModuleState]:
+        """The parsed modules at a path: tensors by reference, alpha, rank, scale and its rule.
+
+        Raises NameLookupError with the nearest paths for one that the adapter does not have.
+        """
+        if path not in self._modules:
+            raise NameLookupError(
+                f"the adapter has no `{path}`",
+                where=self._loaded.state.where,
+                next=nearest(path, self._modules),
+            )
+        return self._modules[path]
+
+    def provenance(self, path: str) -> dict[str, Any]:
+        """File, layout, keys, and the scale with the rule that it follows from."""
+        modules = self.modules(path)
+        return {
+            "file": self._loaded.state.where,
+            "layout": self.layout,
+            "keys": [key for m in modules for key in m.keys],
+            "algorithm": [m.algorithm for m in modules],
+            "rank": [m.rank for m in modules],
+            "alpha": [m.alpha for m in modules],
+            "scale": [m.scale for m in modules],
+            "rule": [m.rule for m in modules],
+        }
+
+    def save(
+        self,
+        path: str | os.PathLike[str],
+        layout: str | None = None,
+        *,
+        overwrite: bool = False,
+        hashes: bool = True,
+    ) -> Report:
+        """Write the adapter in a layout (its own if none is named); see ``convert``."""
+        return write_adapter(
+            self._loaded, Path(path), layout or self.layout, overwrite=overwrite, hashes=hashes
+        )
+
+
+def load(
+    path: str | os.PathLike[str],
+    base: str | os.PathLike[str] | None = None,
+    layout: str | None = None,
+) -> Adapter:
+    """The adapter at a path or Hub name (``org/name[@revision][:file]``).
+
+    ``base`` gives the module list (a checkpoint, a folder, a Hub name, or sd15, sd2, sdxl, flux),
+    which flat names need unless a bundled table has them; ``layout`` overrules detection. Only
+    headers are read until an update is asked for. Raises SurgeryError for whatever is wrong.
+    """
+    return Adapter(load_state(path, base=base, layout=layout))

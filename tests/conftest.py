@@ -15,7 +15,5 @@ _QUIET = [HealthCheck.too_slow, HealthCheck.data_too_large, HealthCheck.filter_t
 settings.register_profile(
     "ci", max_examples=20, deadline=None, suppress_health_check=_QUIET, derandomize=True
 )
-settings.register_profile(
-    "thorough", max_examples=400, deadline=None, suppress_health_check=_QUIET
-)
+settings.register_profile("thorough", max_examples=400, deadline=None, suppress_health_check=_QUIET)
 settings.load_profile(os.environ.get("HYPOTHESIS_PROFILE", "ci"))

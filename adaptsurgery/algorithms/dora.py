@@ -55,20 +55,26 @@ class DoRA(Renorm):
     def _length(self) -> int:
         return self.magnitude.numel()
 
-    def gain(self, norms: Tensor) -> Tensor:
-        """m / norm, a vector; 0 where the norm is."""
-        if norms.shape != (self._length,):
+    def gain(self, norms: Tensor, start: int = 0) -> Tensor:
+        """m / norm, a vector; 0 where the norm is. Some outputs may be left out on both sides."""
+        few = self.axis == 0 and start + norms.numel() <= self._length
+        if not few and norms.shape != (self._length,):
             raise ShapeError(
                 f"dora: {self._length} magnitudes for {norms.numel()} {'inputs' if self.axis else 'outputs'}"
             )
-        magnitude = self.magnitude.flatten().to(norms)
+        magnitude = self.magnitude.flatten()[start : start + norms.numel()].to(norms)
         empty = norms == 0
         return (magnitude / norms.masked_fill(empty, 1)).masked_fill(empty, 0)
 
     def renormed(self, weight: Tensor) -> Tensor:
-        gain = self.gain(axis_norms(weight, self.axis))
-        sides = [-1 if dim == self.axis else 1 for dim in range(weight.dim())]
-        return weight * gain.view(sides)
+        return weight * self._along(weight, self.gain(axis_norms(weight, self.axis)))
+
+    def renorm_(self, weight: Tensor, start: int = 0) -> None:
+        first = start if self.axis == 0 else 0
+        weight.mul_(self._along(weight, self.gain(axis_norms(weight, self.axis), first)))
+
+    def _along(self, weight: Tensor, gain: Tensor) -> Tensor:
+        return gain.view([-1 if dim == self.axis else 1 for dim in range(weight.dim())])
 
     def apply(self, x: Tensor, layer: Layer, form: Form = "auto") -> Tensor:
         """Around a LoRA from its factors: the gain goes on the input's or the output's channels.
@@ -84,7 +90,7 @@ class DoRA(Renorm):
         if not isinstance(self.inner, LoRA) or form == "folded" or layer.groups > 1 or lookup:
             return layer.forward(x, self.folded(weight), bias)
         wide = weight.to(compute_dtype(weight))
-        gain = layer.over_channels(self.gain(self.inner.norms(wide, self.axis)).to(layer.dtype(x)))
+        gain = layer.over_channels(self.gain(self.inner.norms(wide, self.axis)).to(layer.sample(x)))
         x = x * gain if by_input else x
         y = layer.forward(x, bias=None) + self.inner.scale * self.inner.delta(x, layer)
         y = y if by_input else y * gain

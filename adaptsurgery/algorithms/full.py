@@ -12,7 +12,7 @@ import math
 from abc import abstractmethod
 from collections.abc import Iterable
 from dataclasses import dataclass
-from typing import ClassVar
+from typing import ClassVar, Self
 
 import torch
 from torch import Tensor
@@ -72,6 +72,10 @@ class Difference(Delta):
         if self.difference is not None:
             block.add_(self.difference[start:stop].reshape(block.shape), alpha=factor)
 
+    def prepared(self, dtype: torch.dtype, device: torch.device | None = None) -> Self:
+        """On the device; not cast, for ``add_rows_`` widens a block of rows as it adds it."""
+        return self.cast(next(iter(self.tensors().values())).dtype, device)
+
     def folded(self, weight: Tensor) -> Tensor:
         if self.difference is not None:
             return super().folded(weight)
@@ -108,13 +112,16 @@ class Full(Difference):
     def difference(self) -> Tensor | None:
         return self.diff
 
+    def transposed(self) -> Full | None:
+        return self if self.diff is None else Full(diff=self.diff.t(), scale=self.scale)
+
     def bias_delta(self) -> Tensor | None:
         return self.diff_b
 
     def delta(self, x: Tensor, layer: Layer, form: Form = "factored") -> Tensor:
         if self.diff is None:
             return layer.forward(x, torch.zeros_like(layer.canonical()), None)
-        return layer.forward(x, self.diff.to(layer.dtype(x)), None)
+        return layer.forward(x, self.diff.to(layer.sample(x)), None)
 
     def prices(self, positions: int, layer: Layer, training: bool) -> dict[Form, int]:
         if self.diff is None:

@@ -13,6 +13,7 @@ and R = I − 2QQᵀ, its own inverse.
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from dataclasses import dataclass
 from typing import ClassVar
 
@@ -91,10 +92,19 @@ class HRA(Rotation):
         upper = torch.triu(columns.t() @ columns, 1) + one / 2
         return columns, torch.linalg.solve_triangular(upper, one, upper=True)
 
-    def turn(self, rows: Tensor, back: bool = False) -> Tensor:
-        """rows − ((rows·U)·T)·Uᵀ, or with Tᵀ where ``back``: O(r) a number, R never built."""
-        columns, middle = (part.to(rows.device, rows.dtype) for part in self._in(rows.dtype))
-        return rows - F.linear(F.linear(rows @ columns, middle if back else middle.t()), columns)
+    def turning(self, sample: Tensor, back: bool = False) -> Callable[[Tensor], Tensor]:
+        """rows ↦ rows − ((rows·U)·T)·Uᵀ, or with Tᵀ where ``back``: O(r) a number, R never built."""
+        columns, middle = (part.to(sample) for part in self._in(sample.dtype))
+        middle = middle if back else middle.t()
+        down = columns.t().contiguous()
+        return lambda rows: rows - F.linear(F.linear(F.linear(rows, down), middle), columns)
+
+    def turning_(self, sample: Tensor, back: bool = False) -> Callable[[Tensor], object]:
+        """The same in place: two products of the rank r, T folded into the second."""
+        columns, middle = (part.to(sample) for part in self._in(sample.dtype))
+        down = columns.t().contiguous()
+        up = (middle.t() if back else middle) @ down
+        return lambda rows: rows.addmm_(torch.mm(down, rows.t()).t(), up, alpha=-1)
 
     def _in(self, dtype: torch.dtype) -> tuple[Tensor, Tensor]:
         """U and T, computed in ``dtype`` where that is wider than their own."""
@@ -103,7 +113,8 @@ class HRA(Rotation):
 
     def matrix(self, dtype: torch.dtype | None = None) -> Tensor:
         """R (i·∏k, i·∏k)."""
-        return self.turn(torch.eye(self.size, dtype=dtype or widened(self.u).dtype))
+        one = torch.eye(self.size, dtype=dtype or widened(self.u).dtype, device=self.u.device)
+        return self.turning(one)(one)
 
     def reflections(self) -> Tensor:
         """Unit columns whose plain product of reflections is R: U, or the Q of Gram–Schmidt."""

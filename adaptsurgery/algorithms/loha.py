@@ -87,6 +87,11 @@ class LoHa(Delta):
         first = self.w1_a[start:stop] @ self.w1_b
         block.addcmul_(first, self.w2_a[start:stop] @ self.w2_b, value=factor)
 
+    def transposed(self) -> LoHa:
+        flat = self.flat()
+        factors = (flat.w1_b, flat.w1_a, flat.w2_b, flat.w2_a)
+        return LoHa(*(factor.t().contiguous() for factor in factors), scale=self.scale)
+
     def khatri_rao(self) -> tuple[Tensor, Tensor]:
         """P (o, r²), Q (r², i·∏k) with P·Q = Δ."""
         flat = self.flat()
@@ -99,7 +104,7 @@ class LoHa(Delta):
 
         y[o] = Σ w1_a[o, p] M[p, q] w2_a[o, q] with M = w1_b·diag(x)·w2_bᵀ, one (r, r) a token.
         """
-        ready = self.prepared(layer.dtype(x))
+        ready = self.like(layer.sample(x)).flat()
         if form == "bilinear":
             between = (x[..., None, :] * ready.w1_b) @ ready.w2_b.t()
             return (torch.matmul(ready.w1_a, between) * ready.w2_a).sum(-1)

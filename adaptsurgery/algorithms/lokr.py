@@ -134,22 +134,36 @@ class LoKr(Delta):
 
     def add_rows_(self, block: Tensor, start: int, stop: int, factor: float) -> None:
         w1, w2 = self.outer(), self.inner()
+        b, columns = w2.shape
+        first, last = start // b, -(-stop // b)
+        if start % b == 0 and stop % b == 0:
+            view = block.view(last - first, b, w1.shape[1], columns)
+            view.addcmul_(w1[first:last, None, :, None], w2[:, None, :], value=factor)
+            return
+        if last - first == 1:
+            inner = w2[start % b : start % b + stop - start, None, :]
+            block.view(-1, w1.shape[1], columns).addcmul_(w1[first, :, None], inner, value=factor)
+            return
         row = torch.arange(start, stop, device=block.device)
         left = w1[row // w2.shape[0]][:, :, None]
         right = w2[row % w2.shape[0]][:, None, :]
         block.view(-1, w1.shape[1], w2.shape[1]).addcmul_(left, right, value=factor)
+
+    def transposed(self) -> LoKr:
+        turned = {"w1": self.outer().t().contiguous(), "w2": self.inner().t().contiguous()}
+        return LoKr(**turned, scale=self.scale)
 
     def delta(self, x: Tensor, layer: Layer, form: Form = "factored") -> Tensor:
         """x as (…, c, d): w2 along d, with the layer's geometry, and w1 along c; w1⊗w2 never built.
 
         Whichever of the two costs less goes first. Channels c go with the batch of a convolution.
         """
-        ready = self.cast(layer.dtype(x))
+        ready = self.like(layer.sample(x))
         if layer.kind == "embedding":
             return ready._looked_up(x)
         a, c = self.outer_shape
         early = self._mixing()[0] == "before"
-        batched = layer.dims == 0 or x.dim() == layer.dims + 2
+        batched = layer.batched(x)
         axis = 1 if layer.dims else -1
         y = torch.unflatten(x if batched else x[None], axis, (c, -1))
         y = _mix(ready.outer(), y, layer) if early else y

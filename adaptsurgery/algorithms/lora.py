@@ -102,12 +102,16 @@ class LoRA(Delta):
         up, down = self.factors()
         block.addmm_(up[start:stop], down, alpha=factor)
 
+    def transposed(self) -> LoRA:
+        up, down = self.factors()
+        return LoRA(down.t().contiguous(), up.t().contiguous(), scale=self.scale)
+
     def bias_delta(self) -> Tensor | None:
         return self.up_bias
 
     def delta(self, x: Tensor, layer: Layer, form: Form = "factored") -> Tensor:
         """Two layers, down with the layer's geometry and up pointwise; three with a Tucker core."""
-        ready = self.cast(layer.dtype(x))
+        ready = self.like(layer.sample(x))
         kernel = layer.shape[2:]
         up = ready.up.flatten(1)
         if ready.mid is None:
@@ -117,7 +121,7 @@ class LoRA(Delta):
 
     def norms(self, weight: Tensor, axis: int) -> Tensor:
         """From Gram matrices: ‖W‖² + 2s⟨W, Δ⟩ + s²‖Δ‖², each over one axis, Δ never built."""
-        up, down = self.cast(weight.dtype, weight.device).factors()
+        up, down = self.like(weight).factors()
         wide = weight.flatten(1)
         if axis == 0:
             cross, own = wide @ down.t() * up, up @ (down @ down.t()) * up

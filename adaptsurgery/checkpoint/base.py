@@ -79,7 +79,8 @@ class Base:
 
     ``parameters``: component → parameter name without the component's prefix → where it lies.
     ``files`` in a stable order, shards as their index names them; ``indexes`` the index files;
-    ``extra`` the other small files of the folder (configs, tokenizers) by relative name.
+    ``configs`` each component's config.json. ``folder`` is None for a single file, and ``local`` is
+    False where only names and shapes are known (see ``hub.base_headers``).
     """
 
     where: str

@@ -71,15 +71,16 @@ def resolve(spec: str, *, kind: Kind) -> Path:
     if spec and os.path.lexists(local):
         return local
     named = parse_spec(spec)
-    if PurePosixPath(named.inner).suffix in (*_WEIGHTS, *_SMALL):
-        return _fetch_file(named)
+    one_file = PurePosixPath(named.inner).suffix in (*_WEIGHTS, *_SMALL)
     try:
-        names = _inside(_remote_names(named), named)
+        names = _remote_names(named)
     except FileError as error:
         if error.code != "hub-offline":
             raise
-        root = _cached_folder(named, error)
-        return _settle(root, named, kind, list(_names_below(root)))
+        return _from_cache(named, kind, one_file, error)
+    if one_file and named.inner in names:
+        return _fetch_file(named)
+    names = _inside(names, named)
     if not names:
         raise _nothing_inside(named)
     wanted = choose(names, kind, str(named), lambda name: _fetch_json(named, name))
@@ -249,11 +250,14 @@ def _cached_root(spec: Spec) -> Path | None:
     return Path(found)
 
 
-def _cached_folder(spec: Spec, error: FileError) -> Path:
+def _from_cache(spec: Spec, kind: Kind, one_file: bool, error: FileError) -> Path:
+    """What the cache has of a spec; raises the network's error where it has nothing."""
     root = _cached_root(spec)
-    if root is None or not (root / spec.inner).is_dir():
+    if root is None or not (root / spec.inner).exists():
         raise error
-    return root
+    if one_file:
+        return root / spec.inner
+    return _settle(root, spec, kind, list(_names_below(root / spec.inner)))
 
 
 def _names_below(root: Path) -> Iterator[str]:
@@ -433,8 +437,9 @@ def _hub_error(what: str, spec: Spec, error: Exception, next: str, code: str) ->
 
 
 def _nothing_inside(spec: Spec) -> FileError:
+    what = f"no file or folder `{spec.inner}`" if spec.inner else "no files"
     return FileError(
-        f"the repository has no folder `{spec.inner}`" if spec.inner else "the repository is empty",
+        f"the repository has {what}",
         where=str(spec),
         next=_nearest_remote(spec, spec.inner),
         code="hub-not-found",

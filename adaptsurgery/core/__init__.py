@@ -1,0 +1,1 @@
+"""The algebra: what a layer is, what an update does to its weight, and which form is cheaper."""

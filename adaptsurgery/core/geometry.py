@@ -12,7 +12,6 @@ from dataclasses import dataclass
 from types import EllipsisType
 from typing import Any
 
-import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
@@ -101,9 +100,16 @@ class Layer:
         """A canonical weight as this layer stores it: the inverse of ``canonical``."""
         return weight.t() if self.transposed else weight
 
-    def dtype(self, x: Tensor) -> torch.dtype:
-        """What the layer computes in: its input's dtype; for an embedding's indices its weight's."""
-        return self.weight.dtype if self.kind == "embedding" else x.dtype
+    def sample(self, x: Tensor) -> Tensor:
+        """A tensor of the dtype and device that the layer computes in.
+
+        That is ``x``; the weight for an embedding's indices, and for an fx.Proxy, which has neither.
+        """
+        return x if isinstance(x, Tensor) and self.kind != "embedding" else self.weight
+
+    def batched(self, x: Tensor) -> bool:
+        """Whether ``x`` has a batch dim that a convolution could go without; a proxy is taken to."""
+        return not (self.dims and isinstance(x, Tensor) and x.dim() == self.dims + 1)
 
     def forward(
         self, x: Tensor, weight: Tensor | None = None, bias: Tensor | EllipsisType | None = ...
@@ -165,7 +171,7 @@ class Layer:
             shape = x.shape if self.kind == "embedding" else x.shape[:-1]
             return math.prod(shape)
         pads = self.pads()[::-1]
-        batch = x.shape[0] if x.dim() == self.dims + 2 else 1
+        batch = x.shape[0] if self.batched(x) else 1
         out = batch
         for axis in range(self.dims):
             reach = self._numbers(self.dilation)[axis] * (self.weight.shape[2 + axis] - 1)

@@ -13,7 +13,7 @@ from __future__ import annotations
 
 import math
 from abc import ABC, abstractmethod
-from collections.abc import Iterable
+from collections.abc import Callable, Iterable
 from dataclasses import dataclass, fields, replace
 from typing import Any, ClassVar, Self, TypeVar
 
@@ -26,7 +26,7 @@ from adaptsurgery_formats.errors import InexactError, ShapeError, ValueRefused
 
 U = TypeVar("U", bound="Update")
 BLOCK = 32 * 1024  # numbers in a block of rows: 128 KiB of float32 stays in cache
-LINE = 16  # rows at least, so that a block of a transposed weight still fills cache lines
+LINE = 32  # rows at least, so that a block of a transposed weight still fills cache lines
 
 
 class Update(ABC):
@@ -128,6 +128,13 @@ class Delta(Update):
         """The same Δ with fewer factors, ready to be read row by row."""
         return self
 
+    def transposed(self) -> Delta | None:
+        """Δᵀ (i, o) as a Delta of the same scale, for weights stored so; None where it has no form.
+
+        Of a Δ without a kernel; a bias difference stays behind.
+        """
+        return None
+
     def bias_delta(self) -> Tensor | None:
         """What is added to the bias, unscaled."""
         return None
@@ -169,23 +176,17 @@ class Delta(Update):
     def unfold(self, weight: Tensor, *, compute: torch.dtype | None = None) -> Tensor:
         return self._shift(weight, -self.scale, compute)
 
-    @torch.no_grad()
     def _shift(self, weight: Tensor, factor: float, compute: torch.dtype | None) -> Tensor:
         """W + factor·Δ, a block of rows at a time."""
         wide = compute_dtype(weight, compute)
         self.check_fits(weight.shape)
         ready = self.prepared(wide, weight.device)
-        outputs, columns = self.extent
-        step = max(LINE, BLOCK // max(columns, 1))
-        buffer = torch.empty((min(step, outputs), columns), dtype=wide, device=weight.device)
-        out = torch.empty_like(weight)
-        for start in range(0, outputs, step):
-            part = weight[start : start + step]
-            block = buffer[: part.shape[0]]
-            block.view(part.shape).copy_(part)
-            ready.add_rows_(block, start, start + part.shape[0], factor)
-            out[start : start + step].copy_(block.view(part.shape))
-        return out
+
+        def shifted(block: Tensor, start: int) -> Tensor:
+            ready.add_rows_(block, start, start + block.shape[0], factor)
+            return block
+
+        return by_rows(weight, wide, shifted)
 
     def fold_bias(self, bias: Tensor | None, dtype: torch.dtype | None = None) -> Tensor | None:
         difference = self.bias_delta()
@@ -249,6 +250,10 @@ class Delta(Update):
         changes: dict[str, Any] = dict(moved)
         return replace(self, **changes)
 
+    def like(self, sample: Tensor) -> Self:
+        """Cast to the dtype and device of ``sample``."""
+        return self.cast(sample.dtype, sample.device)
+
     def prepared(self, dtype: torch.dtype, device: torch.device | None = None) -> Self:
         """Cast, flat and ready for ``add_rows_``."""
         return self.cast(dtype, device).flat()
@@ -270,8 +275,16 @@ class Rotation(Update):
     """W' = W·R with an orthogonal R (i·∏k, i·∏k), on the input side of the weight."""
 
     @abstractmethod
-    def turn(self, rows: Tensor, back: bool = False) -> Tensor:
-        """``rows`` (…, i·∏k) times R, or times Rᵀ = R⁻¹ where ``back``."""
+    def turning(self, sample: Tensor, back: bool = False) -> Callable[[Tensor], Tensor]:
+        """The map of rows (…, i·∏k) to rows·R, or to rows·Rᵀ = rows·R⁻¹ where ``back``.
+
+        It works in the dtype and on the device of ``sample``, and takes an fx.Proxy for rows.
+        """
+
+    def turning_(self, sample: Tensor, back: bool = False) -> Callable[[Tensor], object]:
+        """``turning`` in place, on a matrix of rows of any strides."""
+        turn = self.turning(sample, back)
+        return lambda rows: rows.copy_(turn(rows))
 
     @abstractmethod
     def then(self, other: Rotation) -> Rotation:
@@ -290,28 +303,30 @@ class Rotation(Update):
         """Raise ValueRefused where the numbers define no rotation. Reads the data."""
 
     def folded(self, weight: Tensor) -> Tensor:
-        return self._turned(weight, back=False)
+        self.check_fits(weight.shape)
+        rows = weight.flatten(1).to(compute_dtype(weight))
+        return self.turning(rows)(rows).reshape(weight.shape).to(weight.dtype)
 
     def fold(self, weight: Tensor, *, compute: torch.dtype | None = None) -> Tensor:
-        self.check_values()
-        return super().fold(weight, compute=compute)
+        return self._turned(weight, compute, back=False)
 
     def unfold(self, weight: Tensor, *, compute: torch.dtype | None = None) -> Tensor:
+        return self._turned(weight, compute, back=True)
+
+    def _turned(self, weight: Tensor, compute: torch.dtype | None, back: bool) -> Tensor:
+        """W·R or W·Rᵀ, a block of rows at a time."""
+        self.check_fits(weight.shape)
         self.check_values()
         wide = compute_dtype(weight, compute)
         with torch.no_grad():
-            return self._turned(weight.to(wide), back=True).to(weight.dtype)
-
-    def _turned(self, weight: Tensor, back: bool) -> Tensor:
-        self.check_fits(weight.shape)
-        rows = weight.flatten(1).to(compute_dtype(weight))
-        return self.turn(rows, back).reshape(weight.shape).to(weight.dtype)
+            turn = self.turning(torch.empty(0, dtype=wide, device=weight.device), back)
+        return by_rows(weight, wide, lambda block, start: turn(block))
 
     def apply(self, x: Tensor, layer: Layer, form: Form = "auto") -> Tensor:
         """A linear's input is turned (W·R·x = W·(R·x)); every other layer's weight is."""
         self.check_fits(layer.shape)
         if layer.kind == "linear" and form != "folded":
-            return layer.forward(self.turn(x, back=True))
+            return layer.forward(self.turning(layer.sample(x), back=True)(x))
         return layer.forward(x, self.folded(layer.canonical()))
 
     def scaled(self, weight: float) -> Self:
@@ -332,6 +347,18 @@ class Renorm(Update):
     """W' = (W + sΔ) with new norms, around a Delta."""
 
     inner: Delta
+
+    @property
+    @abstractmethod
+    def axis(self) -> int:
+        """0 where every output has its norm, 1 where every input has."""
+
+    @abstractmethod
+    def renorm_(self, weight: Tensor, start: int = 0) -> None:
+        """Give the outputs of W + sΔ from ``start`` on (n, i, *k) their new norms, in place.
+
+        Needs all outputs where the norms are the inputs'.
+        """
 
     @abstractmethod
     def renormed(self, weight: Tensor) -> Tensor:
@@ -401,7 +428,7 @@ class Composition(Update):
         for rotation in () if turning else self.rotations:
             weight = rotation.folded(weight)
         for rotation in reversed(self.rotations) if turning else ():
-            turned = rotation.turn(turned, back=True)
+            turned = rotation.turning(layer.sample(x), back=True)(turned)
         parts = []
         for delta in self.deltas:
             delta.check_fits(layer.shape)
@@ -409,7 +436,7 @@ class Composition(Update):
             if chosen != "folded":
                 parts.append(delta.scale * delta.delta(x, layer, chosen))
             elif turning:
-                full = delta.cast(layer.dtype(x)).flat().matrix().reshape(layer.shape)
+                full = delta.like(layer.sample(x)).flat().matrix().reshape(layer.shape)
                 parts.append(delta.scale * layer.forward(x, full, None))
             else:
                 weight = delta.folded(weight)
@@ -428,7 +455,7 @@ def compose(updates: Iterable[Update]) -> Update:
     Rotations keep their order; the place of deltas among them says nothing. Two renorms have no
     order that both would agree on, and are a ValueRefused.
     """
-    flat = [part for update in updates for part in _parts(update)]
+    flat = [part for update in updates for part in parts_of(update)]
     renorms = [u for u in flat if isinstance(u, Renorm)]
     if len(renorms) > 1:
         raise ValueRefused(
@@ -443,7 +470,8 @@ def compose(updates: Iterable[Update]) -> Update:
     return Composition(rotations, deltas, renorms[0] if renorms else None)
 
 
-def _parts(update: Update) -> tuple[Update, ...]:
+def parts_of(update: Update) -> tuple[Update, ...]:
+    """The updates that one is composed of, by the law's order; itself where it is plain."""
     return update._in_order() if isinstance(update, Composition) else (update,)
 
 
@@ -473,6 +501,24 @@ def compute_dtype(weight: Tensor, compute: torch.dtype | None = None) -> torch.d
 def widened(tensor: Tensor) -> Tensor:
     """A tensor in float32 at least."""
     return tensor.to(compute_dtype(tensor))
+
+
+@torch.no_grad()
+def by_rows(weight: Tensor, wide: torch.dtype, change: Callable[[Tensor, int], Tensor]) -> Tensor:
+    """A new weight, with every block of rows (n, i·∏k) changed in ``wide`` and rounded once.
+
+    ``change`` is called with a copy of the block, which it may write to, and its first row's number.
+    """
+    outputs, columns = weight.shape[0], math.prod(weight.shape[1:])
+    step = max(LINE, BLOCK // max(columns, 1))
+    buffer = torch.empty((min(step, outputs), columns), dtype=wide, device=weight.device)
+    out = torch.empty_like(weight)
+    for start in range(0, outputs, step):
+        part = weight[start : start + step]
+        block = buffer[: part.shape[0]]
+        block.view(part.shape).copy_(part)
+        out[start : start + step].copy_(change(block, start).view(part.shape))
+    return out
 
 
 def axis_norms(weight: Tensor, axis: int) -> Tensor:

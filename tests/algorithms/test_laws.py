@@ -1,7 +1,7 @@
 """The laws, for every algorithm on every kind of layer and every stored form.
 
-    apply(x, layer with W) == layer with fold(W) (x)        unfold(fold(W)) == W
-    dense, rows, factored forms == the definition in float64 (tests/reference.py)
+apply(x, layer with W) == layer with fold(W) (x)        unfold(fold(W)) == W
+dense, rows, factored forms == the definition in float64 (tests/reference.py)
 """
 
 from __future__ import annotations
@@ -51,7 +51,9 @@ def test_apply_is_the_layer_with_the_folded_weight(
     layer, update = case.layer, case.update
     seen = update.apply(case.x, layer, form)
     bias = update.fold_bias(layer.bias)
-    near(seen, layer.forward(case.x, update.fold(layer.canonical()), bias), 1e-12, weight_size(case))
+    near(
+        seen, layer.forward(case.x, update.fold(layer.canonical()), bias), 1e-12, weight_size(case)
+    )
     near(seen, case.reference_output(), 1e-12, weight_size(case))
 
 
@@ -109,7 +111,9 @@ def test_low_precision_folds_round_once(
 @given(st.data())
 def test_low_precision_apply(dtype: torch.dtype, algorithm: str, data: st.DataObject) -> None:
     case = data.draw(cases(algorithm, data.draw(st.sampled_from(KINDS)), dtype))
-    case.slots = {name: tensor / 4 if name != "magnitude" else tensor for name, tensor in case.slots.items()}
+    case.slots = {
+        name: tensor / 4 if name != "magnitude" else tensor for name, tensor in case.slots.items()
+    }
     seen = case.update.apply(case.x, case.layer)
     assert seen.dtype == dtype
     near(seen, case.reference_output(), torch.finfo(dtype).eps, weight_size(case))

@@ -134,7 +134,12 @@ def test_two_renorms_are_refused() -> None:
 def test_weights_that_are_not_floating_are_refused() -> None:
     quantised = torch.zeros(3, 4, dtype=torch.int8)
     lora = LoRA(torch.randn(3, 2), torch.randn(2, 4))
-    for update in (lora, HRA(torch.randn(4, 2)), DoRA(lora, torch.ones(3, 1)), build("full", {"diff_b": torch.ones(3)})):
+    for update in (
+        lora,
+        HRA(torch.randn(4, 2)),
+        DoRA(lora, torch.ones(3, 1)),
+        build("full", {"diff_b": torch.ones(3)}),
+    ):
         with pytest.raises(ValueRefused, match="not-floating"):
             update.fold(quantised)
 

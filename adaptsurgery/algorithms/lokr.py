@@ -133,7 +133,8 @@ class LoKr(Delta):
         return kron(self.outer(), self.inner())
 
     def add_rows_(self, block: Tensor, start: int, stop: int, factor: float) -> None:
-        w1, w2 = self.outer(), self.inner()
+        w1, w2 = self.w1, self.w2
+        assert w1 is not None and w2 is not None
         b, columns = w2.shape
         first, last = start // b, -(-stop // b)
         if start % b == 0 and stop % b == 0:

@@ -99,8 +99,12 @@ class LoRA(Delta):
         return up @ down
 
     def add_rows_(self, block: Tensor, start: int, stop: int, factor: float) -> None:
-        up, down = self.factors()
-        block.addmm_(up[start:stop], down, alpha=factor)
+        block.addmm_(self.up[start:stop], self.down, alpha=factor)
+
+    def prepared(self, dtype: torch.dtype, device: torch.device | None = None) -> LoRA:
+        """Cast, and two matrices."""
+        up, down = self.cast(dtype, device).factors()
+        return LoRA(up, down, scale=self.scale, up_bias=self.up_bias)
 
     def transposed(self) -> LoRA:
         up, down = self.factors()

@@ -91,7 +91,7 @@ def read_safetensors(path: str | os.PathLike[str]) -> SafetensorsFile:
     """
     where = os.fspath(path)
     try:
-        fd = os.open(where, os.O_RDONLY | os.O_CLOEXEC)
+        fd = os.open(where, os.O_RDONLY | os.O_CLOEXEC | os.O_NONBLOCK)  # no waiting for a pipe
         try:
             size = os.fstat(fd).st_size
             length = _header_length(os.pread(fd, 8, 0), size, where)

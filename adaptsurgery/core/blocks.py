@@ -23,10 +23,12 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
+from adaptsurgery.core.rounding import round_into
 from adaptsurgery.core.update import Delta, Renorm, Rotation, Update, compose, parts_of
 from adaptsurgery_formats.errors import InexactError, ShapeError, ValueRefused
 
-BLOCK = 32 * 1024  # numbers changed at a time: with its scratch, what stays in a core's cache
+HALF = 65504.0**2  # a float16 is at most this, squared
+BLOCK = int(__import__("os").environ.get("BLK","32")) * 1024  # numbers changed at a time: with its scratch, what stays in a core's cache
 
 
 @dataclass(frozen=True, eq=False)
@@ -63,11 +65,14 @@ class _Region(NamedTuple):
         return rows and max(self.left, other.left) < min(self.right, other.right)
 
 
-class _Step(NamedTuple):
-    """One update on one region: ``change(view, n)`` for the region's stored rows from n on."""
+class Step(NamedTuple):
+    """One update on one region: ``change(view, n)`` for the region's stored rows from n on.
+
+    ``whole``: all rows of the region at once; else any of them.
+    """
 
     region: _Region
-    whole: bool  # the region at once; else any of its rows
+    whole: bool
     change: Callable[[Tensor, int], None]
 
 
@@ -78,10 +83,10 @@ class BlockEdit:
     all rows (of an expert) where not. ``edit_of`` builds it.
     """
 
-    def __init__(self, rows: int, columns: int, unit: int, steps: Sequence[_Step]) -> None:
+    def __init__(self, rows: int, columns: int, unit: int, steps: Sequence[Step]) -> None:
         self.rows, self.columns, self.unit = rows, columns, unit
         self.steps = tuple(steps)
-        self.stride = max(1, BLOCK // max(columns, 1))
+        self.stride = stride_of(columns)
 
     @property
     def whole(self) -> bool:
@@ -95,29 +100,36 @@ class BlockEdit:
         The block has the dtype that the edit was built for. ``start`` and n are multiples of
         ``unit``. A large block is gone through in pieces that stay in cache.
         """
-        stop = start + block.shape[0]
-        steps = [s for s in self.steps if s.region.top < stop and start < s.region.bottom]
+        steps = self.between(start, start + block.shape[0])
         if any(step.whole for step in steps):
             for step in steps:
-                self._pass(block, start, [step])
+                pieces = (block,) if step.whole else block.split(self.stride)
+                run_steps([step], pieces, start)
         else:
-            self._pass(block, start, steps)
+            run_steps(steps, block.split(self.stride), start)
 
-    def _pass(self, block: Tensor, start: int, steps: Sequence[_Step]) -> None:
-        stride = block.shape[0] if steps and steps[0].whole else self.stride
-        for first in range(0, block.shape[0], stride):
-            piece = block[first : first + stride]
-            for step in steps:
-                _change(step, piece, start + first)
+    def between(self, start: int, stop: int) -> list[Step]:
+        """The steps that change any of the rows [start, stop)."""
+        return [s for s in self.steps if s.region.top < stop and start < s.region.bottom]
 
 
-def _change(step: _Step, block: Tensor, start: int) -> None:
-    """One step on the rows that its region shares with the block."""
-    top, bottom, left, right = step.region[:4]
-    low, high = max(start, top), min(start + block.shape[0], bottom)
-    if low < high:
-        view = block[low - start : high - start, left:right]
-        step.change(view, low - top)
+def run_steps(steps: Sequence[Step], pieces: Iterable[Tensor], start: int) -> None:
+    """Every step on each piece in turn; the first piece begins with the row ``start``."""
+    for piece in pieces:
+        stop = start + piece.shape[0]
+        for region, _, change in steps:
+            top, bottom, left, right = region[:4]
+            if top <= start and stop <= bottom and right - left == piece.shape[1]:
+                change(piece, start - top)
+            elif max(start, top) < min(stop, bottom):
+                low, high = max(start, top), min(stop, bottom)
+                change(piece[low - start : high - start, left:right], low - top)
+        start = stop
+
+
+def stride_of(columns: int) -> int:
+    """How many rows make up a block that stays in cache."""
+    return max(1, BLOCK // max(columns, 1))
 
 
 def edit_of(
@@ -248,7 +260,7 @@ class _Building:
     device: torch.device | None
     inverse: bool
 
-    def delta(self, place: Place, delta: Delta) -> _Step:
+    def delta(self, place: Place, delta: Delta) -> Step:
         region = _region(place, self.shape)
         factor = -delta.scale if self.inverse else delta.scale
         if place.bias:
@@ -264,9 +276,9 @@ class _Building:
         def add(view: Tensor, start: int) -> None:
             ready.add_rows_(view, first + start, first + start + view.shape[0], factor)
 
-        return _Step(region, False, add)
+        return Step(region, False, add)
 
-    def _strided(self, region: _Region, delta: Delta, first: int, factor: float) -> _Step:
+    def _strided(self, region: _Region, delta: Delta, first: int, factor: float) -> Step:
         """Canonical rows added to columns of the storage, for what cannot be transposed."""
         ready = delta.prepared(self.compute, self.device)
 
@@ -276,9 +288,9 @@ class _Building:
                 piece = rows[at : at + 32]
                 ready.add_rows_(piece, first + at, first + at + piece.shape[0], factor)
 
-        return _Step(region, True, add)
+        return Step(region, True, add)
 
-    def _vector(self, region: _Region, place: Place, delta: Delta, factor: float) -> _Step:
+    def _vector(self, region: _Region, place: Place, delta: Delta, factor: float) -> Step:
         vector = delta.bias_delta()
         assert vector is not None
         first, last = place.source or (0, vector.shape[0])
@@ -287,17 +299,17 @@ class _Building:
         def add(view: Tensor, start: int) -> None:
             view.add_(column[start : start + view.shape[0]], alpha=factor)
 
-        return _Step(region, False, add)
+        return Step(region, False, add)
 
-    def rotation(self, place: Place, rotation: Rotation) -> _Step:
+    def rotation(self, place: Place, rotation: Rotation) -> Step:
         region = _region(place, self.shape)
         sample = torch.empty(0, dtype=self.compute, device=self.device)
         turn_ = rotation.turning_(sample, back=self.inverse)
         if region.transposed:
-            return _Step(region, True, lambda view, start: turn_(view.t()))
-        return _Step(region, False, lambda view, start: turn_(view))
+            return Step(region, True, lambda view, start: turn_(view.t()))
+        return Step(region, False, lambda view, start: turn_(view))
 
-    def renorm(self, place: Place, renorm: Renorm) -> _Step:
+    def renorm(self, place: Place, renorm: Renorm) -> Step:
         region = _region(place, self.shape)
         first = place.source[0] if place.source else 0
 
@@ -306,4 +318,81 @@ class _Building:
             weight = rows.unflatten(1, region.shape[1:]) if len(region.shape) > 2 else rows
             renorm.renorm_(weight, first + start)
 
-        return _Step(region, region.transposed or renorm.axis == 1, renew)
+        return Step(region, region.transposed or renorm.axis == 1, renew)
+
+
+@dataclass
+class Norms:
+    """Squared norms, summed piece by piece: of W, of W', and of W' − W before it is rounded."""
+
+    before: float = 0.0
+    after: float = 0.0
+    change: float = 0.0
+
+    def __iadd__(self, other: Norms) -> Norms:
+        self.before += other.before
+        self.after += other.after
+        self.change += other.change
+        return self
+
+    def measure(self, before: Tensor, after: Tensor) -> None:
+        """Add a piece of W and the same piece of W', in the compute dtype."""
+        change = (after - before).flatten()
+        wide, new = before.to(after.dtype).flatten(), after.flatten()
+        self.before += float(wide.dot(wide))
+        self.after += float(new.dot(new))
+        self.change += float(change.dot(change))
+
+    def as_dict(self) -> dict[str, float]:
+        """The norms themselves."""
+        return {name: math.sqrt(square) for name, square in vars(self).items()}
+
+
+@torch.no_grad()
+def change_rows(
+    edit: BlockEdit | None,
+    source: Tensor,
+    target: Tensor,
+    start: int,
+    scratch: Tensor,
+    norms: Norms | None = None,
+) -> None:
+    """Rows [start, start + n) from ``source`` (n, columns) edited into ``target``, rounded once.
+
+    For edits that are not ``whole``; None only rounds. Both may be the same memory. ``scratch``
+    (at least ``edit.stride``, columns) has the compute dtype, and what it holds stays in cache.
+    Raises ValueRefused "non-finite".
+    """
+    stop = start + source.shape[0]
+    steps = [] if edit is None else edit.between(start, stop)
+    stride = scratch.shape[0]
+    for part, here in zip(source.split(stride), target.split(stride)):
+        block = scratch if part.shape[0] == stride else scratch[: part.shape[0]]
+        block.copy_(part)
+        run_steps(steps, (block,), start)
+        if norms is not None:
+            norms.measure(part, block)
+        settle(block, here, edit is not None, start)
+        start += stride
+
+
+def settle(block: Tensor, target: Tensor, edited: bool, start: int = 0) -> None:
+    """Round ``block`` into ``target``, and refuse what is not finite there: "non-finite".
+
+    A cast that was not edited may hand on what was not finite before.
+    """
+    round_into(target, block)
+    flat = block.view(-1)
+    most = HALF if target.dtype == torch.float16 else math.inf
+    if float(flat.dot(flat)) < most:
+        return  # no number is larger than the norm
+    bad = ~target.isfinite() if edited else ~target.isfinite() & block.isfinite()
+    if bool(bad.any()):
+        row, column = (int(n) for n in bad.nonzero()[0])
+        raise ValueRefused(
+            "the result is not finite",
+            seen=f"{float(block[row, column]):g} in row {start + row}, column {column}, "
+            f"for {str(target.dtype).removeprefix('torch.')}",
+            next="a wider --dtype, if it only overflows; else base or adapter are broken",
+            code="non-finite",
+        )

@@ -157,10 +157,11 @@ class Delta(Update):
 
     def rows(self, start: int, stop: int, dtype: torch.dtype | None = None) -> Tensor:
         """Δ[start:stop] as a matrix (stop − start, i·∏k), unscaled, building nothing else of Δ."""
-        ready = self.prepared(dtype or self.wide_dtype())
+        wide = dtype or self.wide_dtype()
+        ready = self.prepared(wide)
         with torch.no_grad():
-            sample = next(iter(ready.tensors().values()))
-            block = sample.new_zeros((stop - start, self.extent[1]))
+            device = next(iter(ready.tensors().values())).device
+            block = torch.zeros((stop - start, self.extent[1]), dtype=wide, device=device)
             ready.add_rows_(block, start, stop, 1.0)
         return block
 

@@ -44,7 +44,7 @@ def as_lora(
         progress(module.label)
         changed, error = _as_lora(module, loaded, rank)
         modules += changed
-        if error > EXACT:
+        if not error <= EXACT:
             errors[module.component, module.path] = error
     if errors and not allow_lossy:
         raise _lossy(errors, len(modules), loaded.state.where)

@@ -88,6 +88,9 @@ def write_adapter(
     """A loaded adapter in a layout, after a change of its algorithm if one is asked for."""
     target = _writable(to)
     assert target.spell is not None
+    _keep_apart(loaded.path, out, becomes_part=target.name == "peft")
+    if loaded.base is not None:
+        _keep_apart(loaded.base.where, out, becomes_part=False)
     _find_names(loaded, target)
     changed = change(loaded) if change else loaded.state
     state = renamed(changed, loaded.names, target)
@@ -116,20 +119,34 @@ def _check_paths(
 ) -> None:
     """Refuse an output that is the source, or that cannot be written, before any work is done."""
     folder = target.name == "peft"
+    if "\0" in str(out):
+        raise FileError("no file can have such a name", where=str(out), code="bad-name")
     if folder and out.suffix in (".safetensors", ".bin"):
         raise FileError(
             "PEFT's layout is a folder", where=str(out), next="-o FOLDER", code="not-a-directory"
         )
-    spec = os.fspath(source)
-    if os.path.lexists(spec) and os.path.exists(out) and os.path.samefile(spec, out):
+    _keep_apart(source, out, becomes_part=folder)
+    if not dry_run:
+        check_output(out, overwrite=overwrite, directory=folder, replaceable=_OURS)
+
+
+def _keep_apart(read: str | os.PathLike[str], out: Path, becomes_part: bool) -> None:
+    """Refuse an output that would replace what is read, or, where it can, become a part of it.
+
+    What is read is read lazily: it must stay as it is.
+    """
+    if not os.path.lexists(read):
+        return
+    source, target = Path(os.path.realpath(read)), Path(os.path.realpath(out))
+    within = source in target.parents and (becomes_part or os.path.lexists(out))
+    if target == source or target in source.parents or within:
         raise FileError(
-            "the output is the source",
+            "the output would replace the input or lie within it",
             where=str(out),
+            seen=f"read from {os.fspath(read)}",
             next="-o another path",
             code="output-is-source",
         )
-    if not dry_run:
-        check_output(out, overwrite=overwrite, directory=folder, replaceable=_OURS)
 
 
 def _find_names(loaded: Loaded, target: Format) -> None:
@@ -163,7 +180,7 @@ def _checked(
         state = _unflattened(state, changed)
     before = replace(loaded, state=changed)
     rows = list(compare(before, replace(loaded, state=state)))
-    wrong = [r for r in rows if r.error > EXACT]
+    wrong = [r for r in rows if not r.error <= EXACT]  # NaN is wrong too
     if wrong:
         raise VerificationError(
             f"`{wrong[0].module}` would not keep its ΔW: nothing was written",

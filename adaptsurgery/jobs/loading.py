@@ -3,15 +3,13 @@
 from __future__ import annotations
 
 import json
+import math
 import os
 from collections.abc import Iterable
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
-from adaptsurgery.checkpoint.base import Base
-from adaptsurgery.checkpoint.hub import base_headers
-from adaptsurgery.checkpoint.hub import resolve as resolve_path
 from adaptsurgery.checkpoint.safetensors import read_safetensors
 from adaptsurgery_formats import FORMATS, AdapterFile, AdapterState, Format, ModuleState
 from adaptsurgery_formats.detect import detect
@@ -20,12 +18,16 @@ from adaptsurgery_formats.errors import (
     LayoutError,
     NameLookupError,
     ShapeError,
+    SurgeryError,
     ValueRefused,
     nearest,
 )
 from adaptsurgery_formats.names import TABLES, Names, names_of_base, table
 from adaptsurgery_formats.resolve import require_resolved, resolve, resolve_by_tables
 from adaptsurgery_formats.tensors import FLOAT_DTYPES, Tensor
+
+if TYPE_CHECKING:
+    from adaptsurgery.checkpoint.base import Base
 
 CONFIG = "adapter_config.json"
 WEIGHTS = "adapter_model.safetensors"
@@ -35,12 +37,13 @@ _MAX_CONFIG = 64 << 20
 
 @dataclass
 class Loaded:
-    """An adapter as it was read: its state, the names it was looked up in, its base if any."""
+    """An adapter as it was read: state and files, the names it was looked up in, its base if any."""
 
     state: AdapterState
     path: Path
     names: Names | None = None
     base: Base | None = None
+    files: list[AdapterFile] = field(default_factory=list)
 
 
 def load_state(
@@ -56,11 +59,11 @@ def load_state(
     detection. With ``look_up`` False flat names may stay flat, where no table knows them.
     Raises SurgeryError for whatever is wrong with the input.
     """
-    where = resolve_path(os.fspath(path), kind="adapter")
+    where = _local_path(os.fspath(path))
     files = read_files(where)
     state = _parse(files, layout)
     _check_values(state)
-    loaded = Loaded(state, where)
+    loaded = Loaded(state, where, files=files)
     if base is not None:
         loaded.names, loaded.base = names_of(base)
         loaded.state = resolve(state, loaded.names)
@@ -72,6 +75,16 @@ def load_state(
     elif state.layout == "diffusers":
         _look_up_in_tables(loaded, must=False)
     return loaded
+
+
+def _local_path(spec: str) -> Path:
+    """A path that is there, or what the Hub has under the name; the Hub's room only then."""
+    local = Path(spec).expanduser()
+    if spec and os.path.lexists(local):
+        return local
+    from adaptsurgery.checkpoint.hub import resolve
+
+    return resolve(spec, kind="adapter")
 
 
 def _look_up_in_tables(loaded: Loaded, must: bool) -> None:
@@ -96,6 +109,8 @@ def names_of(base: str | os.PathLike[str]) -> tuple[Names, Base | None]:
         return table(spec), None
     if "/" not in spec and not os.path.lexists(spec) and (hint := nearest(spec, TABLES)):
         raise FileError("there is no such base", where=spec, next=hint, code="no-such-file")
+    from adaptsurgery.checkpoint.hub import base_headers
+
     found = base_headers(spec)
     return names_of_base(found.components, found.where), found
 
@@ -129,6 +144,8 @@ def _read_folder(folder: Path) -> list[AdapterFile]:
 
 
 def _read_peft(folder: Path, component: str) -> AdapterFile:
+    if not component.isprintable():  # it goes into names and metadata
+        raise FileError("the folder's name is no plain text", where=str(folder), code="bad-name")
     config = read_config(folder / CONFIG)
     found = [p for p in (folder / WEIGHTS, folder / "adapter_model.bin") if p.is_file()]
     if not found:
@@ -139,6 +156,8 @@ def _read_peft(folder: Path, component: str) -> AdapterFile:
 
 
 def _read_file(path: Path, config: dict[str, Any] | None) -> AdapterFile:
+    if path.exists() and not path.is_file():  # a pipe would be waited for without end
+        raise FileError("this is no regular file", where=str(path), code="not-a-file")
     if path.suffix in _PICKLES:
         from adaptsurgery.checkpoint.pickles import read_pickle
 
@@ -152,7 +171,8 @@ def read_config(path: Path) -> dict[str, Any]:
     try:
         if path.stat().st_size > _MAX_CONFIG:
             raise FileError("it is too large for a config", where=str(path), code="bad-config")
-        found = json.loads(path.read_text("utf-8"), parse_constant=_no_constant)
+        text = path.read_text("utf-8")
+        found = json.loads(text, parse_constant=_no_constant, parse_float=_finite)
     except OSError as error:
         raise FileError(f"it cannot be read: {error.strerror}", where=str(path)) from None
     except (ValueError, RecursionError) as error:
@@ -160,6 +180,12 @@ def read_config(path: Path) -> dict[str, Any]:
     if not isinstance(found, dict):
         raise FileError("it is not a JSON object", where=str(path), code="bad-config")
     return found
+
+
+def _finite(text: str) -> float:
+    if not math.isfinite(number := float(text)):
+        raise ValueError(f"{text[:40]} is too large a number")
+    return number
 
 
 def _no_constant(name: str) -> float:
@@ -175,9 +201,28 @@ def _parse(files: list[AdapterFile], layout: str | None) -> AdapterState:
             code="mixed-layouts",
         )
     chosen = format_named(formats.pop())
+    for file in files if layout is not None else ():
+        _refuse_other_layouts(file, chosen)
     if len(files) > 1 and chosen.name != "peft":
         raise LayoutError(f"{chosen.title} is one file, not {len(files)}", where=files[0].where)
-    return chosen.parse(files)
+    state = chosen.parse(files)
+    if not state.modules:
+        raise LayoutError("there are no tensors in it", where=state.where, code="empty-adapter")
+    return state
+
+
+def _refuse_other_layouts(file: AdapterFile, chosen: Format) -> None:
+    """A chosen layout reads keys that none claims, but not another's: it would misread their scale."""
+    for key in file.tensors:
+        owner = next((f for f in FORMATS.values() if f.claims(key)), None)
+        if owner is not None and not chosen.claims(key):
+            raise LayoutError(
+                f"`{key}` belongs to another layout than {chosen.name}",
+                where=file.where,
+                seen=owner.title,
+                next=f"--from {owner.name}, or leave it out",
+                code="layout-disagrees",
+            )
 
 
 def format_named(name: str) -> Format:
@@ -195,22 +240,23 @@ def _check_values(state: AdapterState) -> None:
     """Refuse what no adapter tensor may be: other dtypes than floats, and empty tensors."""
     for module in state.modules:
         for slot, tensor in module.tensors.items():
-            _check_tensor(tensor, _key_of(module, slot), state.where)
+            if tensor.dtype not in FLOAT_DTYPES or 0 in tensor.shape:
+                raise _refused(tensor, _key_of(module, slot), state.where)
     for tensors in state.saved.values():
         for key, tensor in tensors.items():
-            _check_tensor(tensor, key, state.where)
+            if tensor.dtype not in FLOAT_DTYPES or 0 in tensor.shape:
+                raise _refused(tensor, key, state.where)
 
 
-def _check_tensor(tensor: Tensor, key: str, where: str) -> None:
-    if tensor.dtype not in FLOAT_DTYPES:
-        raise ValueRefused(
-            f"`{key}` is {tensor.dtype}",
-            where=where,
-            next=f"adapters are {', '.join(FLOAT_DTYPES)}; dequantise it first",
-            code="bad-dtype",
-        )
-    if tensor.numel == 0:
-        raise ShapeError(f"`{key}` has no elements", where=where, seen=str(list(tensor.shape)))
+def _refused(tensor: Tensor, key: str, where: str) -> SurgeryError:
+    if tensor.dtype in FLOAT_DTYPES:
+        return ShapeError(f"`{key}` has no elements", where=where, seen=str(list(tensor.shape)))
+    return ValueRefused(
+        f"`{key}` is {tensor.dtype}",
+        where=where,
+        next=f"adapters are {', '.join(FLOAT_DTYPES)}; dequantise it first",
+        code="bad-dtype",
+    )
 
 
 def _key_of(module: ModuleState, slot: str) -> str:

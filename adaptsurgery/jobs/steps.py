@@ -12,6 +12,7 @@ from typing import TYPE_CHECKING
 
 from adaptsurgery.checkpoint.bridge import dtype_name, from_torch, to_torch
 from adaptsurgery_formats import AdapterState, ModuleState, Step, Tensor
+from adaptsurgery_formats.errors import ValueRefused
 from adaptsurgery_formats.files import FLATTEN_TUCKER, FOLD_MID, FOLD_SCALE, JOIN_W1, JOIN_W2
 from adaptsurgery_formats.state import ALPHA_OVER_R
 
@@ -43,8 +44,14 @@ def stored(tensor: torch.Tensor, like: Sequence[Tensor]) -> Tensor:
         own = tensor.to(_DTYPES()[names.pop()])
         if torch.equal(own.double(), tensor):
             return from_torch(own)
-    wide = torch.float64 if "F64" in {t.dtype for t in like} else torch.float32
-    return from_torch(tensor.to(wide).contiguous())
+    wide = tensor.to(torch.float64 if "F64" in {t.dtype for t in like} else torch.float32)
+    if tensor.numel() and not (wide - tensor).abs().max() <= 1e-6 * tensor.abs().max():
+        raise ValueRefused(
+            "the rewritten factor has numbers too large or too small for float32",
+            seen=f"the largest is {float(tensor.abs().max()):.3g}",
+            code="out-of-range",
+        )
+    return from_torch(wide.contiguous())
 
 
 def _DTYPES() -> dict[str, torch.dtype]:

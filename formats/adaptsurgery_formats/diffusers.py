@@ -22,6 +22,7 @@ from adaptsurgery_formats import dotted, lycoris_keys
 from adaptsurgery_formats.errors import LayoutError
 from adaptsurgery_formats.files import AdapterFile, Format
 from adaptsurgery_formats.patterns import Matcher
+from adaptsurgery_formats.peft_config import check_config
 from adaptsurgery_formats.state import (
     ALPHA_OVER_R,
     ALPHA_OVER_SQRT_R,
@@ -69,7 +70,9 @@ def _configs(file: AdapterFile) -> dict[str, dict[str, Any]]:
         configs: dict[str, dict[str, Any]] = {}
         for (component, name), value in split:
             configs.setdefault(component, {})[name] = value
-    except (ValueError, AttributeError) as error:
+        for config in configs.values():
+            check_config({"peft_type": "LORA", **config}, file.where)
+    except (ValueError, AttributeError, RecursionError) as error:
         raise LayoutError(
             f"metadata {METADATA_KEY} is not a LoraConfig per component: {error}", where=file.where
         ) from None

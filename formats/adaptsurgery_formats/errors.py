@@ -7,7 +7,6 @@ reading prose; the fields are kept beside the text for ``--json``.
 from __future__ import annotations
 
 from collections.abc import Iterable
-from difflib import get_close_matches
 
 
 class SurgeryError(Exception):
@@ -23,10 +22,11 @@ class SurgeryError(Exception):
         super().__init__(str(self))
 
     def __str__(self) -> str:
-        head = f"{self.where}: {self.what}" if self.where else self.what
+        what, where, seen, next = map(printable, (self.what, self.where, self.seen, self.next))
+        head = f"{where}: {what}" if where else what
         lines = [f"{head} [{self.code}]"]
-        lines += [f"  seen: {self.seen}"] if self.seen else []
-        lines += [f"  next: {self.next}"] if self.next else []
+        lines += [f"  seen: {seen}"] if seen else []
+        lines += [f"  next: {next}"] if next else []
         return "\n".join(lines)
 
     def as_dict(self) -> dict[str, str]:
@@ -82,8 +82,21 @@ class InexactError(SurgeryError):
     default_code = "inexact"
 
 
+def printable(text: str, longest: int = 400) -> str:
+    """Text from a stranger's file as a terminal may show it: no control characters, no end of it."""
+    if len(text) > longest:
+        text = f"{text[: longest // 2]} … {text[-longest // 2 :]}"
+    if text.isprintable():
+        return text
+    return "".join(c if c.isprintable() else ascii(c)[1:-1] for c in text)
+
+
 def nearest(name: str, known: Iterable[str], count: int = 3) -> str:
     """A hint for an error's ``next``: the known names closest to ``name``, or an empty string."""
+    from difflib import get_close_matches
+
+    if len(name) > 300:
+        return ""
     # difflib is quadratic in the length of the names; cut the field by length first.
     close = [k for k in known if abs(len(k) - len(name)) <= max(8, len(name) // 3)]
     found = get_close_matches(name, close[:4000], n=count, cutoff=0.6)

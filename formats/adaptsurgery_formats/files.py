@@ -9,6 +9,7 @@ from typing import Any
 
 from adaptsurgery_formats.errors import LayoutError
 from adaptsurgery_formats.names import Names
+from adaptsurgery_formats.peft_config import check_config
 from adaptsurgery_formats.state import AdapterState, ModuleState
 from adaptsurgery_formats.tensors import Tensor
 
@@ -16,6 +17,7 @@ from adaptsurgery_formats.tensors import Tensor
 META_COMPONENT = "adaptsurgery.component"
 META_MODEL = "adaptsurgery.model"
 META_CONFIG = "adaptsurgery.adapter_config"
+META_ALPHA = "adaptsurgery.alpha"  # "BF16 0": the alphas' dtype and number of dimensions
 
 
 @dataclass
@@ -37,11 +39,17 @@ def carried_config(metadata: dict[str, str], where: str) -> dict[str, Any]:
     text = metadata.pop(META_CONFIG, "{}")
     try:
         config = json.loads(text)
-    except json.JSONDecodeError as error:
-        raise LayoutError(f"metadata {META_CONFIG} is not JSON: {error}", where=where) from None
-    if not isinstance(config, dict) or not all(isinstance(c, dict) for c in config.values()):
-        raise LayoutError(f"metadata {META_CONFIG} is not a config per component", where=where)
-    return config
+        for each in config.values():
+            check_config(each, where)
+    except (ValueError, RecursionError, AttributeError, LayoutError) as error:
+        raise LayoutError(
+            f"metadata {META_CONFIG} is damaged",
+            where=where,
+            seen=getattr(error, "what", str(error)),
+            next="remove it: only the way back to PEFT loses its original fields",
+            code="bad-config",
+        ) from None
+    return dict(config)
 
 
 # Exact rewritings that a layout may ask for before it can spell a module. They need arithmetic,

@@ -21,8 +21,8 @@ from collections.abc import Sequence
 from dataclasses import replace
 
 from adaptsurgery_formats import lycoris_keys
-from adaptsurgery_formats.errors import LayoutError
-from adaptsurgery_formats.files import META_CONFIG, AdapterFile, Format, Step, carried_config
+from adaptsurgery_formats.errors import KeyRefused, LayoutError
+from adaptsurgery_formats.files import META_ALPHA, META_CONFIG, AdapterFile, Format, Step, carried_config
 from adaptsurgery_formats.metadata import describe_network
 from adaptsurgery_formats.names import Names, flatten
 from adaptsurgery_formats.state import AdapterState, ModuleState
@@ -49,6 +49,8 @@ def parse(files: Sequence[AdapterFile]) -> AdapterState:
     (file,) = files
     modules = []
     for module in lycoris_keys.parse_names(file.tensors, file.where):
+        if not claims(module.path):  # where the caller chose the layout
+            raise KeyRefused(f"`{module.keys[0]}` has none of kohya's prefixes", where=file.where)
         prefix, flat = split_prefix(module.path)
         options = {**module.options, "prefix": prefix}
         modules.append(replace(module, path=flat, options=options))
@@ -79,9 +81,10 @@ def _refuse_saved(state: AdapterState) -> None:
 def spell(state: AdapterState, names: Names | None) -> list[AdapterFile]:
     """One file; every module under its component's prefix."""
     tensors: dict[str, Tensor] = {}
-    keep = state.layout == "kohya"
+    keep, metadata = state.layout == "kohya", dict(state.metadata)
+    alphas = metadata.pop(META_ALPHA, "")
     for module in state.modules:
-        spelled = lycoris_keys.spell_module(module, flat_name(module, names), keep)
+        spelled = lycoris_keys.spell_module(module, flat_name(module, names), keep, alphas)
         for key, tensor in spelled.items():
             if key in tensors:
                 raise LayoutError(
@@ -92,7 +95,7 @@ def spell(state: AdapterState, names: Names | None) -> list[AdapterFile]:
                     code="colliding-names",
                 )
             tensors[key] = tensor
-    metadata = describe_network(state, state.metadata)
+    metadata = describe_network(state, metadata)
     if state.config:
         metadata[META_CONFIG] = json.dumps(state.config, sort_keys=True)
     return [AdapterFile(tensors, metadata)]
@@ -102,10 +105,10 @@ def flat_name(module: ModuleState, names: Names | None) -> str:
     """The prefix and flattened path that kohya writes for a module."""
     component = names.components.get(module.component) if names else None
     prefix = component.kohya_prefixes[0] if component else DEFAULT_PREFIX
-    if "prefix" in module.options and (
-        component is None or module.options["prefix"] in component.kohya_prefixes
-    ):
-        prefix = module.options["prefix"]
+    own = module.options.get("prefix", prefix)
+    if component is None or not component.name or own in component.kohya_prefixes:
+        # OneTrainer's lora_transformer goes with diffusers' names alone
+        prefix = prefix if own == "lora_transformer" and module.naming == "native" else own
     return f"{prefix}_{flatten(module.path)}"
 
 

@@ -8,7 +8,7 @@ whose shapes no setting gives cannot be loaded by them. Sources: ``peft.tuners.l
 from __future__ import annotations
 
 import sys
-from collections.abc import Iterable
+from collections.abc import Iterable, Mapping
 from functools import lru_cache
 
 
@@ -69,24 +69,42 @@ def _last_factor(dimension: int, first: int) -> int:
     return next(m for m in range(first + 1, dimension + 1) if dimension % m == 0) - 1
 
 
-def lycoris_loader_factor(out: tuple[int, int], into: tuple[int, int]) -> bool:
-    """Whether LyCORIS's own loader, which guesses its factor from shapes, makes these cuts.
+Shapes = Mapping[str, tuple[int, ...]]
 
-    (a, b) cuts the outputs and (c, d) the inputs. A file that fails here is right by the
-    definition all the same; its reader is at fault.
+
+def lycoris_loads(shapes: Shapes, out: int, into: int) -> bool:
+    """Whether LyCORIS's own loader makes the factors of a LoKr file as the file has them.
+
+    ``shapes`` by slot, ``out`` and ``into`` = in/groups of the layer. It guesses factor and rank
+    from shapes; a file that fails here is right by the definition all the same.
     """
-    (a, b), (c, d) = out, into
+    rank, factor = _guessed_rank(shapes), _guessed_factor(shapes)
+    (a, b), (c, d) = lycoris_factorization(out, factor), lycoris_factorization(into, factor)
+    both = "w1" not in shapes and "w2" not in shapes
+    w1_full = not both or rank is None or 2 * rank >= max(a, c)
+    w2_full = rank is None or 2 * rank >= max(b, d)
+    made = {"w1"} if w1_full else {"w1_a", "w1_b"}
+    made |= {"w2"} if w2_full else {"w2_a", "w2_b", *(("t2",) if "t2" in shapes else ())}
+    cut = shapes["w1"] if "w1" in shapes else (shapes["w1_a"][0], shapes["w1_b"][1])
+    return made == set(shapes) and cut == (a, c)
+
+
+def _guessed_rank(shapes: Shapes) -> int | None:
+    """The loader's rank; that of a tucker w2_a (r, b) is read from the wrong side. None: full."""
+    found = shapes.get("w1_a") or shapes.get("w2_a")
+    return found[1] if found else None
+
+
+def _guessed_factor(shapes: Shapes) -> int:
+    """The loader's factor; it takes d·∏k for d, and r for b where there is a tucker core."""
+    a, c = shapes["w1"] if "w1" in shapes else (shapes["w1_a"][0], shapes["w1_b"][1])
+    b, d = shapes["w2"][:2] if "w2" in shapes else (shapes["w2_a"][0], shapes["w2_b"][1])
     if (a, c) == (lycoris_factorization(a * b, -1)[0], lycoris_factorization(c * d, -1)[0]):
-        factor = -1
-    else:
-        first, second = max(a, c), max(b, d)
-        if a * b % first == c * d % first == 0 and first in (a, b) and first in (c, d):
-            factor = first
-        elif a * b % second == c * d % second == 0 and second in (a, b) and second in (c, d):
-            factor = second
-        else:
-            factor = min(first, second)
-    return (lycoris_factorization(a * b, factor), lycoris_factorization(c * d, factor)) == (
-        (a, b),
-        (c, d),
-    )
+        return -1
+    first = max(a, c)
+    second = max(shapes["w2"]) if "w2" in shapes else max(b, d)
+    for factor in (first, second):
+        divides = a * b % factor == c * d % factor == 0
+        if divides and factor in (a, b) and factor in (c, d):
+            return factor
+    return min(first, second)

@@ -19,6 +19,7 @@ from dataclasses import replace
 from adaptsurgery_formats import kohya, lycoris_keys
 from adaptsurgery_formats.errors import LayoutError
 from adaptsurgery_formats.files import (
+    META_ALPHA,
     META_COMPONENT,
     META_CONFIG,
     META_MODEL,
@@ -27,10 +28,10 @@ from adaptsurgery_formats.files import (
     Step,
     carried_config,
 )
-from adaptsurgery_formats.kronecker import lycoris_loader_factor
+from adaptsurgery_formats.kronecker import lycoris_loads
 from adaptsurgery_formats.metadata import HASH_KEYS, describe_network
 from adaptsurgery_formats.names import Names, flatten
-from adaptsurgery_formats.state import AdapterState, lokr_shapes
+from adaptsurgery_formats.state import AdapterState, ModuleState, lokr_shapes
 from adaptsurgery_formats.tensors import Tensor
 
 PREFIX = "lycoris_"
@@ -73,9 +74,11 @@ def plan(state: AdapterState, names: Names | None) -> list[Step]:
 def spell(state: AdapterState, names: Names | None) -> list[AdapterFile]:
     """One file with the prefix lycoris_."""
     tensors: dict[str, Tensor] = {}
+    keep, metadata = state.layout == "lycoris", dict(state.metadata)
+    alphas = metadata.pop(META_ALPHA, "")
     for module in state.modules:
         name = PREFIX + flatten(module.path)
-        spelled = lycoris_keys.spell_module(module, name, keep=state.layout == "lycoris")
+        spelled = lycoris_keys.spell_module(module, name, keep, alphas)
         if spelled.keys() & tensors.keys():
             raise LayoutError(
                 f"two modules flatten to `{name}`",
@@ -84,8 +87,7 @@ def spell(state: AdapterState, names: Names | None) -> list[AdapterFile]:
                 code="colliding-names",
             )
         tensors |= spelled
-    _note_loader(state)
-    metadata = dict(state.metadata)
+    _note_loader(state, names)
     if any(k.startswith("ss_") or k in HASH_KEYS for k in metadata):
         metadata = describe_network(state, metadata)
     component = state.components[0] if state.components else ""
@@ -95,20 +97,31 @@ def spell(state: AdapterState, names: Names | None) -> list[AdapterFile]:
     return [AdapterFile(tensors, metadata | {k: v for k, v in extra.items() if v})]
 
 
-def _note_loader(state: AdapterState) -> None:
+def _note_loader(state: AdapterState, names: Names | None) -> None:
     """Name the right files that LyCORIS's own loader cannot rebuild."""
     for module in state.modules:
         if module.algorithm != "lokr":
             continue
-        out, into, _ = lokr_shapes(module)
-        mixed = ("w1_a" in module.tensors) != ("w2_a" in module.tensors)
-        if (mixed and "w1_a" in module.tensors) or not lycoris_loader_factor(out, into):
+        shapes = {s: t.shape for s, t in module.tensors.items() if s != "magnitude"}
+        out, into = _layer(module, names)
+        if not lycoris_loads(shapes, out, into):
+            (a, b), (c, d), _ = lokr_shapes(module)
             state.note(
                 "lycoris-loader",
                 module.label,
-                f"right by its definition, but LyCORIS's own loader guesses another cut for "
-                f"outputs {out[0]}·{out[1]}, inputs {into[0]}·{into[1]}",
+                f"right by its definition, but LyCORIS's own loader guesses other factors for "
+                f"outputs {a}·{b}, inputs {c}·{d}",
             )
+
+
+def _layer(module: ModuleState, names: Names | None) -> tuple[int, int]:
+    """(o, i) of the weight; where the base is not known a flat w2 counts the kernel into i."""
+    component = names.components.get(module.component) if names else None
+    shape = component.shape(module.path, module.naming) if component else None
+    out, into, _ = lokr_shapes(module)
+    if shape is None or len(shape) < 2:
+        return out[0] * out[1], into[0] * into[1]
+    return shape[0], shape[1]
 
 
 FORMAT = Format(

@@ -15,14 +15,14 @@ run; kohya reads LoRA the same.
 from __future__ import annotations
 
 import math
-import struct
-from collections.abc import Iterable, Mapping
+from collections.abc import Container, Mapping, Sequence
 from dataclasses import replace
 
 from adaptsurgery_formats.errors import InexactError, KeyRefused, ShapeError, ValueRefused
 from adaptsurgery_formats.files import FLATTEN_TUCKER, FOLD_SCALE, Step
 from adaptsurgery_formats.state import (
     ALPHA_OVER_R,
+    ALPHA_OVER_SQRT_R,
     BOTH_FULL,
     NO_ALPHA,
     UNSCALED,
@@ -33,7 +33,7 @@ from adaptsurgery_formats.state import (
     check_shapes,
     module_rank,
 )
-from adaptsurgery_formats.tensors import Tensor, scalar
+from adaptsurgery_formats.tensors import FLOAT_DTYPES, Tensor, scalar
 
 # suffix → (algorithm, slot). alpha and dora_scale belong to whichever low-rank algorithm is there.
 SUFFIXES: dict[str, tuple[str, str]] = {
@@ -75,10 +75,12 @@ REFUSED: dict[str, str] = {
 }
 
 
-def split_key(key: str, suffixes: Iterable[str]) -> tuple[str, str] | None:
+def split_key(key: str, suffixes: Container[str]) -> tuple[str, str] | None:
     """(module, suffix) of a key that ends in one of the suffixes or a refused one, else None."""
-    for suffix in (*suffixes, *REFUSED):
-        if key.endswith("." + suffix):
+    parts = key.split(".")
+    for count in range(min(3, len(parts) - 1), 0, -1):  # the longest suffix has three parts
+        suffix = ".".join(parts[-count:])
+        if suffix in suffixes or suffix in REFUSED:
             return key[: -len(suffix) - 1], suffix
     return None
 
@@ -198,6 +200,7 @@ def add_notes(state: AdapterState) -> None:
             state.note("scale-rule", f"{told[0].label}{more}", f"scale {rule}")
 
 
+_FLOAT32_MIN, _FLOAT32_MAX = 2.0**-126, 2.0**127  # with all of its digits
 HELD = "LyCORIS and kohya have no such adapter"
 REFUSES = {
     "hra": "LyCORIS and kohya have no Householder adapter; `--as lora --base BASE` is exact",
@@ -228,24 +231,29 @@ def _refusal(module: ModuleState) -> tuple[str, str, str] | None:
     if module.options.get("not_kronecker"):
         why = "PEFT scrambles a Conv1d LoKr with a full w2: it is no Kronecker product"
         return "peft-conv1d-lokr", why, "merge it with PEFT, then extract"
-    if module.rule == ALPHA_OVER_R and module.alpha == 0:
+    if module.rule in (ALPHA_OVER_R, ALPHA_OVER_SQRT_R) and module.alpha == 0:
         why = "alpha is 0, which this layout reads as alpha = r"
         return "zero-alpha", why, "leave the module out: it adds nothing"
     return None
 
 
-def spell_module(module: ModuleState, name: str, keep: bool) -> dict[str, Tensor]:
-    """A module's keys under a name of this family. ``keep`` leaves an absent alpha absent."""
+def spell_module(
+    module: ModuleState, name: str, keep: bool, alpha_kind: str = ""
+) -> dict[str, Tensor]:
+    """A module's keys under a name of this family. ``keep`` leaves an absent alpha absent.
+
+    ``alpha_kind`` (see ``alpha_kind``) shapes an alpha that is written anew.
+    """
     spelled = {}
     for slot, tensor in module.tensors.items():
         owner = "" if slot == "magnitude" else module.algorithm
         spelled[f"{name}.{_SPELLED[owner, slot]}"] = tensor
-    if (alpha := _spelled_alpha(module, keep)) is not None:
+    if (alpha := _spelled_alpha(module, keep, alpha_kind)) is not None:
         spelled[f"{name}.alpha"] = alpha
     return spelled
 
 
-def _spelled_alpha(module: ModuleState, keep: bool) -> Tensor | None:
+def _spelled_alpha(module: ModuleState, keep: bool, kind: str) -> Tensor | None:
     """The alpha tensor that makes this family's readers see the module's scale.
 
     Some readers take an absent or zero alpha for scale 0 or fail on it, so on the way into another
@@ -261,7 +269,23 @@ def _spelled_alpha(module: ModuleState, keep: bool) -> Tensor | None:
     alpha = module.scale * module.rank
     if original is not None and original.item() == alpha:
         return original
-    value = struct.unpack("<f", struct.pack("<f", alpha))[0]
-    if not math.isfinite(value):
+    if not _FLOAT32_MIN <= abs(alpha) <= _FLOAT32_MAX:
         raise ValueRefused(f"`{module.label}`: alpha {alpha} does not fit in float32")
+    return _alpha_of_kind(alpha, kind)
+
+
+def alpha_kind(modules: Sequence[ModuleState]) -> str:
+    """Dtype and number of dimensions of a file's alphas, where they are alike and not F32 and ()."""
+    alphas = [m.options["alpha_tensor"] for m in modules if "alpha_tensor" in m.options]
+    kinds = {f"{t.dtype} {len(t.shape)}" for t in alphas}
+    return kinds.pop() if len(kinds) == 1 and kinds != {"F32 0"} else ""
+
+
+def _alpha_of_kind(alpha: float, kind: str) -> Tensor:
+    """An alpha as the file's first layout had it, if that holds the number; else F32 and ()."""
+    dtype, _, dims = kind.partition(" ")
+    if dtype in FLOAT_DTYPES or (dtype in ("I64", "I32") and alpha == int(alpha)):
+        tensor = scalar(alpha, dtype)
+        if tensor.item() == alpha:
+            return tensor.reshape(1) if dims == "1" else tensor
     return scalar(alpha)

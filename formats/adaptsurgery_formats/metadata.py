@@ -8,7 +8,6 @@ writes: A1111 shows the first digits of ``sshs_model_hash``. Everything else a u
 
 from __future__ import annotations
 
-import hashlib
 import json
 from collections.abc import Callable, Iterable, Mapping, Sequence
 
@@ -64,7 +63,7 @@ def _common(values: Iterable[float | None]) -> str:
 def _arguments(text: str) -> dict[str, object]:
     try:
         args = json.loads(text) if text else {}
-    except json.JSONDecodeError:
+    except (ValueError, RecursionError):
         return {}
     return args if isinstance(args, dict) else {}
 
@@ -80,6 +79,8 @@ def sshs_hashes(
     sha256 of everything after its header, ``sshs_legacy_hash`` the first eight hex digits of the
     sha256 of its bytes 0x100000 to 0x110000. ``header(metadata)`` gives that copy's header bytes.
     """
+    import hashlib
+
     kept = {k: v for k, v in metadata.items() if k.startswith("ss_")}
     prefix = header(kept)
     model, legacy = hashlib.sha256(), hashlib.sha256()

@@ -2,19 +2,23 @@
 target_modules takes in, and a guard against regexes that would run for minutes.
 
 ``re`` backtracks, and a pattern from a stranger's adapter_config.json may be made to hang it.
-Plain names, escaped names and patterns with at most two repetitions are matched here; anything
-that could explode runs in a child process that is stopped after a few seconds.
+Plain names, escaped names and patterns that can only do so much work are matched here; anything
+that could explode runs in a child process, and all of a config's together get a few seconds.
 """
 
 from __future__ import annotations
 
+import math
 import re
+import time
 from collections.abc import Iterable, Mapping, Sequence
 from typing import Any
 
 from adaptsurgery_formats.errors import LayoutError
 
 TIMEOUT_SECONDS = 5.0
+_MOST_STEPS = 1e8  # about two seconds of matching
+_LONGEST = 1 << 20
 _REPEAT = re.compile(r"\\.|\[(?:\\.|[^\]\\])*\]|(\)?)([*+]|\{\d*,?\d*\})")
 
 
@@ -26,12 +30,22 @@ def exact_pattern(path: str) -> str:
 _LITERAL = re.compile(r"\^?(?:[\w-]|\\[^\w]|\.)+\Z")
 
 
-def _may_explode(pattern: str) -> bool:
-    """Whether backtracking could be worse than cubic: a repeated group, or many repetitions."""
+# Flags (verbose mode hides what is repeated), look-arounds, comments, back-references.
+_UNUSUAL = re.compile(r"\(\?(?!:)|\\\d")
+
+
+def _steps(pattern: str, names: Sequence[str]) -> float:
+    """An upper bound of the steps that backtracking takes over all names; inf where there is none.
+
+    Each repetition tries every length; each ``?``, and each ``|`` within a group, doubles the paths.
+    """
     repeats = [m for m in _REPEAT.finditer(pattern) if m.group(2)]
-    if any(m.group(1) for m in repeats):
-        return True
-    return len(repeats) > 2 or len(re.findall(r"(?<!\\)\\\d", pattern)) > 0
+    if any(m.group(1) for m in repeats) or _UNUSUAL.search(pattern):
+        return math.inf
+    choices = pattern.count("?") - pattern.count("(?:") + pattern.count("|") * ("(" in pattern)
+    if len(repeats) > 3 or choices > 12:
+        return math.inf
+    return sum(float(len(n) + 1) ** len(repeats) for n in names) * len(pattern) * 2.0**choices
 
 
 class _Tails:
@@ -61,6 +75,7 @@ class Matcher:
         self.names = sorted(set(names))
         self.where = where
         self._full: dict[str, frozenset[str]] = {}
+        self._steps, self._seconds = _MOST_STEPS, TIMEOUT_SECONDS  # left for all patterns together
         self._tails: _Tails | None = None
 
     def first_keys(self, patterns: Mapping[str, Any]) -> dict[str, str]:
@@ -101,7 +116,10 @@ class Matcher:
         return self._tails
 
     def _run(self, regex: str, shown: str, how: str) -> list[str]:
+        started = time.monotonic()
         try:
+            if len(shown) > _LONGEST:
+                raise OverflowError(f"it has {len(shown)} characters")
             compiled = re.compile(regex)
         except (re.error, RecursionError, OverflowError) as error:
             raise LayoutError(
@@ -110,8 +128,11 @@ class Matcher:
                 next="escape it, or name the module in full",
                 code="bad-pattern",
             ) from None
-        if _may_explode(shown):
+        self._seconds -= time.monotonic() - started
+        steps = _steps(shown, self.names)
+        if steps > self._steps:
             return self._run_apart(regex, shown, how)
+        self._steps -= steps
         match = compiled.match if how == "match" else compiled.fullmatch
         return [n for n in self.names if match(n)]
 
@@ -127,13 +148,17 @@ class Matcher:
             "json.dump([n for n in names if match(n)],sys.stdout)"
         )
         job = json.dumps([regex, how, self.names])
+        started = time.monotonic()
         try:
             done = subprocess.run(
                 [sys.executable, "-I", "-S", "-c", script],
-                input=job, capture_output=True, text=True, timeout=TIMEOUT_SECONDS, check=True,
+                input=job, capture_output=True, text=True, timeout=max(0.0, self._seconds),
+                check=True,
             )  # fmt: skip
         except (subprocess.TimeoutExpired, subprocess.CalledProcessError) as error:
-            how_long = f"more than {TIMEOUT_SECONDS:g} s over {len(self.names)} names"
+            how_long = (
+                f"the config's patterns take over {TIMEOUT_SECONDS:g} s, {len(self.names)} names"
+            )
             raise LayoutError(
                 f"the pattern `{shown[:200]}` does not come to an end",
                 where=self.where,
@@ -141,6 +166,7 @@ class Matcher:
                 next="write it without nested repetitions, or list the modules' names",
                 code="slow-pattern",
             ) from None
+        self._seconds -= time.monotonic() - started
         found: list[str] = json.loads(done.stdout)
         return found
 
@@ -183,4 +209,6 @@ def _in_layers(name: str, config: Mapping[str, Any]) -> bool:
         found = re.match(rf"(?:^|.*?\.){re.escape(pattern)}\.(?P<idx>\d+)\.", name)
         if found:
             break
-    return found is not None and int(found.group("idx")) in wanted
+    return found is not None and found.group("idx").lstrip("0") in {
+        str(i).lstrip("0") for i in wanted
+    }

@@ -25,7 +25,7 @@ from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Any
 
-from adaptsurgery_formats import peft_config
+from adaptsurgery_formats import lycoris_keys, peft_config
 from adaptsurgery_formats.errors import (
     InexactError,
     KeyRefused,
@@ -37,13 +37,14 @@ from adaptsurgery_formats.files import (
     FOLD_MID,
     JOIN_W1,
     JOIN_W2,
+    META_ALPHA,
     META_COMPONENT,
     META_MODEL,
     AdapterFile,
     Format,
     Step,
 )
-from adaptsurgery_formats.kronecker import peft_decompose_factor
+from adaptsurgery_formats.kronecker import peft_decompose_factor, peft_factorization
 from adaptsurgery_formats.names import Component, Names
 from adaptsurgery_formats.patterns import Matcher
 from adaptsurgery_formats.state import (
@@ -217,8 +218,7 @@ def _options(algorithm: str, slots: dict[str, Tensor], config: dict[str, Any]) -
         return {"apply_gs": bool(config.get("apply_GS"))}
     options: dict[str, Any] = {}
     if algorithm == "lokr" and len(slots["w2"].shape if "w2" in slots else ()) == 3:
-        a, c = slots["w1"].shape if "w1" in slots else (0, 0)
-        if (a, c) != (1, 1):
+        if "w1" not in slots or slots["w1"].shape != (1, 1):
             options["not_kronecker"] = True
     core = slots.get("t2")
     if core is not None and len(core.shape) == 4 and core.shape[3] == 1:
@@ -229,7 +229,7 @@ def _options(algorithm: str, slots: dict[str, Tensor], config: dict[str, Any]) -
 def _check_module(module: ModuleState, file: AdapterFile) -> None:
     check_complete(module, file.where)
     up, down = module.tensors.get("up"), module.tensors.get("down")
-    if up is not None and down is not None and len(up.shape) > 2:
+    if up is not None and down is not None and up.numel and len(up.shape) == len(down.shape) > 2:
         r, columns = down.shape[0], up.shape[1]
         if columns < r and r % columns == 0:
             raise ShapeError(
@@ -288,6 +288,8 @@ class _Lokr:
 
 def plan(state: AdapterState, names: Names | None) -> list[Step]:
     """The rewritings that PEFT's one-value-for-all options ask for; raises where none help."""
+    if state.layout == "peft" and names is None:
+        return []  # what PEFT wrote it holds, and flat factors alone do not show the kernel
     steps: list[Step] = []
     for component in state.components:
         modules = list(state.of(component))
@@ -408,22 +410,21 @@ def _plan_lokr(modules: Sequence[ModuleState], names: Names | None, where: str) 
 
 
 def _tucker_steps(cut: Sequence[_Lokr], names: Names | None, where: str) -> list[Step]:
+    """A core is stored on every kernel other than 1, or on none: use_effective_conv2d is for all."""
     tucker = [c.module for c in cut if "t2" in c.module.tensors]
     if not tucker:
         return []
     flat = [c.module for c in cut if "t2" not in c.module.tensors and "w2" not in c.module.tensors]
-    if any(_has_kernel(m, names, where) for m in flat):
-        return [Step(m, FLATTEN_TUCKER) for m in tucker]
-    # A 1×1 kernel takes no core in PEFT, and with r = 1 a core that ends in 1 breaks it.
-    return [
-        Step(m, FLATTEN_TUCKER)
-        for m in tucker
-        if all(k == 1 for k in kernel_of(m) or ())
-        or (
-            module_rank(m) == 1
-            and (len(kernel_of(m) or ()) == 1 or (kernel_of(m) or (1,))[-1] == 1)
-        )
-    ]
+    pointwise = [m for m in tucker if all(k == 1 for k in kernel_of(m) or ())]
+    none = any(_breaks_core(m) for m in tucker if m not in pointwise)
+    none = none or any(_has_kernel(m, names, where) for m in flat)
+    return [Step(m, FLATTEN_TUCKER) for m in (tucker if none else pointwise)]
+
+
+def _breaks_core(module: ModuleState) -> bool:
+    """Whether PEFT raises on a core: it cannot view what einsum gives for r = 1 and (…, 1)."""
+    kernel = kernel_of(module) or (1,)
+    return module_rank(module) == 1 and (len(kernel) == 1 or kernel[-1] == 1)
 
 
 def _cut(module: ModuleState, names: Names | None, where: str) -> _Lokr:
@@ -496,6 +497,7 @@ def _spell_component(name: str, state: AdapterState, names: Names | None) -> Ada
     config = _config(modules, component, names, template, state.where)
     metadata = {"format": "pt", **state.metadata}
     known = {META_COMPONENT: name, META_MODEL: state.model}
+    known[META_ALPHA] = lycoris_keys.alpha_kind(modules)
     metadata |= {k: v for k, v in known.items() if v}
     folder = name if len(state.components) > 1 else ""
     return AdapterFile(tensors, metadata, config, folder)
@@ -515,6 +517,8 @@ def _spell_module(module: ModuleState) -> list[tuple[str, Tensor]]:
             suffix = next(s for s, p in SUFFIXES.items() if p == (module.algorithm, slot))
             if slot in ("t1", "t2") and len(tensor.shape) == 3:
                 tensor = tensor.reshape(*tensor.shape, 1)
+            if slot == "w2_b":  # (r, d, *k) from LyCORIS's functional API
+                tensor = tensor.reshape(tensor.shape[0], math.prod(tensor.shape[1:]))
         spelled.append((suffix, tensor))
     return spelled
 
@@ -549,14 +553,8 @@ def _config(
         if any("up_bias" in m.tensors for m in modules):
             flags["lora_bias"] = True
     elif algorithm == "lokr":
-        cut = [_cut(m, names, where) for m in modules]
-        both = _decompose_both(cut)
-        ranks = {called[c.module.path]: c.rank(both) for c in cut}
-        flags = {
-            "decompose_both": both,
-            "decompose_factor": _factor(cut, where),
-            "use_effective_conv2d": any("t2" in m.tensors for m in modules),
-        }
+        cut = {called[m.path]: _cut(m, names, where) for m in modules}
+        ranks, flags = _lokr_said(cut, template, names, where) or _lokr_found(cut, where)
     elif algorithm == "loha":
         flags = {"use_effective_conv2d": any("t1" in m.tensors for m in modules)}
     else:
@@ -566,6 +564,51 @@ def _config(
     others = frozenset(component.called(p) for p in component.modules) if component else frozenset()
     wanted = peft_config.Wanted(algorithm, ranks, scales, alphas, flags, others - set(ranks))
     return peft_config.write_config(wanted, template, where)
+
+
+_Derived = tuple[dict[str, int], dict[str, Any]]  # ranks by module, and the flags for all
+
+
+def _lokr_said(
+    cut: dict[str, _Lokr], template: dict[str, Any] | None, names: Names | None, where: str
+) -> _Derived | None:
+    """The template's ranks and flags, if PEFT derives these very shapes from them."""
+    if not template or template.get("peft_type", "").upper() != "LOKR":
+        return None
+    said = peft_config.settings(template, Matcher(cut, where), where)
+    ranks = {path: said[path].rank for path in cut}
+    flags = {name: template.get(name, peft_config.FIELDS["lokr"][name]) for name in _LOKR_FLAGS}
+    if names is None or all(_derives(flags, ranks[path], c) for path, c in cut.items()):
+        return ranks, flags
+    return None
+
+
+_LOKR_FLAGS = ("decompose_both", "decompose_factor", "use_effective_conv2d")
+
+
+def _derives(flags: dict[str, Any], rank: int, cut: _Lokr) -> bool:
+    """Whether PEFT makes a module's factors as they are from its flags and rank."""
+    (a, b), (c, d) = cut.out, cut.into
+    t, factor = cut.module.tensors, flags["decompose_factor"]
+    if peft_factorization(a * b, factor) != (a, b) or peft_factorization(c * d, factor) != (c, d):
+        return False
+    w1, w2 = cut.widest
+    if ("w1_a" in t) != (bool(flags["decompose_both"]) and 2 * rank < w1):
+        return False
+    kernel = any(k != 1 for k in cut.kernel)
+    core = "w2_a" in t and kernel and bool(flags["use_effective_conv2d"])
+    return ("w2_a" in t) == (2 * rank < w2) and ("t2" in t) == core
+
+
+def _lokr_found(cut: dict[str, _Lokr], where: str) -> _Derived:
+    """Ranks and flags found from the shapes alone."""
+    all_cut = list(cut.values())
+    both = _decompose_both(all_cut)
+    return {path: c.rank(both) for path, c in cut.items()}, {
+        "decompose_both": both,
+        "decompose_factor": _factor(all_cut, where),
+        "use_effective_conv2d": any("t2" in c.module.tensors for c in all_cut),
+    }
 
 
 def _alpha(module: ModuleState, rank: int) -> float:

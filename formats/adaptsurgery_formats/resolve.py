@@ -40,6 +40,8 @@ def identify(state: AdapterState) -> list[tuple[Names, AdapterState]]:
     """Every bundled table that has all of the state's modules, with the state resolved in it."""
     found = []
     for name in [state.model] if state.model in TABLES else TABLES:
+        if not all(_places(m, table(name)) for m in state.modules):
+            continue  # before the look-up fails: its hint takes longer than all the rest
         try:
             found.append((table(name), resolve(state, table(name))))
         except SurgeryError:
@@ -73,18 +75,15 @@ def _spots(state: AdapterState) -> tuple[tuple[str, str, str], ...]:
 
 def _no_table(state: AdapterState) -> NameLookupError:
     """An error that says how far the closest table came."""
-    best: tuple[int, str, str] = (-1, "", "")
-    for name in TABLES:
-        known, missed = 0, ""
-        for module in state.modules:
-            try:
-                _resolve_module(module, table(name), state.where)
-                known += 1
-            except SurgeryError as error:
-                missed = missed or f"{error.what} {error.next}".strip()
-        best = max(best, (known, name, missed))
-    known, name, missed = best
-    closest = f"closest is {name} with {known} of {len(state.modules)} modules; {missed}"
+    missed = {name: _missed(state, table(name)) for name in TABLES}
+    name = min(missed, key=lambda n: len(missed[n]))
+    known = len(state.modules) - len(missed[name])
+    closest = f"closest is {name} with {known} of {len(state.modules)} modules"
+    if known and missed[name]:
+        try:
+            _resolve_module(missed[name][0], table(name), state.where)
+        except SurgeryError as error:
+            closest += f"; {error.what} {error.next}".rstrip()
     return NameLookupError(
         "no bundled model has these modules",
         where=state.where,
@@ -94,44 +93,72 @@ def _no_table(state: AdapterState) -> NameLookupError:
     )
 
 
+def _missed(state: AdapterState, names: Names) -> list[ModuleState]:
+    """The modules that a model does not have, or not in such a shape."""
+    missed = []
+    for module in state.modules:
+        try:
+            if _places(module, names):  # else the error would look for the nearest name
+                _resolve_module(module, names, state.where)
+                continue
+        except SurgeryError:
+            pass
+        missed.append(module)
+    return missed
+
+
 def _resolve_module(module: ModuleState, names: Names, where: str) -> ModuleState:
-    found = {
-        (component.name, naming, path)
-        for component in _candidates(module, names, where)
-        for naming, path in _spellings(module, component)
-    }
+    found = _places(module, names)
     if len(found) != 1:
         raise _lookup_error(module, names, sorted(found), where)
     component_name, naming, path = found.pop()
     component = names.components[component_name]
-    placed = replace(module, component=component_name, naming=naming, path=path)
+    placed = module
+    if (module.component, module.naming, module.path) != (component_name, naming, path):
+        placed = replace(module, component=component_name, naming=naming, path=path)
     shape = component.shape(path, naming)
     return fit(placed, shape, where) if shape is not None else placed
 
 
-def _candidates(module: ModuleState, names: Names, where: str) -> Iterable[Component]:
-    """The components in which a module may lie."""
+def _places(module: ModuleState, names: Names) -> set[tuple[str, str, str]]:
+    """Every (component, naming, path) that a module's name could stand for."""
+    return {
+        (component.name, naming, path)
+        for component in _candidates(module, names)
+        for naming, path in _spellings(module, component)
+    }
+
+
+def _candidates(module: ModuleState, names: Names) -> Iterable[Component]:
+    """The components in which a module may lie; none where its prefix is not the model's."""
     prefix = module.options.get("prefix")
     if module.naming == "flat" and prefix is not None:
         hits = [c for c in names.components.values() if prefix in c.kohya_prefixes]
-        if hits:
-            return hits
-        raise NameLookupError(
-            f"{names.where} has nothing under the prefix `{prefix}_`",
-            where=where,
-            seen=f"{prefix}_{module.path}",
-            next="prefixes: " + ", ".join(f"`{p}_`" for p in names.by_prefix),
-            code="unknown-prefix",
-        )
+        alone = names.components.get("") if len(names.components) == 1 else None
+        return [alone] if alone and not hits else hits  # one unnamed model takes any prefix
     if module.component in names.components:
         return [names.components[module.component]]
     return names.components.values()
 
 
 def _spellings(module: ModuleState, component: Component) -> list[tuple[str, str]]:
-    if module.naming == "flat":
-        return component.find(module.path)
-    located = component.locate(module.path)
+    """(naming, path) of each module of the component that a name could stand for.
+
+    A base's own list may be a CLIPTextModel's with or without ``text_model.``, which
+    transformers 5 dropped: adapters go by either.
+    """
+    found = _spelled(module.path, module.naming, component)
+    if found or component.naming != "base":
+        return found
+    clip = "text_model_" if module.naming == "flat" else "text_model."
+    other = module.path.removeprefix(clip)
+    return _spelled(other if other != module.path else clip + other, module.naming, component)
+
+
+def _spelled(path: str, naming: str, component: Component) -> list[tuple[str, str]]:
+    if naming == "flat":
+        return component.find(path)
+    located = component.locate(path)
     return [located] if located else []
 
 
@@ -147,8 +174,18 @@ def _lookup_error(
             next="pass a --base of just that component",
             code="ambiguous-module",
         )
+    candidates = list(_candidates(module, names))
+    prefix = module.options.get("prefix")
+    if not candidates and prefix is not None:
+        return NameLookupError(
+            f"{names.where} has nothing under the prefix `{prefix}_`",
+            where=where,
+            seen=f"{prefix}_{module.path}",
+            next="prefixes: " + ", ".join(f"`{p}_`" for p in names.by_prefix),
+            code="unknown-prefix",
+        )
     known: list[str] = []
-    for component in _candidates(module, names, where):
+    for component in candidates:
         known += component.index if module.naming == "flat" else component.modules
     return NameLookupError(
         f"`{module.path}` is no module of {names.where}",
@@ -200,6 +237,8 @@ def fit(module: ModuleState, shape: tuple[int, ...], where: str) -> ModuleState:
     """
     if module.algorithm == "norm" or len(shape) == 1:
         return _fit_norm(module, shape, where)
+    if not shape:
+        raise ShapeError(f"`{module.label}`: the base's weight is one number", where=where)
     out, columns = delta_shape(module)
     o, i = shape[0], math.prod(shape[1:])
     if module.algorithm == "hra":
@@ -208,6 +247,8 @@ def fit(module: ModuleState, shape: tuple[int, ...], where: str) -> ModuleState:
         fits = out == o
     else:
         fits = (out, columns) == (o, i) or (len(shape) == 2 and (out, columns) == (i, o))
+    if "magnitude" in module.tensors:  # transposed weights have their inputs first
+        fits = fits and module.tensors["magnitude"].numel in (out, *shape[:2])
     if not fits or not _kernel_fits(module, shape):
         shapes = ", ".join(f"{s} {list(t.shape)}" for s, t in module.tensors.items())
         raise ShapeError(
@@ -260,8 +301,10 @@ def _reshaped(module: ModuleState, shape: tuple[int, ...]) -> ModuleState:
         changes["magnitude"] = t["magnitude"].reshape(first, second, *ones)
     if module.algorithm == "full" and "diff" in t and len(t["diff"].shape) != len(shape):
         changes["diff"] = t["diff"].reshape(*shape)
-    options = {k: v for k, v in module.options.items() if k != "ambiguous_tucker"}
     fitted = module.with_tensors(**changes) if changes else module
+    if "ambiguous_tucker" not in module.options:
+        return fitted
+    options = {k: v for k, v in module.options.items() if k != "ambiguous_tucker"}
     return replace(fitted, options=options)
 
 

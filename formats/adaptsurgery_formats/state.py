@@ -287,6 +287,7 @@ def _misfit(module: ModuleState) -> str:
             tests["w1_a"] = (t["w1_a"].shape, (None, t["w1_b"].shape[0]))
         if "t2" in t:
             tests["t2"] = (t["t2"].shape[:2], (t["w2_a"].shape[0], t["w2_b"].shape[0]))
+            tests["w2_b"] = (t["w2_b"].shape, (None, None))
         elif "w2_a" in t:
             tests["w2_a"] = (t["w2_a"].shape, (None, t["w2_b"].shape[0]))
     elif algorithm in ("full", "norm"):
@@ -311,7 +312,8 @@ def _magnitude_misfit(module: ModuleState) -> str:
         return f"magnitude {list(shape)} is neither (o, 1, …) nor (1, i, 1, …)"
     if shape[0] == out:
         return ""
-    fits = columns == shape[1] * math.prod(kernel) if kernel else columns % shape[1] == 0
+    hidden = kernel is None  # flat factors count the kernel into the columns
+    fits = columns % shape[1] == 0 if hidden else columns == shape[1] * math.prod(kernel or ())
     if shape[0] == 1 and fits:
         return ""
     return f"magnitude {list(shape)} fits neither {out} outputs nor the inputs"

@@ -1,0 +1,95 @@
+"""A few threads that take jobs from one list until it is done, or one of them fails."""
+
+from __future__ import annotations
+
+import sys
+import threading
+from collections.abc import Callable, Iterable, Iterator
+from contextlib import contextmanager, suppress
+from typing import TypeVar
+
+from adaptsurgery_formats.errors import SurgeryError
+
+Desk = TypeVar("Desk")
+
+
+def run(jobs: Iterable[Callable[[Desk], object]], desk: Callable[[], Desk], workers: int) -> None:
+    """Call every job, in about their order, on ``workers`` threads.
+
+    A worker calls its jobs with what ``desk`` made for it: its own scratch memory. Jobs are taken
+    one at a time, so that a generator makes them as they are needed. The first error ends all work
+    and is raised here. Inside, torch computes on one thread a worker.
+    """
+    line = _Line(iter(jobs))
+    with _one_thread_each():
+        if workers <= 1:
+            line.work(desk)
+        else:
+            threads = [threading.Thread(target=line.work, args=(desk,)) for _ in range(workers)]
+            try:
+                for thread in threads:
+                    thread.start()
+                for thread in threads:
+                    thread.join()
+            finally:  # Ctrl-C too ends the work before the files are closed
+                line.ended = True
+                for thread in threads:
+                    with suppress(RuntimeError):  # one that never started
+                        thread.join()
+    if line.errors:
+        raise line.errors[0]
+
+
+class _Line:
+    """The jobs still to do, and what went wrong."""
+
+    def __init__(self, jobs: Iterator[Callable[[Desk], object]]) -> None:
+        self.jobs, self.lock = jobs, threading.Lock()
+        self.errors: list[BaseException] = []
+        self.ended = False
+
+    def work(self, desk: Callable[[], Desk]) -> None:
+        _alone()
+        try:
+            mine = desk()
+            while not self.ended:
+                with self.lock:
+                    job = None if self.ended else next(self.jobs, None)
+                if job is None:
+                    return
+                job(mine)
+        except BaseException as error:
+            self.errors.append(error)
+            self.ended = True
+
+
+def _alone() -> None:
+    """Keep torch's own threads out of this one: they would spin beside the other workers."""
+    torch = sys.modules.get("torch")
+    if torch is not None:
+        torch.set_num_threads(1)
+
+
+@contextmanager
+def _one_thread_each() -> Iterator[None]:
+    torch = sys.modules.get("torch")
+    before = torch.get_num_threads() if torch is not None else 0
+    try:
+        yield
+    finally:
+        if torch is not None:
+            torch.set_num_threads(before)
+
+
+@contextmanager
+def about(key: str) -> Iterator[None]:
+    """Name a tensor in the errors of the work on it."""
+    try:
+        yield
+    except SurgeryError as error:
+        if f"`{key}" not in error.what:
+            error.what = f"`{key}`: {error.what}"
+        raise
+    except Exception as error:
+        error.add_note(f"in the work on `{key}`")
+        raise

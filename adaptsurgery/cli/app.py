@@ -1,0 +1,153 @@
+"""The group of commands, and the one place where whatever goes wrong becomes an exit code.
+
+0 done · 1 refused or failed · 2 wrong usage · 130 interrupted. Results go to stdout, diagnostics
+and progress to stderr. A command's module is imported when it is named, and its job when it runs,
+so that neither torch nor numpy is paid for unless numbers are needed.
+"""
+
+from __future__ import annotations
+
+import gc
+import importlib
+import os
+import signal
+import sys
+from collections.abc import Sequence
+from typing import IO, Any, NoReturn
+
+import click
+
+from adaptsurgery import __version__
+from adaptsurgery.cli.output import Session, say
+
+FAILED, INTERRUPTED = 1, 130
+# A command's name → where it lives; its function is called ``command``.
+COMMANDS = {
+    "inspect": "adaptsurgery.cli.inspect",
+    "convert": "adaptsurgery.cli.convert",
+    "verify": "adaptsurgery.cli.verify",
+}
+
+
+class _Commands(click.Group):
+    """A group that imports a command when it is asked for."""
+
+    def list_commands(self, ctx: click.Context) -> list[str]:
+        return list(COMMANDS)
+
+    def get_command(self, ctx: click.Context, cmd_name: str) -> click.Command | None:
+        if cmd_name not in COMMANDS:
+            return None
+        found: click.Command = importlib.import_module(COMMANDS[cmd_name]).command
+        return found
+
+    def resolve_command(
+        self, ctx: click.Context, args: list[str]
+    ) -> tuple[str | None, click.Command | None, list[str]]:
+        if args[0] not in COMMANDS and not args[0].startswith("-"):
+            from adaptsurgery_formats.errors import nearest
+
+            hint = nearest(args[0], COMMANDS) or "commands: " + ", ".join(COMMANDS)
+            ctx.fail(f"no command `{args[0]}`; {hint}")
+        return super().resolve_command(ctx, args)
+
+
+@click.group(
+    cls=_Commands,
+    name="adaptsurgery",
+    invoke_without_command=True,
+    context_settings={"help_option_names": ["-h", "--help"], "max_content_width": 100},
+    epilog="A path may also be a name on the Hugging Face Hub: org/name[@revision][:file].",
+)
+@click.version_option(__version__, message="%(prog)s %(version)s")
+@click.pass_context
+def group(ctx: click.Context) -> None:
+    """Surgery on model adapters: LoRA, LoHa, LoKr and HRA, exactly or not at all.
+
+    \b
+    adaptsurgery inspect style.safetensors
+    adaptsurgery convert style.safetensors --to peft -o style/
+    adaptsurgery verify style.safetensors style/
+    """
+    if ctx.invoked_subcommand is None:
+        click.echo(ctx.get_help())
+
+
+def main() -> NoReturn:
+    """The entry point of the ``adaptsurgery`` script."""
+    gc.set_threshold(100_000, 20, 20)  # a short process that allocates much and drops little
+    code = run()
+    gc.freeze()  # nothing is left to collect on the way out
+    sys.exit(code)
+
+
+def run(args: Sequence[str] | None = None) -> int:
+    """Run a command line (sys.argv's by default); returns the exit code, whatever happens."""
+    _never_fail_to_print(sys.stdout, sys.stderr)
+    restore = _terminate_as_interrupt()
+    try:
+        code = _guarded(list(args) if args is not None else None)
+        return code if _flushed() else FAILED
+    finally:
+        restore()
+
+
+def _guarded(args: list[str] | None) -> int:
+    session = Session()
+    try:
+        result = group.main(args, "adaptsurgery", standalone_mode=False, obj=session)
+        return result if isinstance(result, int) else 0
+    except (KeyboardInterrupt, click.Abort):
+        say("interrupted; nothing was left behind")
+        return INTERRUPTED
+    except SystemExit as left:  # click's own, where nobody reads stdout any more
+        return left.code if isinstance(left.code, int) else FAILED
+    except BrokenPipeError:
+        return FAILED
+    except click.ClickException as error:
+        error.show()
+        return error.exit_code
+    except Exception as error:
+        from adaptsurgery.cli import failures
+
+        return failures.report(error, session)
+
+
+def _never_fail_to_print(*streams: IO[str] | None) -> None:
+    """Names from files may hold what the terminal's encoding does not: escape that."""
+    for stream in streams:
+        reconfigure: Any = getattr(stream, "reconfigure", None)
+        if reconfigure:
+            reconfigure(errors="backslashreplace")
+
+
+def _terminate_as_interrupt() -> Any:
+    """Let SIGTERM unwind as Ctrl-C does, so that no half-written output stays; undone by a call."""
+
+    def interrupt(*_: object) -> None:
+        raise KeyboardInterrupt
+
+    try:
+        before = signal.signal(signal.SIGTERM, interrupt)
+    except ValueError:  # not in the main thread
+        return lambda: None
+    return lambda: signal.signal(signal.SIGTERM, before)
+
+
+def _flushed() -> bool:
+    """Whether all output reached its reader; if not, Python's exit shall be silent about it."""
+    try:
+        if sys.stdout:
+            sys.stdout.flush()
+    except BrokenPipeError:  # `| head` has seen enough
+        _silence()
+        return False
+    except OSError as error:
+        say(f"error[system-error]: stdout cannot be written: {error.strerror}")
+        _silence()
+        return False
+    return True
+
+
+def _silence() -> None:
+    os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())

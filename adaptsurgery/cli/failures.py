@@ -1,0 +1,73 @@
+"""Errors as a person reads them, and as --json gives them.
+
+error[no-such-file]: no such file
+  where: stlye.safetensors
+  next: nearest: `style.safetensors`
+"""
+
+from __future__ import annotations
+
+import os
+
+from adaptsurgery.cli.output import Session, paint, print_json, printable, say
+from adaptsurgery_formats.errors import SurgeryError
+
+FAILED = 1
+
+
+def report(error: Exception, session: Session) -> int:
+    """Tell an error on stderr, and on stdout too where JSON was asked for; returns the exit code."""
+    told = error if isinstance(error, SurgeryError) else _unexpected(error)
+    if session.json:
+        print_json({"ok": False, "error": told.as_dict()})
+    say(text(told))
+    if told is not error and os.environ.get("ADAPTSURGERY_DEBUG"):
+        import traceback
+
+        say("".join(traceback.format_exception(error)).rstrip())
+    return FAILED
+
+
+def text(error: SurgeryError) -> str:
+    """The error in lines: code and what, then where, seen and next as far as they are known."""
+    head = paint(f"error[{error.code}]", "red", bold=True)
+    lines = [f"{head}: {printable(error.what)}"]
+    for label in ("where", "seen", "next"):
+        if value := getattr(error, label):
+            lines.append(f"  {paint(label, 'cyan')}: {printable(value)}")
+    return "\n".join(lines)
+
+
+def _unexpected(error: Exception) -> SurgeryError:
+    """An error that nobody foresaw, in the form of those that were."""
+    if isinstance(error, MemoryError):
+        return SurgeryError(
+            "there is not enough memory",
+            seen=str(error),
+            next="free some, or use a machine with more",
+            code="out-of-memory",
+        )
+    if isinstance(error, RecursionError):
+        return SurgeryError(
+            "the input is nested too deeply",
+            next="it is damaged or made to do harm; take it from its source again",
+            code="too-deep",
+        )
+    if isinstance(error, OSError) and error.strerror:
+        return SurgeryError(
+            f"the system refused: {error.strerror}",
+            where=_file_of(error),
+            next="check the file, its folder and the disk",
+            code="system-error",
+        )
+    return SurgeryError(
+        "this is an error in adaptsurgery, not in your input's use of it",
+        seen=f"{type(error).__name__}: {error}",
+        next="please report it; ADAPTSURGERY_DEBUG=1 shows the traceback",
+        code="internal-error",
+    )
+
+
+def _file_of(error: OSError) -> str:
+    names = [n for n in (error.filename, error.filename2) if n is not None]
+    return " → ".join(os.fsdecode(n) if isinstance(n, bytes) else str(n) for n in names)

@@ -1,0 +1,149 @@
+"""``adaptsurgery inspect``."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from typing import TYPE_CHECKING, Any
+
+import click
+
+from adaptsurgery.cli import output
+
+if TYPE_CHECKING:
+    from adaptsurgery.jobs.inspect import Inspection
+
+_VALUE = 100  # characters of a metadata value that the text shows
+_MANY = 12  # entries of a distribution that the text shows
+
+
+@click.command()
+@click.argument("path", metavar="PATH")
+@click.option(
+    "--base",
+    metavar="BASE",
+    help="The model that it is for: a safetensors file, a folder, a Hub name, or sd15, sd2, sdxl, "
+    "flux. Without one, names that no bundled list has are shown as they stand.",
+)
+@click.option("--hashes", is_flag=True, help="Read the data too: sha256, and whether kohya's hold.")
+@output.json_option
+def command(path: str, base: str | None, hashes: bool, as_json: bool) -> None:
+    """Tell what the adapter PATH is, from its header alone.
+
+    \b
+    adaptsurgery inspect style.safetensors
+    adaptsurgery inspect adapter/ --base model/ --json
+
+    Layout, algorithms, ranks, alphas and the scales that follow from them, targets, dtypes,
+    metadata, hashes, and where it can be converted to.
+    """
+    from adaptsurgery.jobs.inspect import inspect
+
+    found = inspect(path, base=base, hashes=hashes)
+    if as_json:
+        output.print_json({"ok": True, **found.as_dict()})
+    else:
+        _print(found)
+
+
+def _print(found: Inspection) -> None:
+    click.echo(output.paint(output.printable(found.path), "white", bold=True))
+    output.line("layout", f"{found.layout['title']}, by {found.layout['known_by']}")
+    output.line("", f"such as `{found.layout['example']}`")
+    output.line("model", _model(found))
+    output.line("modules", _modules(found))
+    output.line("algorithm", _algorithms(found))
+    if found.ranks:
+        output.line("rank", _counts(found.ranks))
+    if found.alphas:
+        output.line("alpha", _counts(found.alphas))
+    for entry in found.scales[:_MANY]:
+        output.line("scale", _scale(entry))
+    if len(found.scales) > _MANY:
+        output.line("", f"… and {len(found.scales) - _MANY} more; --json lists all")
+    output.line("targets", _counts(found.targets))
+    if found.saved:
+        output.line("replaced", ", ".join(s["name"] for s in found.saved[:_MANY]))
+    output.line("dtypes", _counts(found.dtypes))
+    output.line("size", _size(found))
+    _print_hashes(found.hashes)
+    for target, answer in found.convertible.items():
+        output.line(f"to {target}", _convertible(answer))
+    for key, value in found.metadata.items():
+        output.line("metadata", f"{key} = {_shortened(value)}")
+    for note in found.notes:
+        output.note(note["code"], note["where"], note["text"])
+
+
+def _model(found: Inspection) -> str:
+    if found.model:
+        return f"{found.model['name'] or 'its own'}, by {found.model['source']}"
+    if any(m["naming"] == "flat" for m in found.modules):
+        return "in no bundled list; --base MODEL tells the flat names apart"
+    return "names as they stand in the file"
+
+
+def _modules(found: Inspection) -> str:
+    if len(found.components) == 1:
+        (name,) = found.components
+        return f"{len(found.modules)} of {name}" if name else str(len(found.modules))
+    parts = ", ".join(f"{name or '?'} {count}" for name, count in found.components.items())
+    return f"{len(found.modules)}: {parts}"
+
+
+def _algorithms(found: Inspection) -> str:
+    parts = [_counts(found.algorithms)]
+    parts += [f"DoRA by {axis}put ({count})" for axis, count in found.dora.items()]
+    parts += [f"tucker ({found.tucker})"] if found.tucker else []
+    return ", ".join(parts)
+
+
+def _counts(counts: Mapping[str, int]) -> str:
+    """``to_q (12), to_k (12)``; a lone entry needs no count."""
+    if len(counts) == 1:
+        return next(iter(counts))
+    shown = [f"{name} ({count})" for name, count in list(counts.items())[:_MANY]]
+    more = [f"… {len(counts) - _MANY} more"] if len(counts) > _MANY else []
+    return ", ".join(shown + more)
+
+
+def _scale(entry: Mapping[str, Any]) -> str:
+    """``0.5 = alpha/r = 8/16 (264)``."""
+    scale, rule, count = entry["scale"], entry["rule"], entry["modules"]
+    if rule == "none":
+        return f"{scale:g}, the algorithm has none ({count})"
+    if not rule.startswith("alpha/"):
+        return f"{rule} ({count})"
+    alpha, rank = f"{entry['alpha']:g}", entry["rank"]
+    numbers = f"{alpha}/sqrt({rank})" if "sqrt" in rule else f"{alpha}/{rank}"
+    return f"{scale:g} = {rule} = {numbers} ({count})"
+
+
+def _size(found: Inspection) -> str:
+    count = f"{found.parameters:,} parameters"
+    return f"{output.size(found.bytes)} in {found.tensors} tensors, {count}"
+
+
+def _print_hashes(hashes: Mapping[str, Any]) -> None:
+    for key, value in hashes["recorded"].items():
+        stale = hashes["stale"]
+        verdict = "" if stale is None else ", stale" if key in stale else ", right"
+        output.line("recorded", f"{key} {value}{verdict}")
+    for key, value in hashes["computed"].items():
+        output.line("computed", f"{key} {value}")
+    for where, value in hashes["sha256"].items():
+        name = f" {where}" if len(hashes["sha256"]) > 1 else ""
+        output.line("sha256", value + name)
+
+
+def _convertible(answer: Mapping[str, Any]) -> str:
+    if answer["how"] == "refused":
+        return f"no [{answer['code']}]: {answer['why']}"
+    if answer["how"] == "rewritten":
+        return f"exact up to one rounding: {', '.join(answer['steps'])}"
+    return "exact"
+
+
+def _shortened(value: str) -> str:
+    if len(value) <= _VALUE:
+        return value
+    return f"{value[:_VALUE]}… ({len(value)} characters)"

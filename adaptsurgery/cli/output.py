@@ -1,0 +1,148 @@
+"""What the commands share in printing: JSON, colours on a terminal, sizes, peak memory, progress."""
+
+from __future__ import annotations
+
+import json
+import os
+import sys
+from collections.abc import Callable, Iterable, Mapping
+from contextlib import contextmanager
+from typing import TYPE_CHECKING, Any, TypeVar
+
+import click
+
+if TYPE_CHECKING:
+    from collections.abc import Iterator
+
+    from adaptsurgery.jobs.report import Row
+
+_F = TypeVar("_F", bound=Callable[..., Any])
+_SHOWN = 10  # rows in the text; --json has them all
+
+
+class Session:
+    """What the handling of errors has to know of the command line."""
+
+    json = False
+
+
+def printable(text: str) -> str:
+    """Text from a file or a command line without what would steer the terminal."""
+    from adaptsurgery_formats import errors  # late: --help has no need of it
+
+    return errors.printable(text)
+
+
+def json_option(command: _F) -> _F:
+    """--json, remembered for errors too, wherever on the command line it stands."""
+
+    def remember(ctx: click.Context, _: click.Parameter, value: bool) -> bool:
+        ctx.ensure_object(Session).json = value
+        return value
+
+    option = click.option(
+        "--json", "as_json", is_flag=True, callback=remember, is_eager=True,
+        help="Print one JSON object on stdout, with every module.",
+    )  # fmt: skip
+    return option(command)
+
+
+def print_json(data: Mapping[str, Any]) -> None:
+    """One JSON object; numbers that JSON does not have (an error of infinity) become strings."""
+    try:
+        text = json.dumps(data, ensure_ascii=False, allow_nan=False)
+    except ValueError:
+        text = json.dumps(_finite(data), ensure_ascii=False)
+    click.echo(text.encode("utf-8", "backslashreplace"))
+
+
+def _finite(data: Any) -> Any:
+    if isinstance(data, float) and data - data != 0:
+        return str(data)
+    if isinstance(data, Mapping):
+        return {key: _finite(value) for key, value in data.items()}
+    return [_finite(value) for value in data] if isinstance(data, (list, tuple)) else data
+
+
+def paint(text: str, colour: str, bold: bool = False) -> str:
+    """Coloured text; click strips the colour where the output is no terminal."""
+    if os.environ.get("NO_COLOR"):
+        return text
+    return click.style(text, fg=colour, bold=bold)
+
+
+def say(message: str) -> None:
+    """A line on stderr, if anyone is there to read it."""
+    try:
+        click.echo(message, err=True)
+    except OSError:
+        sys.stderr = None  # so that Python's exit does not try again
+
+
+def line(label: str, value: str) -> None:
+    """``  rank      16`` — one fact on stdout."""
+    click.echo(f"  {paint(f'{label:<11}', 'cyan')} {printable(value)}")
+
+
+def note(code: str, where: str, text: str) -> None:
+    """A note on stdout with its code."""
+    at = f"{printable(where)}: " if where else ""
+    click.echo(f"{paint(f'note[{code}]', 'yellow')}: {at}{printable(text)}")
+
+
+def rows(found: Iterable[Row]) -> None:
+    """The modules whose ΔW moved, the farthest first, and at most ten of them."""
+    moved = sorted((r for r in found if r.change != "identical"), key=lambda r: -r.error)
+    for row in moved[:_SHOWN]:
+        detail = f"  {row.detail}" if row.detail else ""
+        error = f"{row.error:.2g}"
+        click.echo(f"  {row.change:<8} {error:>8}  {printable(row.module + detail)}")
+    if len(moved) > _SHOWN:
+        click.echo(f"  … and {len(moved) - _SHOWN} more; --json lists all")
+
+
+def size(count: int) -> str:
+    """A number of bytes as people say it: 512 B, 45.1 MB."""
+    if count < 1000:
+        return f"{count} B"
+    value = float(count)
+    for unit in ("kB", "MB", "GB"):
+        value /= 1000
+        if value < 1000:
+            return f"{value:.1f} {unit}"
+    return f"{value / 1000:.1f} TB"
+
+
+def peak_memory() -> int:
+    """This process's largest resident size in bytes.
+
+    Linux's own figure first: getrusage's also counts the process that started this one.
+    """
+    try:
+        with open("/proc/self/status", encoding="ascii", errors="replace") as file:
+            for entry in file:
+                if entry.startswith("VmHWM:"):
+                    return int(entry.split()[1]) * 1024
+    except (OSError, ValueError, IndexError):
+        pass
+    import resource
+
+    largest = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
+    return largest if sys.platform == "darwin" else largest * 1024
+
+
+@contextmanager
+def progress(quiet: bool) -> Iterator[Callable[[int, int], None] | None]:
+    """A bar of bytes on stderr, where that is a terminal; else None."""
+    if quiet or not sys.stderr.isatty():
+        yield None
+        return
+    from tqdm import tqdm
+
+    with tqdm(unit="B", unit_scale=True, leave=False, file=sys.stderr) as bar:
+
+        def tell(done: int, total: int) -> None:
+            bar.total = total
+            bar.update(done - bar.n)
+
+        yield tell

@@ -1,0 +1,113 @@
+"""The adapters that a merge is given, parsed but not yet looked up in anything."""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Iterable
+from pathlib import Path
+
+from adaptsurgery.checkpoint.hub import resolve
+from adaptsurgery.jobs.loading import _check_values, _parse, read_files
+from adaptsurgery.jobs.merging.plan import AdapterInput, adapter_input
+from adaptsurgery_formats import AdapterState
+from adaptsurgery_formats.errors import InexactError, ValueRefused
+
+Named = str | os.PathLike[str] | tuple[str | os.PathLike[str], float]
+
+
+def parse_adapter(path: Path, layout: str | None = None) -> AdapterState:
+    """The state of the adapter at a local path, under the names that its files use."""
+    state = _parse(read_files(path), layout)
+    _check_values(state)
+    return state
+
+
+def read_adapters(
+    named: Iterable[Named], *, inverse: bool = False
+) -> list[tuple[AdapterState, AdapterInput]]:
+    """Adapters by path or Hub name, each with its weight and what its files are.
+
+    Raises ValueRefused ("no-weight") for a weight other than 1 on what does not add, InexactError
+    ("no-inverse") for what cannot be taken out again.
+    """
+    found = []
+    for item in named:
+        name, weight = split_weight(item)
+        path = resolve(name, kind="adapter")
+        state = parse_adapter(path)
+        _check_weight(state, weight)
+        _check_kronecker(state)
+        if inverse:
+            _check_inverse(state)
+        found.append((state, adapter_input(path, weight, state.layout)))
+    if not found:
+        raise ValueRefused("no adapter was named", next="BASE ADAPTER[=WEIGHT]", code="no-adapter")
+    return found
+
+
+def split_weight(item: Named) -> tuple[str, float]:
+    """("style.safetensors", 0.8) of "style.safetensors=0.8", of that pair, or of a path that exists."""
+    if isinstance(item, tuple):
+        return os.fspath(item[0]), _number(item[1], str(item))
+    name = os.fspath(item)
+    head, equals, tail = name.rpartition("=")
+    if not equals or os.path.lexists(name):
+        return name, 1.0
+    return head, _number(tail, name)
+
+
+def _number(value: object, where: str) -> float:
+    try:
+        number = float(str(value))
+    except ValueError:
+        number = float("nan")
+    if number - number != 0:
+        raise ValueRefused(
+            "the weight is no number", where=where, seen=str(value), next="ADAPTER=0.8",
+            code="bad-weight",
+        )  # fmt: skip
+    return number
+
+
+def _check_weight(state: AdapterState, weight: float) -> None:
+    if weight == 1.0:
+        return
+    whole = next((m.label for m in state.modules if _is_whole(m.algorithm, m.tensors)), "")
+    saved = next((name for s in state.saved.values() for name in s), "")
+    if whole or saved:
+        why = f"`{whole}` does not add" if whole else f"it replaces `{saved}` outright"
+        raise ValueRefused(
+            f"weight {weight:g} has no meaning: {why}",
+            where=state.where,
+            next="use weight 1",
+            code="no-weight",
+        )
+
+
+def _is_whole(algorithm: str, tensors: Iterable[str]) -> bool:
+    """Whether an update is a rotation or renews norms."""
+    return algorithm == "hra" or "magnitude" in tensors
+
+
+def _check_kronecker(state: AdapterState) -> None:
+    for module in state.modules:
+        if module.options.get("not_kronecker"):
+            raise InexactError(
+                f"`{module.label}`: PEFT scrambles a Conv1d LoKr with a full w2; it has no ΔW of "
+                "Kronecker form",
+                where=state.where,
+                code="peft-conv1d-lokr",
+            )
+
+
+def _check_inverse(state: AdapterState) -> None:
+    dora = next((m.label for m in state.modules if "magnitude" in m.tensors), "")
+    saved = next((name for s in state.saved.values() for name in s), "")
+    if dora or saved:
+        why = f"`{dora}` replaced a norm" if dora else f"`{saved}` was replaced"
+        raise InexactError(
+            f"this adapter cannot be taken out again: {why}",
+            where=state.where,
+            next="keep the original base",
+            code="no-inverse",
+        )

@@ -1,0 +1,117 @@
+"""An adapter's paths laid over the base's, where one of the two has other leading segments.
+
+    adapter  layers.0.self_attn.q_proj             base  model.layers.0.self_attn.q_proj
+    adapter  base.encoder.layer.0.output.dense     base  bert.encoder.layer.0.output.dense
+
+Either every module of an adapter is found under one alignment, and under no other, or it is said.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from dataclasses import dataclass
+
+from adaptsurgery.jobs.merging.sites import Site, Sites
+from adaptsurgery_formats.names import flatten
+
+_PROBES = 6
+
+
+@dataclass(frozen=True)
+class Alignment:
+    """``add`` in place of ``strip`` at the head of a path."""
+
+    strip: str = ""
+    add: str = ""
+
+    def of(self, path: str) -> str:
+        """The aligned path; one that does not begin with ``strip`` (a head) stays as it is."""
+        if not path.startswith(self.strip):
+            return path
+        return self.add + path[len(self.strip) :]
+
+    def __str__(self) -> str:
+        if self.strip and self.add:
+            return f"`{self.strip}` read as `{self.add}`"
+        return f"`{self.strip}` dropped" if self.strip else f"`{self.add}` added"
+
+
+SAME = Alignment()
+
+
+@dataclass(frozen=True)
+class Aligned:
+    """What an alignment finds: site by path, or several of them where flat names are ambiguous."""
+
+    alignment: Alignment
+    found: Mapping[str, tuple[Site, ...]]
+
+    @property
+    def places(self) -> frozenset[tuple[str, tuple[Site, ...]]]:
+        return frozenset(self.found.items())
+
+
+class Lookup:
+    """The sites of a component by dotted or by flat name."""
+
+    def __init__(self, sites: Sites, flat: bool) -> None:
+        self.separator = "_" if flat else "."
+        self.table: dict[str, tuple[Site, ...]] = {}
+        for path, site in sites.items():
+            name = flatten(path) if flat else path
+            held = self.table.get(name, ())
+            if site not in held:
+                self.table[name] = (*held, site)
+
+    def under(self, alignment: Alignment, paths: Iterable[str]) -> Aligned:
+        found = {}
+        for path in paths:
+            if hits := self.table.get(alignment.of(path)):
+                found[path] = hits
+        return Aligned(alignment, found)
+
+    def candidates(self, paths: Sequence[str]) -> Iterator[Alignment]:
+        """Alignments that some of the paths suggest."""
+        heads: dict[str, set[str]] = {}
+        for path in paths[:: max(1, len(paths) // _PROBES)]:
+            for tail, head in self._tails(path):
+                heads.setdefault(tail, set()).add(head)
+        for name in self.table:
+            for tail, add in self._tails(name):
+                for strip in heads.get(tail, ()):
+                    if self._plausible(strip, add):
+                        yield Alignment(strip, add)
+
+    def _tails(self, path: str) -> Iterator[tuple[str, str]]:
+        """What remains of a path without its first segments, and those segments."""
+        at = 0
+        while at >= 0:
+            yield path[at:], path[:at]
+            at = path.find(self.separator, at) + 1 or -1
+
+    def _plausible(self, strip: str, add: str) -> bool:
+        """One of the two is empty, or neither has a number, which would tell layers apart."""
+        if not strip or not add:
+            return bool(strip or add)
+        return not any(p.isdigit() for p in (strip + add).split(self.separator))
+
+
+def best_alignments(
+    lookup: Lookup, paths: Sequence[str], fits: Callable[[Aligned], bool]
+) -> list[Aligned]:
+    """The alignments that find the most paths; one, if names or else shapes can tell.
+
+    Paths as they are come first: where they find everything nothing else is tried.
+    """
+    same = lookup.under(SAME, paths)
+    if len(same.found) == len(paths):
+        return [same]
+    tried = [same, *(lookup.under(a, paths) for a in dict.fromkeys(lookup.candidates(paths)))]
+    most = max(len(a.found) for a in tried)
+    best = [a for a in tried if len(a.found) == most]
+    if most < len(paths) and best[0] is same:
+        return [same]
+    distinct = list({a.places: a for a in reversed(best)}.values())
+    if len(distinct) > 1:
+        distinct = [a for a in distinct if fits(a)] or distinct
+    return distinct

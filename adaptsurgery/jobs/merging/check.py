@@ -1,0 +1,211 @@
+"""A merged checkpoint held against its base and adapters, by the plain law in float64.
+
+This goes another way than the merge did: whole tensors, one update after the other, by
+``Update.fold``. So it also tells where the streaming engine would be wrong.
+"""
+
+from __future__ import annotations
+
+import json
+import math
+import os
+from collections.abc import Iterator, Mapping
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from adaptsurgery.checkpoint.base import Base, read_json
+from adaptsurgery.checkpoint.bridge import to_torch
+from adaptsurgery.checkpoint.hub import resolve
+from adaptsurgery.checkpoint.safetensors import read_safetensors
+from adaptsurgery.jobs.merging.manifest import manifest_path
+from adaptsurgery.jobs.merging.match import Change
+from adaptsurgery.jobs.merging.plan import MergePlan, Options, TensorEdit
+from adaptsurgery.jobs.report import Report, Row
+from adaptsurgery.jobs.verify import VerificationError
+from adaptsurgery_formats import AdapterState, Note
+from adaptsurgery_formats.tensors import Tensor, same_bytes
+
+if TYPE_CHECKING:
+    import torch
+
+    from adaptsurgery.core.update import Update
+    from adaptsurgery.jobs.merging.merge import Adapters
+
+# What float32 arithmetic may add to one rounding, in parts of the tensor's largest number.
+NOISE = 2.0**-20
+
+
+def verify_merge(
+    merged: str | os.PathLike[str],
+    base: str | os.PathLike[str],
+    adapters: Adapters,
+    *,
+    allow_unmatched: bool = False,
+    inverse: bool = False,
+) -> Report:
+    """Tell whether ``merged`` is ``base`` with the adapters, tensor by tensor, within one rounding.
+
+    Untouched tensors must have the base's bytes (or, where ``merged`` is of another dtype, its
+    numbers rounded). The weights default to those of the adapters as they are given. Raises
+    VerificationError ("not-equal", "missing-tensor") at the first tensor that is not so.
+    """
+    from adaptsurgery.jobs.merging.merge import _planned, open_base
+
+    options = Options(inverse=inverse)
+    plan, states = _planned(base, adapters, options, allow_unmatched, False)
+    found = _by_key(open_base(os.fspath(merged)))
+    rows = []
+    for component, edit in _tensors(plan):
+        tensor = found.get((component, edit.key))
+        if tensor is None:
+            raise VerificationError(
+                f"`{edit.key}` is not in the merged checkpoint",
+                where=os.fspath(merged),
+                code="missing-tensor",
+            )
+        rows.append(_compare(edit, tensor, plan, states, os.fspath(merged)))
+    return _verdict(rows, plan, Path(resolve(os.fspath(merged), kind="base")))
+
+
+def distance(merged: Path, original: Path) -> dict[str, Any]:
+    """How far two checkpoints of the same tensors lie apart: ‖A − B‖/‖B‖ in all, and the worst
+    element's difference in parts of its size."""
+    from adaptsurgery.jobs.merging.merge import open_base
+
+    a, b = _by_key(open_base(str(merged))), _by_key(open_base(str(original)))
+    squares, wholes, worst, changed = 0.0, 0.0, ("", 0.0), 0
+    for key in a.keys() & b.keys():
+        first, second = a[key], b[key]
+        if first.shape != second.shape or same_bytes(first, second):
+            continue
+        changed += 1
+        x, y = to_torch(first).double(), to_torch(second).double()
+        squares += float((x - y).square().sum())
+        wholes += float(y.square().sum())
+        most = float((x - y).abs().max() / y.abs().max().clamp_min(1e-300))
+        worst = max(worst, (key[1], most), key=lambda w: w[1])
+    return {
+        "different_tensors": changed,
+        "relative": math.sqrt(squares / wholes) if wholes else 0.0,
+        "worst": worst[1],
+        "worst_tensor": worst[0],
+    }
+
+
+def _tensors(plan: MergePlan) -> Iterator[tuple[str, TensorEdit]]:
+    return ((job.component, t) for job in plan.jobs for t in job.tensors)
+
+
+def _by_key(base: Base) -> dict[tuple[str, str], Tensor]:
+    return {(f.component, key): t for f in base.files for key, t in f.tensors.items()}
+
+
+def _compare(
+    edit: TensorEdit, merged: Tensor, plan: MergePlan, states: list[AdapterState], where: str
+) -> Row:
+    source = _source(edit, plan, states)
+    if not edit.changes and same_bytes(source, merged):
+        return Row(edit.key, "", "identical")
+    got = to_torch(merged)
+    wanted = expected(edit, source, plan, states)
+    if tuple(got.shape) != tuple(wanted.shape):
+        raise _differs(edit, where, f"shape {list(got.shape)}, expected {list(wanted.shape)}")
+    off = (got.double() - wanted).abs()
+    allowed = _unit(got) * wanted.abs() + NOISE * wanted.abs().max()
+    if not bool((off <= allowed).all()):
+        raise _differs(edit, where, f"off by up to {float(off.max()):.3g}")
+    error = float(off.max() / wanted.abs().max().clamp_min(1e-300))
+    return Row(edit.key, "", "rounded" if error else "identical", error)
+
+
+def _unit(tensor: torch.Tensor) -> float:
+    import torch
+
+    return float(torch.finfo(tensor.dtype).eps) if tensor.is_floating_point() else 0.0
+
+
+def _differs(edit: TensorEdit, where: str, seen: str) -> VerificationError:
+    return VerificationError(
+        f"`{edit.key}` is not what base and adapters give",
+        where=where,
+        seen=seen,
+        next="other weights or adapters went into it, or the file was changed since",
+    )
+
+
+def _source(edit: TensorEdit, plan: MergePlan, states: list[AdapterState]) -> Tensor:
+    if edit.saved is not None:
+        return states[edit.saved.adapter].saved[edit.saved.component][edit.saved.name]
+    return read_safetensors(plan.files[edit.file].path).tensors[edit.source]
+
+
+def expected(
+    edit: TensorEdit, source: Tensor, plan: MergePlan, states: list[AdapterState]
+) -> torch.Tensor:
+    """The tensor in float64 after all changes, by the law: rotations, deltas, renorms."""
+    from adaptsurgery.core.update import Delta, Renorm, Rotation
+
+    out = to_torch(source).double()
+    ready = [(c, _update(c, plan, states)) for c in edit.changes]
+    kinds: tuple[type[Update], ...] = (Rotation, Delta, Renorm)
+    if plan.options.inverse:
+        kinds, ready = kinds[::-1], ready[::-1]
+    for kind in kinds:
+        for change, update in ready:
+            if isinstance(update, kind):
+                _apply(out, change, update, plan.options.inverse)
+    return out
+
+
+def _update(change: Change, plan: MergePlan, states: list[AdapterState]) -> Update:
+    from adaptsurgery.jobs.merging.updates import update_for
+
+    return update_for(change, states).scaled(plan.adapters[change.adapter].weight)
+
+
+def _apply(out: torch.Tensor, change: Change, update: Update, inverse: bool) -> None:
+    """One update on its rows of a float64 tensor, in place."""
+    view = out if change.index is None else out[change.index]
+    rows = (view.t() if change.turned else view)[change.at : change.at + change.rows]
+    if change.what == "bias":
+        rows.copy_(_bias(rows, change, update, inverse))
+        return
+    outputs = change.shape[int(change.turned)]
+    span = slice(change.first, change.first + change.rows)
+    full = rows.new_zeros((outputs, *rows.shape[1:]))
+    full[span] = rows
+    done = update.unfold(full) if inverse else update.fold(full)
+    rows.copy_(done[span])
+
+
+def _bias(rows: torch.Tensor, change: Change, update: Update, inverse: bool) -> torch.Tensor:
+    zero = rows.new_zeros(change.shape[0])
+    shift = update.fold_bias(zero)
+    assert shift is not None
+    part = shift[change.first : change.first + change.rows]
+    return rows - part if inverse else rows + part
+
+
+def _verdict(rows: list[Row], plan: MergePlan, merged: Path) -> Report:
+    notes = [Note(*n) for n in plan.notes]
+    path = manifest_path(merged, merged.is_dir())
+    if path.is_file():
+        notes += _manifest_notes(read_json(path), plan, str(path))
+    worst = max((r.error for r in rows), default=0.0)
+    edited = sum(bool(t.changes) for _, t in _tensors(plan))
+    text = f"{len(rows)} tensors · {edited} edited · max|W' − ref| {worst:.1g} of the largest"
+    return Report("verify-merge", text, rows, notes, facts={"tensors": len(rows), "edited": edited})
+
+
+def _manifest_notes(manifest: Mapping[str, Any], plan: MergePlan, where: str) -> Iterator[Note]:
+    """Where a manifest names other inputs than those at hand."""
+    try:
+        said = [[f["sha256"] for f in a["files"]] for a in manifest["adapters"]]
+        weights = [a["weight"] for a in manifest["adapters"]]
+    except (KeyError, TypeError):
+        yield Note("bad-manifest", where, "the manifest is not one of ours")
+        return
+    if said != [[f.sha256 for f in a.files] for a in plan.adapters]:
+        yield Note("manifest-differs", where, "it names other adapter files, by their hashes")
+    if weights != [a.weight for a in plan.adapters]:
+        yield Note("manifest-differs", where, f"it names the weights {json.dumps(weights)}")

@@ -1,0 +1,610 @@
+"""Adapters → changes of the base's stored tensors, from headers alone.
+
+Every module of every adapter has to be found (see ``sites`` and ``align``), has to fit, and says
+then which rows of which stored tensors it changes. Nothing is left over silently.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Mapping
+from dataclasses import dataclass, field
+from typing import Any
+
+from adaptsurgery.checkpoint.base import Base, Located
+from adaptsurgery.jobs.merging.align import Aligned, Alignment, Lookup, best_alignments
+from adaptsurgery.jobs.merging.sites import Parameters, Piece, Site, bias_name, sites_of
+from adaptsurgery.jobs.updates import is_transposed
+from adaptsurgery_formats import AdapterState, ModuleState, Note
+from adaptsurgery_formats.errors import (
+    InexactError,
+    LayoutError,
+    NameLookupError,
+    ShapeError,
+    SurgeryError,
+    ValueRefused,
+    nearest,
+)
+from adaptsurgery_formats.names import names_of_base
+from adaptsurgery_formats.resolve import fit
+from adaptsurgery_formats.state import delta_shape, magnitude_axis
+from adaptsurgery_formats.tensors import FLOAT_DTYPES
+
+Target = tuple[str, str]  # component and parameter name
+_HINTS = 8  # unmatched names that get a look for the nearest one
+_SHOWN = 40
+
+
+@dataclass(frozen=True)
+class Change:
+    """One module's part in one stored tensor.
+
+    ``adapter`` and ``module`` count in the plan's adapters and in the file's modules. ``what`` is
+    "weight" or "bias". Rows [first, first + rows) of the module's own canonical weight, stored
+    shape ``shape``, go to rows [at, at + rows) of the tensor's canonical form, or of its
+    ``index``-th slice; ``turned``: that is stored (i, o).
+    """
+
+    adapter: int
+    module: int
+    what: str
+    shape: tuple[int, ...]
+    at: int
+    rows: int
+    first: int = 0
+    index: int | None = None
+    turned: bool = False
+
+
+@dataclass(frozen=True)
+class Saved:
+    """A parameter that an adapter replaces outright."""
+
+    adapter: int
+    component: str
+    name: str
+
+
+@dataclass
+class Matched:
+    """What the adapters do to the base, by component and parameter name.
+
+    ``heads``: a parameter to be written apart from the embedding that it was tied to → that one.
+    ``modules`` is the count of those matched; ``unmatched`` lists the others.
+    """
+
+    changes: dict[Target, list[Change]] = field(default_factory=dict)
+    saved: dict[Target, Saved] = field(default_factory=dict)
+    heads: dict[Target, Target] = field(default_factory=dict)
+    modules: int = 0
+    unmatched: list[str] = field(default_factory=list)
+    notes: list[Note] = field(default_factory=list)
+
+
+@dataclass(frozen=True)
+class _Hit:
+    """A module with the one site that it was found at."""
+
+    adapter: int
+    number: int
+    module: ModuleState
+    component: str
+    site: Site
+
+
+def match(base: Base, adapters: list[AdapterState], *, allow_unmatched: bool = False) -> Matched:
+    """Every module of the adapters on the base's tensors.
+
+    Raises NameLookupError ("unmatched-modules", "ambiguous-alignment", "ambiguous-module",
+    "duplicate-module", "nothing-matched"), ShapeError where a module does not fit, LayoutError
+    ("interleaved-weight", "no-bias"), ValueRefused ("quantised-weight").
+    """
+    return _Matcher(base, adapters).run(allow_unmatched)
+
+
+class _Matcher:
+    def __init__(self, base: Base, adapters: list[AdapterState]) -> None:
+        self.base, self.adapters = base, adapters
+        self.sites = sites_of(base)
+        self.names = names_of_base(base.components, base.where)
+        self.lookups: dict[tuple[str, bool], Lookup] = {}
+        self.alignments: dict[tuple[int, str], tuple[str, Alignment]] = {}
+        self.hints: list[tuple[str, str, str]] = []
+        self.out = Matched()
+
+    def run(self, allow_unmatched: bool) -> Matched:
+        hits = [hit for number in range(len(self.adapters)) for hit in self._hits(number)]
+        if self.out.unmatched and not allow_unmatched:
+            raise self._unmatched_error()
+        self._refuse_twice(hits)
+        self._place_saved()
+        cuts = self._cuts(hits)
+        for hit in hits:
+            self._place(hit, cuts)
+        self.out.modules = len(hits)
+        if self.out.unmatched:
+            text = f"{len(self.out.unmatched)} modules were left out: " + _listed(
+                self.out.unmatched
+            )
+            self.out.notes.append(Note("unmatched-modules", self.base.where, text))
+        return self.out
+
+    # -- Names
+
+    def _hits(self, number: int) -> Iterator[_Hit]:
+        """The modules of one adapter where they are found; the others are put down as unmatched."""
+        state = self.adapters[number]
+        count = 0
+        for (component, prefix), members in _groups(state).items():
+            homes = self._homes(component, prefix)
+            found = self._align(number, homes, component, members)
+            home, aligned = found if found else ("", None)
+            for position, module in members:
+                sites = aligned.found.get(module.path, ()) if aligned else ()
+                if not sites:
+                    self._leave_out(number, module, home if found else next(iter(homes), ""))
+                    continue
+                count += 1
+                yield _Hit(number, position, module, home, self._one(sites, module, state))
+        if not count and not any(state.saved.values()):
+            raise self._nothing_error(number)
+
+    def _homes(self, component: str, prefix: str) -> list[str]:
+        """The base's components in which such modules may lie."""
+        known = list(self.sites)
+        if component in self.sites:
+            return [component]
+        if len(known) == 1:
+            return known
+        if prefix in self.names.by_prefix:
+            home = self.names.by_prefix[prefix].name
+            return [home] if home in self.sites else []
+        return [] if component or prefix.startswith("lora_") else known
+
+    def _align(
+        self,
+        number: int,
+        homes: list[str],
+        component: str,
+        members: list[tuple[int, ModuleState]],
+    ) -> tuple[str, Aligned] | None:
+        """The component and the alignment that find the most modules; None where none finds any."""
+        modules = [m for _, m in members]
+        paths = list(dict.fromkeys(m.path for m in modules))
+        flat = modules[0].naming == "flat"
+        tried: list[tuple[str, Aligned]] = []
+        for home in homes:
+            key = (home, flat)
+            if key not in self.lookups:
+                self.lookups[key] = Lookup(self.sites[home], flat)
+
+            def fits(aligned: Aligned, home: str = home) -> bool:
+                return self._fits(home, modules, aligned)
+
+            tried += [(home, a) for a in best_alignments(self.lookups[key], paths, fits)]
+        most = max((len(a.found) for _, a in tried), default=0)
+        best = [(home, a) for home, a in tried if len(a.found) == most]
+        if len(best) > 1:
+            best = [(home, a) for home, a in best if self._fits(home, modules, a)] or best
+        if not most:
+            return None
+        if len(best) > 1:
+            raise self._ambiguous(number, modules, best)
+        home, aligned = best[0]
+        self.alignments[number, component] = (home, aligned.alignment)
+        if aligned.alignment != Alignment():
+            text = f"names aligned with the base's: {aligned.alignment}"
+            self.out.notes.append(Note("aligned-names", self.adapters[number].where, text))
+        return home, aligned
+
+    def _fits(self, home: str, modules: list[ModuleState], aligned: Aligned) -> bool:
+        """Whether the shapes of all modules found go with an alignment."""
+        for module in modules:
+            for site in aligned.found.get(module.path, ()):
+                if site.part >= 0 or site.refused:
+                    continue
+                try:
+                    fit(module, self._shape(home, site), "")
+                except SurgeryError:
+                    return False
+        return True
+
+    def _one(self, sites: tuple[Site, ...], module: ModuleState, state: AdapterState) -> Site:
+        if len(sites) > 1:
+            names = " or ".join(f"`{s.pieces[0].name}`" for s in sites)
+            raise NameLookupError(
+                f"`{module.path}` could be {names}",
+                where=state.where,
+                seen=", ".join(module.keys[:1]),
+                next="write the adapter with dotted names, which tell the two apart",
+                code="ambiguous-module",
+            )
+        if sites[0].refused:
+            raise LayoutError(
+                f"`{module.label}` cannot be merged: {sites[0].refused}",
+                where=state.where,
+                seen=", ".join(module.keys[:1]),
+                next="train on the fused module, or merge through the model's own code",
+                code="interleaved-weight",
+            )
+        return sites[0]
+
+    def _leave_out(self, number: int, module: ModuleState, home: str) -> None:
+        label = module.keys[0] if module.keys else module.label
+        self.out.unmatched.append(label)
+        if len(self.hints) < _HINTS and home in self.sites:
+            lookup = self.lookups.get((home, module.naming == "flat"))
+            self.hints.append(
+                (label, module.path, nearest(module.path, lookup.table if lookup else ()))
+            )
+
+    def _unmatched_error(self) -> NameLookupError:
+        hints = [f"`{path}`: {hint or 'nothing like it'}" for _, path, hint in self.hints]
+        return NameLookupError(
+            f"{len(self.out.unmatched)} modules of the adapters are not in the base",
+            where=self.base.where,
+            seen=_listed(self.out.unmatched),
+            next="; ".join(hints) + ". Leave them out with --allow-unmatched, or pass their base",
+            code="unmatched-modules",
+        )
+
+    def _nothing_error(self, number: int) -> NameLookupError:
+        state = self.adapters[number]
+        if quantised := self._quantised(state):
+            return quantised
+        error = self._unmatched_error()
+        return NameLookupError(
+            "nothing of this adapter is in the base",
+            where=state.where,
+            seen=error.seen,
+            next="; ".join(f"`{p}`: {h or 'nothing like it'}" for _, p, h in self.hints)
+            or f"components of the base: {', '.join(self.sites)}",
+            code="nothing-matched",
+        )
+
+    def _quantised(self, state: AdapterState) -> Any:
+        """The error for a GPTQ or AWQ base, whose weights have other names."""
+        for component, parameters in self.base.parameters.items():
+            packed = next((n for n in parameters if n.endswith((".qweight", ".weight_packed"))), "")
+            if packed:
+                return _quantised_error(packed, parameters[packed], self.base.where)
+        return None
+
+    def _ambiguous(
+        self, number: int, modules: list[ModuleState], best: list[tuple[str, Aligned]]
+    ) -> NameLookupError:
+        first = modules[0].path
+        spots = [
+            f"`{home}.{a.alignment.of(first)}`" if home else f"`{a.alignment.of(first)}`"
+            for home, a in best
+        ]
+        return NameLookupError(
+            f"the adapter fits the base in {len(best)} ways",
+            where=self.adapters[number].where,
+            seen=f"`{first}` could be " + " or ".join(spots[:4]),
+            next="write the adapter with the base's full names",
+            code="ambiguous-alignment",
+        )
+
+    def _refuse_twice(self, hits: list[_Hit]) -> None:
+        seen: dict[tuple[int, str, Site, str], _Hit] = {}
+        for hit in hits:
+            spot = (hit.adapter, hit.component, hit.site, hit.module.algorithm)
+            if spot in seen:
+                raise NameLookupError(
+                    f"`{hit.module.label}` is adapted twice",
+                    where=self.adapters[hit.adapter].where,
+                    seen=", ".join([*seen[spot].module.keys[:1], *hit.module.keys[:1]]),
+                    next="remove one of the two; readers would take the last or the sum",
+                    code="duplicate-module",
+                )
+            seen[spot] = hit
+
+    # -- Rows
+
+    def _cuts(self, hits: list[_Hit]) -> dict[Target, tuple[int, int, int]]:
+        """Rows of q, k and v in each fused weight that has an adapter on one of them."""
+        told: dict[Target, dict[int, int]] = {}
+        for hit in hits:
+            if hit.site.part >= 0:
+                known = told.setdefault((hit.component, hit.site.pieces[0].name), {})
+                if hit.module.algorithm != "hra":
+                    known[hit.site.part] = delta_shape(hit.module)[0]
+        return {
+            (component, name): self._cut(component, name, known)
+            for (component, name), known in told.items()
+        }
+
+    def _cut(self, component: str, name: str, known: Mapping[int, int]) -> tuple[int, int, int]:
+        total = max(self.base.parameters[component][name].shape[:2])
+        if name.endswith("in_proj_weight"):
+            cut = (total // 3,) * 3
+        else:
+            cut = _three(total, known) or _heads(self.base.configs.get(component, {})) or (0, 0, 0)
+        if sum(cut) != total or min(cut) <= 0 or any(cut[p] != n for p, n in known.items()):
+            raise ShapeError(
+                f"`{name}` cannot be cut into q, k and v",
+                where=self.base.where,
+                seen=f"{total} rows; the adapters have "
+                + (", ".join(f"{'qkv'[p]} {n}" for p, n in sorted(known.items())) or "no widths"),
+                next="is the adapter for this base? a config.json with head counts may tell",
+                code="fused-cuts",
+            )
+        return cut
+
+    def _place(self, hit: _Hit, cuts: Mapping[Target, tuple[int, int, int]]) -> None:
+        """A module's changes, piece by piece."""
+        state = self.adapters[hit.adapter]
+        pieces = hit.site.pieces
+        if hit.site.part >= 0:
+            piece = pieces[0]
+            cut = cuts[hit.component, piece.name]
+            start = sum(cut[: hit.site.part])
+            pieces = (Piece(piece.name, start, start + cut[hit.site.part], turned=piece.turned),)
+        for piece in pieces:
+            self._check_float(hit.component, piece.name)
+        site = Site(pieces, tied=hit.site.tied)
+        shape = self._shape(hit.component, site)
+        module = fit(hit.module, shape, state.where)
+        if len(pieces) > 1 and "magnitude" in module.tensors and magnitude_axis(module) == "in":
+            raise InexactError(
+                f"`{module.label}` cannot be cut: its DoRA norm is taken per input, over all rows",
+                where=state.where,
+                seen=", ".join(f"`{p.name}`" for p in pieces),
+                code="fused-mixed",
+            )
+        first = 0
+        for piece in pieces:
+            first += self._change(hit, module, piece, shape, first, site.tied)
+
+    def _change(
+        self,
+        hit: _Hit,
+        module: ModuleState,
+        piece: Piece,
+        shape: tuple[int, ...],
+        first: int,
+        tied: str,
+    ) -> int:
+        """Put down one piece's change of its weight, and of its bias; returns its rows."""
+        config = self.base.configs.get(hit.component, {})
+        parameters = self.base.parameters[hit.component]
+        turned = piece.turned
+        if turned is None:
+            turned = turned_by(module, shape, piece.name, parameters, config)
+        whole = parameters[piece.name].shape
+        whole = whole if piece.index is None else whole[1:]
+        rows = piece.stop - piece.start or (self._grown(hit, piece) or whole)[int(turned)]
+        target = (hit.component, tied or piece.name)
+        if tied:
+            self.out.heads[target] = (hit.component, piece.name)
+        if changes_weight(module):
+            self.out.changes.setdefault(target, []).append(
+                Change(
+                    hit.adapter, hit.number, "weight", shape, piece.start, rows, first,
+                    piece.index, turned,
+                )
+            )  # fmt: skip
+        if changes_bias(module):
+            self._change_bias(hit, module, piece, shape, rows, first)
+        return rows
+
+    def _change_bias(
+        self,
+        hit: _Hit,
+        module: ModuleState,
+        piece: Piece,
+        shape: tuple[int, ...],
+        rows: int,
+        first: int,
+    ) -> None:
+        name = bias_name(piece.name)
+        if name not in self.base.parameters[hit.component]:
+            raise LayoutError(
+                f"`{module.label}` changes a bias, and the base has none there",
+                where=self.adapters[hit.adapter].where,
+                seen=f"no `{name}`",
+                next="a bias that the model does not know would be dropped on loading",
+                code="no-bias",
+            )
+        self._check_float(hit.component, name)
+        self.out.changes.setdefault((hit.component, name), []).append(
+            Change(
+                hit.adapter, hit.number, "bias", shape, piece.start, rows, first, piece.index
+            )
+        )  # fmt: skip
+
+    def _shape(self, component: str, site: Site) -> tuple[int, ...]:
+        """The stored shape of all pieces one below the other: (o, i, *k), or (i, o) if turned."""
+        shapes = []
+        for piece in site.pieces:
+            saved = self.out.saved.get((component, site.tied or piece.name))
+            shape = self._saved_shape(saved) or self.base.parameters[component][piece.name].shape
+            shape = shape if piece.index is None else shape[1:]
+            if piece.stop:
+                rows = piece.stop - piece.start
+                shape = (shape[0], rows) if piece.turned else (rows, *shape[1:])
+            shapes.append(shape)
+        if len(shapes) == 1:
+            return shapes[0]
+        return (sum(s[0] for s in shapes), *shapes[0][1:])
+
+    def _saved_shape(self, saved: Saved | None) -> tuple[int, ...] | None:
+        if saved is None:
+            return None
+        return self.adapters[saved.adapter].saved[saved.component][saved.name].shape
+
+    def _grown(self, hit: _Hit, piece: Piece) -> tuple[int, ...] | None:
+        return self._saved_shape(self.out.saved.get((hit.component, hit.site.tied or piece.name)))
+
+    def _check_float(self, component: str, name: str) -> None:
+        at = self.base.parameters[component][name]
+        if at.dtype not in FLOAT_DTYPES:
+            raise _quantised_error(name, at, self.base.where)
+
+    # -- Replaced parameters
+
+    def _place_saved(self) -> None:
+        for number, state in enumerate(self.adapters):
+            for component, tensors in state.saved.items():
+                home, alignment = self.alignments.get(
+                    (number, component), (component if component in self.sites else next(iter(self.sites)), Alignment())
+                )  # fmt: skip
+                for name in tensors:
+                    self._save(Saved(number, component, name), home, alignment)
+
+    def _save(self, saved: Saved, home: str, alignment: Alignment) -> None:
+        parameters = self.base.parameters[home]
+        path, _, last = saved.name.replace(".base_layer.", ".").rpartition(".")
+        aligned = alignment.of(path)
+        name = self._saved_name(home, aligned, last)
+        state = self.adapters[saved.adapter]
+        tensor = state.saved[saved.component][saved.name]
+        before = self.out.saved.get((home, name))
+        if before is not None:
+            raise NameLookupError(
+                f"two adapters replace `{name}`",
+                where=state.where,
+                seen=self.adapters[before.adapter].where,
+                next="keep the parameter in one of them",
+                code="two-replacements",
+            )
+        self.out.saved[home, name] = saved
+        if name not in parameters:
+            site = self.sites[home].get(aligned)
+            if site and site.tied == name:
+                self.out.heads[home, name] = (home, site.pieces[0].name)
+                return
+            text = f"`{name}` is not in the base and is added"
+            self.out.notes.append(Note("added-parameter", state.where, text))
+            return
+        self._check_float(home, name)
+        self._note_replaced(name, parameters[name], tensor.dtype, tensor.shape, state.where)
+
+    def _saved_name(self, home: str, path: str, last: str) -> str:
+        """The stored name of a replaced parameter; its own, aligned, where the base has none."""
+        plain = f"{path}.{last}"
+        site = self.sites[home].get(path)
+        if plain in self.base.parameters[home] or site is None:
+            return plain
+        if site.tied:
+            return site.tied
+        piece = site.pieces[0]
+        if len(site.pieces) > 1 or piece.stop or piece.index is not None or site.part >= 0:
+            raise LayoutError(
+                f"`{plain}` replaces a part of `{piece.name}`",
+                where=self.base.where,
+                next="only whole parameters can be replaced",
+                code="replaced-part",
+            )
+        return piece.name if last == "weight" else bias_name(piece.name)
+
+    def _note_replaced(
+        self, name: str, at: Located, dtype: str, shape: tuple[int, ...], where: str
+    ) -> None:
+        note = self.out.notes.append
+        if shape != at.shape:
+            if shape[1:] != at.shape[1:] or len(shape) != 2:
+                raise ShapeError(
+                    f"`{name}` is replaced by one of another shape",
+                    where=where,
+                    seen=f"{list(shape)} for {list(at.shape)}",
+                    next="only the rows of a table may grow",
+                )
+            note(Note("grown-table", where, f"`{name}`: {at.shape[0]} rows become {shape[0]}"))
+        if dtype != at.dtype:
+            note(Note("rounded-parameter", where, f"`{name}` is replaced, {dtype} as {at.dtype}"))
+
+
+def changes_weight(module: ModuleState) -> bool:
+    """Whether a module changes its layer's weight, not the bias alone."""
+    return any(s not in ("diff_b", "b_norm") for s in module.tensors)
+
+
+def changes_bias(module: ModuleState) -> bool:
+    return any(s in module.tensors for s in ("diff_b", "b_norm", "up_bias"))
+
+
+# transformers' models whose c_attn, c_proj, c_fc, q_attn are Conv1D: stored (in, out).
+_CONV1D_KINDS = ("gpt2", "imagegpt", "openai-gpt", "decision_transformer", "clvp")
+_CONV1D_NAMES = ("c_attn", "c_proj", "c_fc", "q_attn")
+
+
+def turned_by(
+    module: ModuleState,
+    shape: tuple[int, ...],
+    name: str,
+    parameters: Parameters,
+    config: Mapping[str, Any],
+) -> bool:
+    """Whether a weight of this stored shape is (i, o): by the shapes, and where it is square by
+    the model's class or by the layers beside it."""
+    if len(shape) != 2 or module.algorithm == "norm":
+        return False
+    if module.algorithm == "full":
+        return "diff" in module.tensors and module.tensors["diff"].shape != shape
+    if module.kind == "embedding" or shape[0] != shape[1]:
+        return is_transposed(module, shape)
+    stem, _, last = name.removesuffix(".weight").rpartition(".")
+    if last not in _CONV1D_NAMES:
+        return False
+    kind = str(config.get("model_type", ""))
+    if kind:
+        return kind in _CONV1D_KINDS
+    return _wide_beside(stem, parameters)
+
+
+def _wide_beside(stem: str, parameters: Parameters) -> bool:
+    """Whether c_attn or c_fc near a square weight, which widen, are stored (in, out)."""
+    block = stem.rpartition(".")[0]
+    for wide in (f"{stem}.c_attn", f"{stem}.c_fc", f"{block}.attn.c_attn", f"{block}.mlp.c_fc"):
+        at = parameters.get(f"{wide}.weight")
+        if at is not None and len(at.shape) == 2 and at.shape[0] != at.shape[1]:
+            return at.shape[1] > at.shape[0]
+    return False
+
+
+def _groups(state: AdapterState) -> dict[tuple[str, str], list[tuple[int, ModuleState]]]:
+    """The modules of an adapter, numbered, by component and prefix."""
+    groups: dict[tuple[str, str], list[tuple[int, ModuleState]]] = {}
+    for number, module in enumerate(state.modules):
+        prefix = str(module.options.get("prefix", ""))
+        groups.setdefault((module.component, prefix), []).append((number, module))
+    return groups
+
+
+def _three(total: int, known: Mapping[int, int]) -> tuple[int, int, int] | None:
+    """Rows of q, k, v that make ``total``, from those known; k and v are alike."""
+    q, kv = known.get(0), known.get(1, known.get(2))
+    if q is None and kv is None:
+        return None
+    if q is None:
+        q = total - 2 * (kv or 0)
+    if kv is None:
+        kv = (total - q) // 2
+    return q, kv, kv
+
+
+def _heads(config: Mapping[str, Any]) -> tuple[int, int, int] | None:
+    """Rows of q, k, v from a config's head counts."""
+    config = config.get("text_config") or config
+    heads, hidden = config.get("num_attention_heads"), config.get("hidden_size")
+    if not isinstance(heads, int) or not isinstance(hidden, int) or heads <= 0:
+        return None
+    width = config.get("head_dim") or hidden // heads
+    kv = config.get("num_key_value_heads") or heads
+    return heads * width, kv * width, kv * width
+
+
+def _quantised_error(name: str, at: Located, where: str) -> ValueRefused:
+    return ValueRefused(
+        f"`{name}` is quantised ({at.dtype})",
+        where=where,
+        seen=f"{at.dtype} {list(at.shape)}",
+        next="merge into the base in bf16 or fp16 and quantise the result again",
+        code="quantised-weight",
+    )
+
+
+def _listed(names: list[str]) -> str:
+    more = f" and {len(names) - _SHOWN} more" if len(names) > _SHOWN else ""
+    return ", ".join(f"`{n}`" for n in names[:_SHOWN]) + more

@@ -1,0 +1,253 @@
+"""Merging adapters into a checkpoint, and taking them out again, file to file."""
+
+from __future__ import annotations
+
+import math
+import os
+from collections.abc import Iterable, Sequence
+from pathlib import Path
+
+from adaptsurgery.checkpoint.base import Base, find_weights, read_base
+from adaptsurgery.checkpoint.hub import base_headers, resolve
+from adaptsurgery.jobs.merging.adapters import Named, read_adapters
+from adaptsurgery.jobs.merging.manifest import manifest_path
+from adaptsurgery.jobs.merging.match import match
+from adaptsurgery.jobs.merging.plan import MergePlan, Options, build_plan, check_options
+from adaptsurgery.jobs.merging.run import Norms, Progress, check_part, check_plan, run_plan
+from adaptsurgery.jobs.merging.tying import settle_ties
+from adaptsurgery.jobs.report import Report, Row
+from adaptsurgery_formats import AdapterState, Note
+
+Adapters = Named | Sequence[Named]
+# The unit of rounding, 2^-(p-1), of what weights are stored in.
+EPS = {"F64": 2.0**-52, "F32": 2.0**-23, "F16": 2.0**-10, "BF16": 2.0**-7}
+
+
+def merge(
+    base: str | os.PathLike[str],
+    adapters: Adapters,
+    out: str | os.PathLike[str],
+    *,
+    dtype: str = "auto",
+    compute: str = "fp32",
+    device: str = "cpu",
+    max_shard_size: int | None = None,
+    allow_unmatched: bool = False,
+    overwrite: bool = False,
+    dry_run: bool = False,
+    workers: int = 2,
+    shard_index: int = 0,
+    num_shards: int = 1,
+    progress: Progress | None = None,
+) -> Report:
+    """Write ``base`` with the adapters in its weights: W' = W·R1·R2·… + Σ w·s·Δ, rounded once.
+
+    ``base`` is a safetensors file, an index with its shards, a transformers or diffusers folder or
+    a Hub name; ``out`` becomes the same. ``adapters`` are paths or Hub names in any layout, each
+    ``"path=0.8"`` or ``(path, 0.8)`` where it has a weight. ``dtype`` ("auto", "fp32", "bf16",
+    "fp16") is what float tensors are stored in, ``compute`` ("fp32", "fp64") what they are folded
+    in. ``shard_index`` of ``num_shards`` does a part of the shards; whoever is last completes the
+    output. A run that was killed is taken up where it stopped.
+
+    Raises SurgeryError for anything that cannot be done exactly: what, where, seen, next.
+    """
+    options = Options(dtype, compute, device, False, max_shard_size or 0)
+    return _run(
+        base, adapters, Path(out), options, allow_unmatched, overwrite, dry_run, workers,
+        check_part(shard_index, num_shards), progress, None,
+    )  # fmt: skip
+
+
+def unmerge(
+    base: str | os.PathLike[str],
+    adapters: Adapters,
+    out: str | os.PathLike[str],
+    *,
+    against: str | os.PathLike[str] | None = None,
+    dtype: str = "auto",
+    compute: str = "fp32",
+    device: str = "cpu",
+    max_shard_size: int | None = None,
+    allow_unmatched: bool = False,
+    overwrite: bool = False,
+    dry_run: bool = False,
+    workers: int = 2,
+    shard_index: int = 0,
+    num_shards: int = 1,
+    progress: Progress | None = None,
+) -> Report:
+    """Take adapters out of a merged checkpoint: the inverse of ``merge``, up to storage rounding.
+
+    The report says how far rounding keeps the result from the original: the bound that the stored
+    dtype gives, and the measured distance where ``against`` names the original.
+    """
+    options = Options(dtype, compute, device, True, max_shard_size or 0)
+    return _run(
+        base, adapters, Path(out), options, allow_unmatched, overwrite, dry_run, workers,
+        check_part(shard_index, num_shards), progress, against,
+    )  # fmt: skip
+
+
+def plan_merge(
+    base: str | os.PathLike[str],
+    adapters: Adapters,
+    options: Options | None = None,
+    *,
+    allow_unmatched: bool = False,
+) -> MergePlan:
+    """The plan of a merge as plain data; ``run.run_plan`` carries it out, now or elsewhere."""
+    return _planned(base, adapters, options or Options(), allow_unmatched, dry_run=False)[0]
+
+
+def _run(
+    base: str | os.PathLike[str],
+    adapters: Adapters,
+    out: Path,
+    options: Options,
+    allow_unmatched: bool,
+    overwrite: bool,
+    dry_run: bool,
+    workers: int,
+    part: tuple[int, int],
+    progress: Progress | None,
+    against: str | os.PathLike[str] | None,
+) -> Report:
+    check_options(options)
+    plan, states = _planned(base, adapters, options, allow_unmatched, dry_run)
+    check_plan(plan, out, overwrite=overwrite, needed=not dry_run)
+    report = _report(plan, states, workers)
+    if dry_run:
+        return report
+    complete, norms = run_plan(
+        plan, out, overwrite=overwrite, workers=workers, part=part, states=states,
+        progress=progress,
+    )  # fmt: skip
+    _tell_norms(report, plan, norms)
+    report.facts["complete"] = complete
+    if complete:
+        report.outputs = [str(out), str(manifest_path(out, plan.folder))]
+    else:
+        text = "this part is done; the output appears when the others are"
+        report.notes.append(Note("part-done", str(out), text))
+    if options.inverse:
+        _tell_rounding(report, plan, norms)
+        if against is not None and complete:
+            from adaptsurgery.jobs.merging.check import distance
+
+            report.facts["against"] = distance(out, Path(against))
+    return report
+
+
+def _planned(
+    base: str | os.PathLike[str],
+    adapters: Adapters,
+    options: Options,
+    allow_unmatched: bool,
+    dry_run: bool,
+) -> tuple[MergePlan, list[AdapterState]]:
+    found_base = open_base(os.fspath(base), headers=dry_run)
+    read = read_adapters(_several(adapters), inverse=options.inverse)
+    states = [state for state, _ in read]
+    found = match(found_base, states, allow_unmatched=allow_unmatched)
+    untied = settle_ties(found_base, states, found)
+    return build_plan(found_base, read, found, untied, options), states
+
+
+def _several(adapters: Adapters) -> Iterable[Named]:
+    """One adapter as a list of one; a tuple of a path and a number is one adapter too."""
+    if isinstance(adapters, (str, os.PathLike)):
+        return [adapters]
+    if isinstance(adapters, tuple) and len(adapters) == 2 and isinstance(adapters[1], (int, float)):
+        return [(adapters[0], adapters[1])]  # type: ignore[list-item]
+    return adapters  # type: ignore[return-value]
+
+
+def open_base(spec: str, *, headers: bool = False) -> Base:
+    """The base of a merge, downloaded if it has to be; for a dry run its headers are enough.
+
+    An index is taken as its folder where it is that folder's model.
+    """
+    if headers and not os.path.lexists(spec):
+        return base_headers(spec)
+    path = resolve(spec, kind="base")
+    if path.name.endswith(".index.json") and path.is_file():
+        if find_weights(os.listdir(path.parent)) == path.name:
+            path = path.parent
+    return read_base(path)
+
+
+# -- What is told
+
+
+def _report(plan: MergePlan, states: Sequence[AdapterState], workers: int) -> Report:
+    rows = [
+        Row(t.key, "+".join(_algorithms(plan, states, t.changes)), "edited")
+        for job in plan.jobs
+        for t in job.tensors
+        if t.changes
+    ]
+    rows += [
+        Row(t.key, "", "replaced")
+        for job in plan.jobs
+        for t in job.tensors
+        if t.saved is not None and not t.changes
+    ]
+    edited = sum(t.nbytes for t in plan.edited)
+    facts = {
+        "base": plan.base,
+        "adapters": [
+            {"path": a.path, "weight": a.weight, "layout": a.layout} for a in plan.adapters
+        ],
+        "modules": plan.modules,
+        "unmatched": list(plan.unmatched),
+        "tensors": sum(len(job.tensors) for job in plan.jobs),
+        "edited_tensors": len(plan.edited),
+        "shards": len(plan.jobs),
+        "untouched_shards": sum(job.clone >= 0 for job in plan.jobs),
+        "bytes": plan.nbytes,
+        "edited_bytes": edited,
+        "predicted_peak_memory": plan.peak_memory(workers),
+        "digest": plan.digest,
+    }
+    total = plan.modules + len(plan.unmatched)
+    verdict = f"{plan.modules}/{total} modules · {len(plan.edited)} tensors"
+    notes = [Note(*n) for n in plan.notes] + [n for s in states for n in s.notes]
+    job = "unmerge" if plan.options.inverse else "merge"
+    return Report(job, verdict, rows, list(dict.fromkeys(notes)), facts=facts)
+
+
+def _algorithms(
+    plan: MergePlan, states: Sequence[AdapterState], changes: Iterable[object]
+) -> list[str]:
+    names = []
+    for change in changes:
+        module = states[change.adapter].modules[change.module]  # type: ignore[attr-defined]
+        names.append("dora" if "magnitude" in module.tensors else module.algorithm)
+    return list(dict.fromkeys(names))
+
+
+def _tell_norms(report: Report, plan: MergePlan, norms: Norms) -> None:
+    """‖W' − W‖ / ‖W‖ of each edited tensor, and a note where a merge changed nothing."""
+    for row in report.rows:
+        found = norms.get(row.module)
+        if found and found.get("before"):
+            row.detail = f"‖ΔW‖/‖W‖ {found['change'] / found['before']:.3g}"
+    still = [t.key for t in plan.edited if t.key in norms and not norms[t.key].get("change")]
+    if still:
+        text = f"{len(still)} tensors came out unchanged, `{still[0]}` first: a zero adapter, or "
+        text += "a change below the rounding of the stored dtype"
+        report.notes.append(Note("unchanged", plan.base, text))
+
+
+def _tell_rounding(report: Report, plan: MergePlan, norms: Norms) -> None:
+    """How far storage keeps the result from the original: one rounding of W', one of W."""
+    worst = max((EPS[t.dtype] for t in plan.edited), default=0.0)
+    report.facts["rounding_bound"] = worst
+    total = math.sqrt(sum(n.get("before", 0.0) ** 2 for n in norms.values()))
+    text = (
+        f"the merged weights were rounded once and these once more: each element is within "
+        f"{worst:.1e} of its size from the original, and of the merged one's"
+    )
+    if total:
+        text += f" (‖W‖ in all {total:.4g})"
+    report.notes.append(Note("storage-rounding", plan.base, text))

@@ -1,0 +1,481 @@
+"""The work of a merge as plain data: one job an output file, built from headers alone.
+
+A plan goes through JSON and back unchanged, and its digest names the work: the same inputs and
+options give the same plan, which is how a killed run is taken up again, and how several machines
+do parts of one.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import math
+import os
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import asdict, dataclass, field
+from pathlib import Path
+from typing import Any
+
+from adaptsurgery.checkpoint.base import PICKLES, Base, BaseFile
+from adaptsurgery.jobs.merging.match import Change, Matched, Saved, Target
+from adaptsurgery_formats import AdapterState
+from adaptsurgery_formats.errors import FileError, ValueRefused, nearest
+from adaptsurgery_formats.tensors import DTYPE_BYTES, FLOAT_DTYPES
+
+VERSION = 1
+DTYPES = {"auto": "", "fp32": "F32", "bf16": "BF16", "fp16": "F16"}
+COMPUTE = ("fp32", "fp64")
+_TORCH = 220 << 20  # what torch itself holds
+_SCRATCH = 12 << 20  # a worker's blocks
+
+
+@dataclass(frozen=True)
+class Options:
+    """How a plan is carried out; every field is a part of its digest."""
+
+    dtype: str = "auto"
+    compute: str = "fp32"
+    device: str = "cpu"
+    inverse: bool = False
+    max_shard_size: int = 0
+
+
+@dataclass(frozen=True)
+class Input:
+    """A file that a plan reads: what it was when the plan was made.
+
+    An adapter's ``sha256`` is of the whole file, a base file's of its header.
+    """
+
+    path: str
+    size: int
+    sha256: str
+    modified: int
+
+
+@dataclass(frozen=True)
+class AdapterInput:
+    """An adapter as it was named, its weight, and its files."""
+
+    path: str
+    weight: float
+    layout: str
+    files: tuple[Input, ...]
+
+
+@dataclass(frozen=True)
+class TensorEdit:
+    """A tensor of the output: where its numbers come from, and what changes them.
+
+    ``file`` and ``source`` are a base file's number and the key in it; a ``saved`` parameter comes
+    from an adapter instead. Without changes and in the source's dtype it is copied.
+    """
+
+    key: str
+    dtype: str
+    shape: tuple[int, ...]
+    file: int = -1
+    source: str = ""
+    stored: str = ""  # the source's dtype
+    saved: Saved | None = None
+    changes: tuple[Change, ...] = ()
+
+    @property
+    def nbytes(self) -> int:
+        return math.prod(self.shape) * DTYPE_BYTES[self.dtype]
+
+    @property
+    def copied(self) -> bool:
+        return self.saved is None and not self.changes and self.dtype == self.stored
+
+
+@dataclass(frozen=True)
+class ShardJob:
+    """One output file. ``clone`` is the base file that it is a copy of, or -1."""
+
+    name: str
+    component: str
+    tensors: tuple[TensorEdit, ...]
+    metadata: Mapping[str, str] = field(default_factory=dict)
+    clone: int = -1
+
+    @property
+    def nbytes(self) -> int:
+        return sum(t.nbytes for t in self.tensors)
+
+
+@dataclass(frozen=True)
+class MergePlan:
+    """Everything that has to be done, and for what. ``folder``: the output is a directory.
+
+    ``indexes`` are the index files to write: name → component. ``configs``: changes of a
+    component's config.json. ``copies``: other files that come along.
+    """
+
+    base: str
+    folder: bool
+    files: tuple[Input, ...]
+    adapters: tuple[AdapterInput, ...]
+    options: Options
+    jobs: tuple[ShardJob, ...]
+    indexes: Mapping[str, str] = field(default_factory=dict)
+    configs: Mapping[str, Mapping[str, Any]] = field(default_factory=dict)
+    copies: tuple[str, ...] = ()
+    modules: int = 0
+    unmatched: tuple[str, ...] = ()
+    notes: tuple[tuple[str, str, str], ...] = ()
+    version: int = VERSION
+
+    @property
+    def digest(self) -> str:
+        return hashlib.sha256(self.to_json().encode("utf-8")).hexdigest()
+
+    @property
+    def nbytes(self) -> int:
+        return sum(job.nbytes for job in self.jobs)
+
+    @property
+    def edited(self) -> list[TensorEdit]:
+        return [t for job in self.jobs for t in job.tensors if t.changes]
+
+    def peak_memory(self, workers: int = 2) -> int:
+        """Bytes that carrying it out should hold at most, torch included.
+
+        A tensor whose rows have to come together is held in the compute dtype; others by blocks.
+        """
+        wide = 8 if self.options.compute == "fp64" else 4
+        sizes = [math.prod(t.shape) * wide for t in self.edited if _needs_all_rows(t)]
+        return _TORCH + workers * (_SCRATCH + max(sizes, default=0))
+
+    def to_json(self) -> str:
+        return json.dumps(asdict(self), sort_keys=True, separators=(",", ":"))
+
+    @classmethod
+    def from_json(cls, text: str) -> MergePlan:
+        """The plan that ``to_json`` wrote; raises FileError ``bad-plan`` for anything else."""
+        try:
+            data = json.loads(text)
+            if data["version"] != VERSION:
+                raise ValueError(f"version {data['version']}")
+            data["files"] = tuple(Input(**f) for f in data["files"])
+            data["adapters"] = tuple(
+                AdapterInput(**{**a, "files": tuple(Input(**f) for f in a["files"])})
+                for a in data["adapters"]
+            )
+            data["options"] = Options(**data["options"])
+            data["jobs"] = tuple(_job(j) for j in data["jobs"])
+            for name in ("copies", "unmatched"):
+                data[name] = tuple(data[name])
+            data["notes"] = tuple((a, b, c) for a, b, c in data["notes"])
+            return cls(**data)
+        except (ValueError, TypeError, KeyError) as error:
+            raise FileError(
+                "this is no merge plan", seen=str(error)[:120], code="bad-plan"
+            ) from None
+
+
+def _job(data: dict[str, Any]) -> ShardJob:
+    return ShardJob(**{**data, "tensors": tuple(_tensor(t) for t in data["tensors"])})
+
+
+def _tensor(data: dict[str, Any]) -> TensorEdit:
+    changes = tuple(Change(**{**c, "shape": tuple(c["shape"])}) for c in data["changes"])
+    saved = Saved(**data["saved"]) if data["saved"] else None
+    return TensorEdit(**{**data, "shape": tuple(data["shape"]), "changes": changes, "saved": saved})
+
+
+def _needs_all_rows(edit: TensorEdit) -> bool:
+    return any(c.turned for c in edit.changes)
+
+
+def build_plan(
+    base: Base,
+    adapters: Sequence[tuple[AdapterState, AdapterInput]],
+    found: Matched,
+    untied: set[str],
+    options: Options,
+) -> MergePlan:
+    """The plan of what was matched. Raises ValueRefused for options that cannot be, FileError
+    ``pickle-base``, ``one-file`` where a file would have to become several."""
+    check_options(options)
+    _refuse_pickles(base)
+    edits = _edits(base, [state for state, _ in adapters], found, options)
+    jobs = _jobs(base, edits, options)
+    return MergePlan(
+        base=base.where,
+        folder=base.folder is not None,
+        files=tuple(base_input(base, file) for file in base.files),
+        adapters=tuple(given for _, given in adapters),
+        options=options,
+        jobs=jobs,
+        indexes=_indexes(base, jobs),
+        configs=_configs(base, found, [state for state, _ in adapters], untied, options),
+        copies=tuple(_copies(base)),
+        modules=found.modules,
+        unmatched=tuple(found.unmatched),
+        notes=tuple((n.code, n.where, n.text) for n in found.notes),
+    )
+
+
+def check_options(options: Options) -> None:
+    """Refuse options that have no meaning."""
+    for name, known in (("dtype", tuple(DTYPES)), ("compute", COMPUTE), ("device", ("cpu",))):
+        value = getattr(options, name)
+        if value not in known:
+            raise ValueRefused(
+                f"--{name} {value} is not offered",
+                next=nearest(value, known) or f"one of {', '.join(known)}",
+                code="no-such-option",
+            )
+
+
+def _refuse_pickles(base: Base) -> None:
+    for file in base.files:
+        if file.name.endswith(PICKLES):
+            raise FileError(
+                "a pickled checkpoint cannot be streamed",
+                where=file_path(base, file),
+                next="save it as safetensors first",
+                code="pickle-base",
+            )
+
+
+def file_path(base: Base, file: BaseFile) -> str:
+    return str(base.folder / file.name) if base.folder else base.where
+
+
+def base_input(base: Base, file: BaseFile) -> Input:
+    """A base file by the digest of its header; its size and time tell of changes below that."""
+    path = file_path(base, file)
+    with open(path, "rb") as stream:
+        length = stream.read(8)
+        header = stream.read(int.from_bytes(length, "little"))
+        told = os.fstat(stream.fileno())
+    digest = hashlib.sha256(length + header).hexdigest()
+    return Input(str(Path(path).resolve()), told.st_size, digest, told.st_mtime_ns)
+
+
+def adapter_input(path: Path, weight: float, layout: str) -> AdapterInput:
+    """An adapter with the hashes of its files: the weights and the config beside them."""
+    if path.is_dir():
+        names = [p for p in path.rglob("*") if p.suffix in (".safetensors", ".json", ".bin")]
+    else:
+        names = [path, *(p for p in [path.parent / "adapter_config.json"] if p.is_file())]
+    return AdapterInput(str(path.resolve()), weight, layout, tuple(map(_hashed, sorted(names))))
+
+
+def _hashed(path: Path) -> Input:
+    with open(path, "rb") as stream:
+        digest = hashlib.file_digest(stream, "sha256").hexdigest()
+        told = os.fstat(stream.fileno())
+    return Input(str(path.resolve()), told.st_size, digest, told.st_mtime_ns)
+
+
+# -- Tensors
+
+
+def _edits(
+    base: Base, adapters: Sequence[AdapterState], found: Matched, options: Options
+) -> dict[int, list[TensorEdit]]:
+    """The output's tensors by the base file that they come from or lie beside."""
+    keys = {
+        (at.file, at.key): (component, name)
+        for component, parameters in base.parameters.items()
+        for name, at in parameters.items()
+    }
+    edits: dict[int, list[TensorEdit]] = {n: [] for n in range(len(base.files))}
+    for number, file in enumerate(base.files):
+        for key, tensor in file.tensors.items():
+            target = keys.get((number, key), ("", "\0"))
+            edit = TensorEdit(
+                key, _output_dtype(tensor.dtype, options), tensor.shape, number, key, tensor.dtype
+            )
+            edits[number].append(_changed(edit, target, adapters, found))
+    for target in dict.fromkeys([*found.heads, *found.saved]):
+        if target[1] not in base.parameters[target[0]]:
+            number, edit = _added(base, target, adapters, found, options)
+            edits[number].append(_changed(edit, target, adapters, found))
+    return edits
+
+
+def _output_dtype(dtype: str, options: Options) -> str:
+    wanted = DTYPES[options.dtype]
+    return wanted if wanted and dtype in FLOAT_DTYPES else dtype
+
+
+def _changed(
+    edit: TensorEdit, target: Target, adapters: Sequence[AdapterState], found: Matched
+) -> TensorEdit:
+    """The tensor with what the adapters do to it."""
+    changes = tuple(found.changes.get(target, ()))
+    saved = found.saved.get(target)
+    if not changes and saved is None:
+        return edit
+    shape = edit.shape
+    if saved is not None:
+        shape = adapters[saved.adapter].saved[saved.component][saved.name].shape
+    return TensorEdit(
+        edit.key, edit.dtype, shape, edit.file, edit.source, edit.stored, saved, changes
+    )
+
+
+def _added(
+    base: Base,
+    target: Target,
+    adapters: Sequence[AdapterState],
+    found: Matched,
+    options: Options,
+) -> tuple[int, TensorEdit]:
+    """A tensor that the base lacks: a head written apart, or a parameter that an adapter brings."""
+    component, name = target
+    parameters = base.parameters[component]
+    if target in found.heads:
+        at = parameters[found.heads[target][1]]
+        dtype = _output_dtype(at.dtype, options)
+        return at.file, TensorEdit(name, dtype, at.shape, at.file, at.key, at.dtype)
+    saved = found.saved[target]
+    tensor = adapters[saved.adapter].saved[saved.component][saved.name]
+    last = max(at.file for at in parameters.values())
+    example = next(iter(parameters.items()))
+    prefix = example[1].key.removesuffix(example[0])
+    return last, TensorEdit(prefix + name, _output_dtype(tensor.dtype, options), tensor.shape)
+
+
+# -- Files
+
+
+def _jobs(
+    base: Base, edits: Mapping[int, list[TensorEdit]], options: Options
+) -> tuple[ShardJob, ...]:
+    """One job a base file, or the tensors dealt out anew under ``max_shard_size``."""
+    if options.max_shard_size:
+        return tuple(_resharded(base, edits, options.max_shard_size))
+    return tuple(
+        _job_of(file.name if base.folder else "", file, edits[number], number)
+        for number, file in enumerate(base.files)
+    )
+
+
+def _job_of(name: str, file: BaseFile, tensors: Sequence[TensorEdit], number: int) -> ShardJob:
+    same = all(t.copied for t in tensors) and len(tensors) == len(file.tensors)
+    return ShardJob(
+        name, file.component, tuple(tensors), dict(file.metadata), number if same else -1
+    )
+
+
+def _resharded(base: Base, edits: Mapping[int, list[TensorEdit]], limit: int) -> Iterator[ShardJob]:
+    groups: dict[str, list[int]] = {}
+    for number, file in enumerate(base.files):
+        groups.setdefault(file.component, []).append(number)
+    for component, numbers in groups.items():
+        shards = _dealt([t for n in numbers for t in edits[n]], limit)
+        first = base.files[numbers[0]]
+        if base.folder is None and len(shards) > 1:
+            raise FileError(
+                "the output of a single file is a single file",
+                where=base.where,
+                seen=f"{len(shards)} shards under --max-shard-size {limit}",
+                next="name the model's folder as the base",
+                code="one-file",
+            )
+        for i, tensors in enumerate(shards):
+            name = _shard_name(first.name, i, len(shards)) if base.folder else ""
+            yield ShardJob(name, component, tuple(tensors), dict(first.metadata))
+
+
+def _dealt(tensors: Sequence[TensorEdit], limit: int) -> list[list[TensorEdit]]:
+    shards: list[list[TensorEdit]] = [[]]
+    size = 0
+    for tensor in tensors:
+        if shards[-1] and size + tensor.nbytes > limit:
+            shards.append([])
+            size = 0
+        shards[-1].append(tensor)
+        size += tensor.nbytes
+    return shards
+
+
+def _shard_name(name: str, number: int, count: int) -> str:
+    """unet/model-00001-of-00002.safetensors → unet/model-00002-of-00003.safetensors"""
+    stem = _stem(name)
+    return (
+        f"{stem}.safetensors" if count == 1 else f"{stem}-{number + 1:05}-of-{count:05}.safetensors"
+    )
+
+
+def _stem(name: str) -> str:
+    stem = name.removesuffix(".safetensors")
+    head, _, tail = stem.rpartition("-of-")
+    return head.rpartition("-")[0] if head and tail.isdigit() else stem
+
+
+def _indexes(base: Base, jobs: Sequence[ShardJob]) -> dict[str, str]:
+    """Index file → component: those of the base, or new ones where a component has several files."""
+    if base.folder is None:
+        return {}
+    counts: dict[str, list[str]] = {}
+    for job in jobs:
+        counts.setdefault(job.component, []).append(job.name)
+    known = {_component_of(base, name): name for name in base.indexes}
+    found = {}
+    for component, names in counts.items():
+        if len(names) > 1:
+            found[known.get(component, f"{_stem(names[0])}.safetensors.index.json")] = component
+        elif component in known and names[0] in {f.name for f in base.files}:
+            found[known[component]] = component
+    return found
+
+
+def _component_of(base: Base, index: str) -> str:
+    folder = index.rpartition("/")[0]
+    components = {f.component for f in base.files}
+    return folder if folder in components else ""
+
+
+def _configs(
+    base: Base,
+    found: Matched,
+    adapters: Sequence[AdapterState],
+    untied: set[str],
+    options: Options,
+) -> dict[str, dict[str, Any]]:
+    """What changes in each component's config.json: ties, vocabulary, dtype."""
+    changes: dict[str, dict[str, Any]] = {}
+    for component, config in base.configs.items():
+        change: dict[str, Any] = {}
+        if component in untied:
+            change["tie_word_embeddings"] = False
+        for (home, name), saved in found.saved.items():
+            at = base.parameters[home].get(name)
+            rows = adapters[saved.adapter].saved[saved.component][saved.name].shape[0]
+            if home == component and at and at.shape[0] == config.get("vocab_size") != rows:
+                change["vocab_size"] = rows
+        if options.dtype != "auto":
+            long = {"fp32": "float32", "bf16": "bfloat16", "fp16": "float16"}[options.dtype]
+            change |= {key: long for key in ("dtype", "torch_dtype") if key in config}
+        if change:
+            changes[component] = change
+    return changes
+
+
+def _copies(base: Base) -> Iterator[str]:
+    """Files of the base's folder that come along: configs, tokenizers, not other weights."""
+    if base.folder is None:
+        return
+    weights = {f.name for f in base.files}
+    for root, folders, files in os.walk(base.folder):
+        folders[:] = sorted(f for f in folders if not f.startswith("."))
+        here = Path(root).relative_to(base.folder)
+        for name in sorted(files):
+            path = (here / name).as_posix()
+            if path in weights or path in base.indexes or not _comes_along(name):
+                continue
+            yield path
+
+
+def _comes_along(name: str) -> bool:
+    weights = (".safetensors", *PICKLES, ".index.json", ".h5", ".msgpack", ".onnx", ".gguf")
+    return not name.endswith(weights) and not name.startswith(".") and name != MANIFEST
+
+
+MANIFEST = "adaptsurgery_manifest.json"

@@ -1,0 +1,436 @@
+"""A plan carried out: shard by shard into a partial output, which becomes the output at the end.
+
+Beside OUT, while the work goes on::
+
+    .adaptsurgery-<digest>.partial/
+        files/       what OUT will be; a shard is there in full or not at all
+        norms/       ‖W‖ and ‖W' − W‖ of each finished shard's tensors
+        locks/       one per shard: several processes may work on one plan
+        work/        shards that are being written
+
+The name follows from the plan, so that the next run of the same work finds what a killed one has
+done. Nothing below OUT's own name changes before the last step, a rename.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import shutil
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import contextmanager, suppress
+from functools import partial
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from adaptsurgery.checkpoint import atomic
+from adaptsurgery.checkpoint.failures import as_file_error
+from adaptsurgery.checkpoint.safetensors import read_safetensors
+from adaptsurgery.checkpoint.writer import file_size
+from adaptsurgery.jobs.merging.adapters import parse_adapter
+from adaptsurgery.jobs.merging.manifest import manifest_of, manifest_path
+from adaptsurgery.jobs.merging.match import Change
+from adaptsurgery.jobs.merging.plan import MANIFEST, Input, MergePlan, ShardJob, TensorEdit
+from adaptsurgery_formats import AdapterState
+from adaptsurgery_formats.errors import FileError, SurgeryError, ValueRefused
+from adaptsurgery_formats.tensors import Tensor
+
+if TYPE_CHECKING:
+    import torch
+
+    from adaptsurgery.checkpoint.stream import Entry
+    from adaptsurgery.core.blocks import BlockEdit, Place
+
+Progress = Callable[[int, int], object]
+Norms = dict[str, dict[str, float]]
+_FICLONE = 0x40049409
+
+
+def check_plan(plan: MergePlan, out: Path, *, overwrite: bool, needed: bool = False) -> None:
+    """All that can be refused before a byte is written: the output's place, changed inputs.
+
+    Raises FileError: what ``atomic.check_output`` raises, ``output-is-base``, ``input-changed``.
+    """
+    _check_apart(plan, out)
+    atomic.check_output(
+        out,
+        overwrite=overwrite,
+        directory=plan.folder,
+        replaceable=_replaceable(plan),
+        needed=plan.nbytes - _finished(plan, out) if needed else 0,
+    )
+
+
+def run_plan(
+    plan: MergePlan,
+    out: Path,
+    *,
+    overwrite: bool = False,
+    workers: int = 2,
+    part: tuple[int, int] = (0, 1),
+    states: Sequence[AdapterState] | None = None,
+    progress: Progress | None = None,
+) -> tuple[bool, Norms]:
+    """Carry out every n-th job of a plan from the i-th on, (i, n) = ``part``.
+
+    Whoever finishes the last of all jobs puts the output in its place. Returns whether that was
+    done, and the norms of all finished tensors. ``states`` are the adapters, if they are parsed.
+    """
+    check_plan(plan, out, overwrite=overwrite, needed=True)
+    _check_inputs(plan)
+    place = _Place(plan, out)
+    runner = _Runner(plan, place, states, workers, progress)
+    try:
+        place.make()
+        index, count = part
+        for number in range(index, len(plan.jobs), count):
+            runner.job(number)
+        return _finish(plan, place, out, overwrite)
+    except OSError as error:
+        raise _said(error, out, place) from error
+    except SurgeryError as error:
+        error.where = error.where.replace(str(place.root / "work"), str(out))
+        raise
+
+
+def _said(error: OSError, out: Path, place: _Place) -> FileError:
+    about = Path(os.fsdecode(error.filename)) if isinstance(error.filename, (str, bytes)) else out
+    inside = about == out or about.is_relative_to(place.root)
+    return as_file_error(error, out if inside else about, writing=inside)
+
+
+class _Place:
+    """The partial output of a plan, beside the output."""
+
+    def __init__(self, plan: MergePlan, out: Path) -> None:
+        self.plan = plan
+        self.root = out.parent / f".adaptsurgery-{plan.digest[:16]}.partial"
+        self.files = self.root / "files"
+
+    def make(self) -> None:
+        for name in ("files", "norms", "locks", "work"):
+            (self.root / name).mkdir(parents=True, exist_ok=True)
+
+    def shard(self, number: int) -> Path:
+        return self.files / (self.plan.jobs[number].name or "output.safetensors")
+
+    def norms(self, number: int) -> Path:
+        return self.root / "norms" / f"{number}.json"
+
+    def done(self, number: int) -> bool:
+        """Whether a shard is there: it comes under its name only when it is whole and on disk."""
+        return self.shard(number).is_file()
+
+    @contextmanager
+    def lock(self, name: str) -> Iterator[None]:
+        """Alone among all processes at one thing; where the file system has no locks, hopefully."""
+        import fcntl
+
+        fd = os.open(self.root / "locks" / name, os.O_RDWR | os.O_CREAT | os.O_CLOEXEC, 0o666)
+        try:
+            with suppress(OSError):
+                fcntl.flock(fd, fcntl.LOCK_EX)
+            yield
+        finally:
+            os.close(fd)
+
+
+def _finished(plan: MergePlan, out: Path) -> int:
+    """Bytes that an earlier run has written already."""
+    place = _Place(plan, out)
+    return sum(job.nbytes for n, job in enumerate(plan.jobs) if place.done(n))
+
+
+class _Runner:
+    """The jobs of a plan, one at a time, each with all the workers."""
+
+    def __init__(
+        self,
+        plan: MergePlan,
+        place: _Place,
+        states: Sequence[AdapterState] | None,
+        workers: int,
+        progress: Progress | None,
+    ) -> None:
+        self.plan, self.place, self.workers, self.progress = plan, place, workers, progress
+        self.parsed = list(states) if states is not None else None
+        self.bases: dict[int, Mapping[str, Tensor]] = {}
+        self.done = 0
+
+    @property
+    def states(self) -> list[AdapterState]:
+        if self.parsed is None:
+            self.parsed = [parse_adapter(Path(a.path)) for a in self.plan.adapters]
+        return self.parsed
+
+    def job(self, number: int) -> None:
+        """Write one shard, unless it is there; under its final name only when it is on disk."""
+        job = self.plan.jobs[number]
+        with self.place.lock(str(number)):
+            if self.place.done(number):
+                self._tell(job.nbytes)
+                return
+            work = self.place.root / "work" / str(number)
+            work.unlink(missing_ok=True)
+            norms = self._write(job, work)
+            _write_json(self.place.norms(number), norms)
+            target = self.place.shard(number)
+            target.parent.mkdir(parents=True, exist_ok=True)
+            os.rename(work, target)
+
+    def _tell(self, count: int) -> None:
+        self.done += count
+        if self.progress:
+            self.progress(self.done, self.plan.nbytes)
+
+    def _write(self, job: ShardJob, work: Path) -> Norms:
+        if job.clone >= 0:
+            _clone(self.plan.files[job.clone].path, work)
+            self._tell(job.nbytes)
+            return {}
+        from adaptsurgery.checkpoint.stream import write_stream
+
+        found = write_stream(
+            work,
+            {t.key: self._entry(t) for t in job.tensors},
+            job.metadata,
+            workers=self.workers,
+            compute=_compute(self.plan),
+            progress=self._tell,
+            norms=True,
+        )
+        return {key: _norms(value) for key, value in found.items()}
+
+    def _entry(self, edit: TensorEdit) -> Entry:
+        from adaptsurgery.checkpoint.stream import Entry
+
+        if edit.saved is not None:
+            tensor = self.states[edit.saved.adapter].saved[edit.saved.component][edit.saved.name]
+        else:
+            tensor = self._base(edit.file)[edit.source]
+        factory = partial(self._edit, edit) if edit.changes else None
+        return Entry(tensor, factory, edit.dtype)
+
+    def _base(self, number: int) -> Mapping[str, Tensor]:
+        if number not in self.bases:
+            self.bases[number] = read_safetensors(self.plan.files[number].path).tensors
+        return self.bases[number]
+
+    def _edit(self, edit: TensorEdit, compute: torch.dtype) -> BlockEdit:
+        from adaptsurgery.core.blocks import edit_of
+
+        places = [self._place(change) for change in edit.changes]
+        return edit_of(places, edit.shape, compute, inverse=self.plan.options.inverse)
+
+    def _place(self, change: Change) -> Place:
+        from adaptsurgery.core.blocks import Place
+        from adaptsurgery.jobs.merging.updates import update_for
+
+        outputs = change.shape[int(change.turned)]
+        span = (change.first, change.first + change.rows)
+        return Place(
+            update_for(change, self.states),
+            self.plan.adapters[change.adapter].weight,
+            rows=(change.at, change.at + change.rows),
+            source=None if span == (0, outputs) else span,
+            expert=change.index,
+            transposed=change.turned,
+            bias=change.what == "bias",
+        )
+
+
+def _compute(plan: MergePlan) -> torch.dtype:
+    import torch
+
+    return torch.float64 if plan.options.compute == "fp64" else torch.float32
+
+
+def _norms(found: Any) -> dict[str, float]:
+    norms: dict[str, float] = found.as_dict()
+    return norms
+
+
+# -- The end
+
+
+def _finish(plan: MergePlan, place: _Place, out: Path, overwrite: bool) -> tuple[bool, Norms]:
+    """Indexes, configs, other files, the manifest, and the rename; if every shard is there."""
+    with place.lock("finish"):
+        if not place.files.is_dir() and os.path.lexists(out):
+            return True, {}  # another process was faster
+        missing = [n for n in range(len(plan.jobs)) if not place.done(n)]
+        norms = _all_norms(plan, place)
+        if missing:
+            return False, norms
+        _check_inputs(plan)
+        _check_sizes(plan, place)
+        content = place.files
+        if plan.folder:
+            _complete(plan, content)
+            _write_json(content / MANIFEST, manifest_of(plan, norms))
+            atomic._sync(content)
+            atomic._put(content, out, overwrite)
+        else:
+            atomic._put(place.shard(0), out, overwrite)
+            _replace_json(manifest_path(out, False), manifest_of(plan, norms))
+        atomic._sync_folder(out.parent)
+        shutil.rmtree(place.root, ignore_errors=True)
+    return True, norms
+
+
+def _all_norms(plan: MergePlan, place: _Place) -> Norms:
+    norms: Norms = {}
+    for number in range(len(plan.jobs)):
+        if place.norms(number).is_file():
+            norms |= json.loads(place.norms(number).read_text("utf-8"))
+    return norms
+
+
+def _check_sizes(plan: MergePlan, place: _Place) -> None:
+    """Each shard as long as its tensors and its header are."""
+    for number, job in enumerate(plan.jobs):
+        wanted = (
+            plan.files[job.clone].size
+            if job.clone >= 0
+            else file_size({t.key: Tensor(t.dtype, t.shape, ()) for t in job.tensors}, job.metadata)
+        )
+        found = place.shard(number).stat().st_size
+        if found != wanted:
+            raise FileError(
+                "a finished shard is not as long as it should be",
+                where=str(place.shard(number)),
+                seen=f"{found} bytes of {wanted}",
+                next=f"remove {place.root} and run again",
+                code="bad-partial",
+            )
+
+
+def _complete(plan: MergePlan, content: Path) -> None:
+    """What a folder holds besides its weights."""
+    base = Path(plan.base)
+    base = base if base.is_dir() else base.parent
+    for name in plan.copies:
+        target = content / name
+        target.parent.mkdir(parents=True, exist_ok=True)
+        target.unlink(missing_ok=True)
+        _clone(str(base / name), target)
+    for component, changes in plan.configs.items():
+        path = content / component / "config.json"
+        config = json.loads(path.read_text("utf-8"))
+        _replace_json(path, {**config, **changes})
+    for name, component in plan.indexes.items():
+        _write_json(content / name, _index(plan, component, base / name))
+
+
+def _index(plan: MergePlan, component: str, old: Path) -> dict[str, Any]:
+    """The index of a component's shards, with the old one's metadata brought up to date."""
+    jobs = [j for j in plan.jobs if j.component == component]
+    metadata: dict[str, Any] = {}
+    if old.is_file():
+        metadata = dict(json.loads(old.read_text("utf-8")).get("metadata") or {})
+    metadata["total_size"] = sum(job.nbytes for job in jobs)
+    if "total_parameters" in metadata:
+        tensors = [t for job in jobs for t in job.tensors]
+        metadata["total_parameters"] = sum(Tensor(t.dtype, t.shape, ()).numel for t in tensors)
+    weight_map = {t.key: job.name.rpartition("/")[2] for job in jobs for t in job.tensors}
+    return {"metadata": metadata, "weight_map": dict(sorted(weight_map.items()))}
+
+
+def _write_json(path: Path, data: Mapping[str, Any]) -> None:
+    path.write_text(json.dumps(data, indent=2) + "\n", "utf-8")
+
+
+def _replace_json(path: Path, data: Mapping[str, Any]) -> None:
+    """Write beside and rename: the copy may share its bytes with the base's file."""
+    beside = path.with_name(f".{path.name}.{os.getpid()}.tmp")
+    _write_json(beside, data)
+    os.replace(beside, path)
+
+
+def _clone(source: str, target: Path) -> None:
+    """A file's bytes under another name: shared where the file system can, else copied."""
+    import fcntl
+
+    with open(source, "rb") as a, open(target, "xb") as b:
+        try:
+            fcntl.ioctl(b.fileno(), _FICLONE, a.fileno())
+        except OSError:
+            size = os.fstat(a.fileno()).st_size
+            _copy(a.fileno(), b.fileno(), size)
+        os.fsync(b.fileno())
+
+
+def _copy(source: int, target: int, size: int) -> None:
+    at = 0
+    with suppress(OSError):
+        while at < size:
+            moved = os.copy_file_range(source, target, min(size - at, 1 << 26), at, at)
+            if not moved:
+                break
+            at += moved
+    while at < size:
+        data = os.pread(source, min(size - at, 1 << 22), at)
+        if not data:
+            raise FileError("it ended early", where=str(source), code="truncated-file")
+        at += os.pwrite(target, data, at)
+
+
+# -- What is refused
+
+
+def _check_apart(plan: MergePlan, out: Path) -> None:
+    """Refuse an output that is an input, holds one, or lies within the base's folder."""
+    target = Path(os.path.realpath(out))
+    base = Path(os.path.realpath(plan.base))
+    base = base if not plan.folder or base.is_dir() else base.parent
+    inputs = [Path(f.path) for f in (*plan.files, *(f for a in plan.adapters for f in a.files))]
+    if target == base or (plan.folder and target.is_relative_to(base)):
+        _refuse_output(out, str(base), "the output is the base, or lies in it", "output-is-base")
+    for path in inputs:
+        if path == target or path.is_relative_to(target):
+            _refuse_output(out, str(path), "the output would replace an input", "output-is-input")
+
+
+def _refuse_output(out: Path, seen: str, what: str, code: str) -> None:
+    raise FileError(what, where=str(out), seen=seen, next="-o another path", code=code)
+
+
+def _replaceable(plan: MergePlan) -> list[str]:
+    """What an existing output may hold: all that this plan writes, and other shards of its kind."""
+    folders = {job.component for job in plan.jobs}
+    names = [*(job.name for job in plan.jobs), *plan.indexes, *plan.copies, MANIFEST]
+    for folder in folders:
+        stem = f"{folder}/" if folder else ""
+        names += [f"{stem}*.safetensors", f"{stem}*.safetensors.index.json"]
+    return names
+
+
+def _check_inputs(plan: MergePlan) -> None:
+    """Every input as it was when the plan was made, by size and time."""
+    for given in (*plan.files, *(f for a in plan.adapters for f in a.files)):
+        _check_input(given)
+
+
+def _check_input(given: Input) -> None:
+    try:
+        told = os.stat(given.path)
+    except OSError as error:
+        raise as_file_error(error, given.path, writing=False) from error
+    if (told.st_size, told.st_mtime_ns) != (given.size, given.modified):
+        raise FileError(
+            "it has changed since the plan was made",
+            where=given.path,
+            next="plan again",
+            code="input-changed",
+        )
+
+
+def check_part(index: int, count: int) -> tuple[int, int]:
+    """(index, count) of a part of a plan; raises ValueRefused where there is no such part."""
+    if count < 1 or not 0 <= index < count:
+        raise ValueRefused(
+            f"there is no part {index} of {count}",
+            next="--shard-index from 0 to --num-shards − 1",
+            code="no-such-part",
+        )
+    return index, count

@@ -1,0 +1,299 @@
+"""Every name under which an adapter may mean a weight of the base, and the stored rows behind it.
+
+A *site* is a list of pieces, rows of stored tensors, that make up one module's weight one below
+the other. Besides the stored modules themselves there are::
+
+    self_attn.q_proj          rows of a stored self_attn.qkv_proj      (Phi-3)
+    self_attn.qkv_proj        stored q_proj, k_proj, v_proj
+    mlp.experts.3.gate_proj   rows of slice 3 of experts.gate_up_proj  (E, 2·o, i)
+    mlp.experts.3.gate_proj   block_sparse_moe.experts.3.w1            (Mixtral's files)
+    layers.0.attention.q_proj encoder.layer.0.attention.attention.query  (ViT, transformers 5)
+    text_model.encoder.…      transformer.resblocks.…                  (OpenCLIP)
+    to_q                      rows of img_attn.qkv                     (the bundled tables)
+"""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Iterator, Mapping
+from dataclasses import dataclass
+from typing import Any
+
+from adaptsurgery.checkpoint.base import Base, Located
+from adaptsurgery_formats.names import Component, names_of_base
+
+
+@dataclass(frozen=True, slots=True)
+class Piece:
+    """Rows [start, stop) of a stored weight's canonical form (o, i, *k); a stop of 0 takes all.
+
+    ``index`` picks a slice of a stacked (E, …) tensor. ``turned``: the tensor is stored (…, i, o);
+    None where shapes have to tell.
+    """
+
+    name: str
+    start: int = 0
+    stop: int = 0
+    index: int | None = None
+    turned: bool | None = None
+
+
+@dataclass(frozen=True, slots=True)
+class Site:
+    """The pieces of one module's weight.
+
+    ``part`` 0, 1 or 2 says that it is the q, k or v of its one piece, whose rows only the
+    adapters' own shapes tell. ``refused`` says why nothing can be merged here. ``tied`` names the
+    parameter that would have to be written apart: an output head that is the embedding.
+    """
+
+    pieces: tuple[Piece, ...]
+    part: int = -1
+    refused: str = ""
+    tied: str = ""
+
+
+Sites = dict[str, Site]
+Parameters = Mapping[str, Located]
+
+_QKV = ("q_proj", "k_proj", "v_proj")
+# Fused name → its parts, contiguous, in order.
+FUSED: dict[str, tuple[str, ...]] = {
+    "qkv_proj": _QKV,
+    "in_proj": _QKV,
+    "to_qkv": ("to_q", "to_k", "to_v"),
+    "qkv": ("q", "k", "v"),
+    "gate_up_proj": ("gate_proj", "up_proj"),
+}
+# Fused modules whose rows are interleaved by heads or groups.
+INTERLEAVED = ("query_key_value", "wqkv", "Wqkv", "W_pack")
+HEAD = "lm_head"
+EMBEDDINGS = ("embed_tokens.weight", "wte.weight", "embed_in.weight")
+_EXPERT = {"w1": "gate_proj", "w2": "down_proj", "w3": "up_proj"}
+_STACKED = ("gate_up_proj", "gate_proj", "up_proj", "down_proj")
+# Model types whose stacked experts are stored (E, i, o), gate and up one beside the other.
+_TURNED_EXPERTS = ("llama4", "llama4_text")
+
+
+def sites_of(base: Base) -> dict[str, Sites]:
+    """Component → path → site."""
+    known = _tables(base)
+    return {
+        name: _Finder(parameters, base.configs.get(name, {}), known.get(name)).all()
+        for name, parameters in base.parameters.items()
+    }
+
+
+def bias_name(weight: str) -> str:
+    """The name of the bias beside a weight: a.weight → a.bias, in_proj_weight → in_proj_bias."""
+    if weight.endswith("weight"):
+        return weight.removesuffix("weight") + "bias"
+    return weight + "_bias"
+
+
+def _tables(base: Base) -> dict[str, Component]:
+    """The components that a bundled table knows, the base as a whole or one by one."""
+    found: dict[str, Component] = {}
+    shapes = base.components
+    whole = names_of_base(shapes, base.where)
+    for name in shapes:
+        names = whole if whole.model else names_of_base({name: shapes[name]}, base.where)
+        component = names.components.get(name or next(iter(names.components)))
+        if names.model and component is not None and component.stored:
+            found[name] = component
+    return found
+
+
+def tied_embedding(parameters: Parameters) -> list[str]:
+    """The embedding that an absent output head is, as a list of one name, or none."""
+    if f"{HEAD}.weight" in parameters:
+        return []
+    found = [n for n in parameters if n.endswith(EMBEDDINGS) and len(parameters[n].shape) == 2]
+    return found if len(found) == 1 else []
+
+
+class _Finder:
+    """The sites of one component, gathered rule by rule; the first to name a path has it."""
+
+    def __init__(
+        self, parameters: Parameters, config: Mapping[str, Any], known: Component | None
+    ) -> None:
+        self.parameters, self.config, self.known = parameters, config, known
+        self.kind = str(config.get("model_type", ""))
+        self.sites: Sites = {}
+
+    def all(self) -> Sites:
+        stored = [n.removesuffix(".weight") for n in self.parameters if n.endswith(".weight")]
+        for path in stored:
+            self.sites[path] = Site((Piece(f"{path}.weight"),))
+        for rule in (self._by_table, self._cut, self._joined, self._experts, self._open_clip):
+            for path, site in list(rule()):
+                self.sites.setdefault(path, site)
+        for embedding in tied_embedding(self.parameters):
+            self.sites.setdefault(HEAD, Site((Piece(embedding),), tied=f"{HEAD}.weight"))
+        for path, site in list(self.sites.items()):
+            for other in _other_spellings(path):
+                self.sites.setdefault(other, site)
+        return self.sites
+
+    def _by_table(self) -> Iterator[tuple[str, Site]]:
+        if self.known is None:
+            return
+        for path in (*self.known.modules, *self.known.aliases, *self.known.native):
+            pieces = _table_pieces(path, self.known)
+            if all(p.name in self.parameters for p in pieces):
+                yield path, Site(pieces)
+
+    def _cut(self) -> Iterator[tuple[str, Site]]:
+        """Split names over fused weights."""
+        for name, at in self.parameters.items():
+            stem, fused = _fused_name(name)
+            if len(at.shape) < 2:
+                continue
+            if fused in INTERLEAVED or self._interleaved(name, fused):
+                for part in (*_QKV, "query", "key", "value", "q", "k", "v"):
+                    why = f"`{name}` holds q, k and v interleaved by heads"
+                    yield stem + part, Site((Piece(name),), refused=why)
+            elif fused == "gate_up_proj" and len(at.shape) == 2:
+                half = at.shape[0] // 2
+                yield stem + "gate_proj", Site((Piece(name, 0, half),))
+                yield stem + "up_proj", Site((Piece(name, half, 2 * half),))
+            elif fused in FUSED and len(FUSED[fused]) == 3:
+                for number, part in enumerate(FUSED[fused]):
+                    yield stem + part, Site((Piece(name, turned=False),), part=number)
+            elif fused == "c_attn" and at.shape[1] == 3 * at.shape[0]:
+                for number, part in enumerate(_QKV):
+                    yield stem + part, Site((Piece(name, turned=True),), part=number)
+
+    def _interleaved(self, name: str, fused: str) -> bool:
+        """CodeGen's qkv_proj, which has Phi-3's name and another order."""
+        return fused == "qkv_proj" and (self.kind == "codegen" or ".attn.qkv_proj" in name)
+
+    def _joined(self) -> Iterator[tuple[str, Site]]:
+        """Fused names over split weights of one input."""
+        for fused, parts in FUSED.items():
+            ending = f".{parts[0]}"
+            for path in [p for p in self.sites if f".{p}".endswith(ending)]:
+                stem = path[: len(path) - len(parts[0])]
+                members = [self.sites.get(stem + part) for part in parts]
+                pieces = tuple(p for m in members if m and m.part < 0 for p in m.pieces)
+                if len(pieces) == len(parts) and self._alike(pieces):
+                    yield stem + fused, Site(pieces)
+
+    def _alike(self, pieces: tuple[Piece, ...]) -> bool:
+        whole = all(p.stop == 0 and p.index is None for p in pieces)
+        return whole and len({self.parameters[p.name].shape[1:] for p in pieces}) == 1
+
+    def _experts(self) -> Iterator[tuple[str, Site]]:
+        """Per-expert names over stacked (E, …) weights."""
+        for name, at in self.parameters.items():
+            bare = name.removesuffix(".weight")
+            stem, _, last = bare.rpartition(".")
+            if len(at.shape) == 3 and last in _STACKED and stem.endswith("experts"):
+                for index in range(at.shape[0]):
+                    for part, site in self._expert(name, last, index, at.shape):
+                        yield f"{stem}.{index}.{part}", site
+
+    def _expert(
+        self, name: str, last: str, index: int, shape: tuple[int, ...]
+    ) -> Iterator[tuple[str, Site]]:
+        turned = True if self.kind in _TURNED_EXPERTS else None
+        if last != "gate_up_proj":
+            yield last, Site((Piece(name, index=index, turned=turned),))
+            return
+        if self.kind.startswith("gpt_oss"):
+            why = f"`{name}` holds gate and up interleaved"
+            yield "gate_proj", Site((Piece(name),), refused=why)
+            yield "up_proj", Site((Piece(name),), refused=why)
+            return
+        half = shape[2 if turned else 1] // 2
+        yield "gate_proj", Site((Piece(name, 0, half, index, bool(turned)),))
+        yield "up_proj", Site((Piece(name, half, 2 * half, index, bool(turned)),))
+
+    def _open_clip(self) -> Iterator[tuple[str, Site]]:
+        """transformers' CLIP names over OpenCLIP's."""
+        for path, site in list(self.sites.items()):
+            found = _RESBLOCK.fullmatch(path)
+            if found and found[2] in _OPEN_CLIP:
+                yield f"text_model.encoder.layers.{found[1]}.{_OPEN_CLIP[found[2]]}", site
+            elif path in _OPEN_CLIP:
+                yield f"text_model.{_OPEN_CLIP[path]}", site
+
+
+# transformer.resblocks.0.mlp.c_fc
+_RESBLOCK = re.compile(r"transformer\.resblocks\.(\d+)\.(.+)")
+_OPEN_CLIP = {
+    "attn.q_proj": "self_attn.q_proj",
+    "attn.k_proj": "self_attn.k_proj",
+    "attn.v_proj": "self_attn.v_proj",
+    "attn.out_proj": "self_attn.out_proj",
+    "mlp.c_fc": "mlp.fc1",
+    "mlp.c_proj": "mlp.fc2",
+    "ln_1": "layer_norm1",
+    "ln_2": "layer_norm2",
+    "token_embedding": "embeddings.token_embedding",
+    "ln_final": "final_layer_norm",
+}
+
+
+def _fused_name(name: str) -> tuple[str, str]:
+    """("self_attn.", "qkv_proj") of self_attn.qkv_proj.weight; ("attn.", "in_proj") of
+    attn.in_proj_weight."""
+    bare = name.removesuffix(".weight").removesuffix("_weight")
+    stem, dot, last = bare.rpartition(".")
+    return stem + dot, last
+
+
+def _table_pieces(path: str, component: Component) -> tuple[Piece, ...]:
+    """The stored rows of a module that a bundled table names, in whatever naming."""
+    found = component.locate(path)
+    assert found is not None
+    naming, canonical = found
+    native = component.stored == "native"
+    if native == (naming == "native"):
+        name = canonical if native else component.called(canonical)
+        return (Piece(f"{name}.weight"),)
+    if not native:
+        segments = component.native[canonical]
+        return tuple(Piece(f"{component.called(s.path)}.weight", s.start, s.stop) for s in segments)
+    fused = component.native_of.get(canonical, "")
+    spans, at = [], 0
+    for s in component.native.get(fused, ()):
+        rows = s.stop - s.start
+        if s.path == canonical:
+            spans.append((s.start, at, at + rows))
+        at += rows
+    return tuple(Piece(f"{fused}.weight", start, stop) for _, start, stop in sorted(spans))
+
+
+# What transformers 5 calls modules that it stores under older names.
+_VIT = (
+    (".attention.attention.query", ".attention.q_proj"),
+    (".attention.attention.key", ".attention.k_proj"),
+    (".attention.attention.value", ".attention.v_proj"),
+    (".attention.output.dense", ".attention.o_proj"),
+    (".intermediate.dense", ".mlp.fc1"),
+    (".output.dense", ".mlp.fc2"),
+)
+_EXPERT_NAME = re.compile(r"(.*\.experts\.\d+)\.(w[123]|gate_proj|up_proj|down_proj)")
+
+
+def _other_spellings(path: str) -> Iterator[str]:
+    """Mixtral's experts by their other names, and its blocks; ViT's layers of transformers 5."""
+    names = [path]
+    if found := _EXPERT_NAME.fullmatch(path):
+        back = {long: short for short, long in _EXPERT.items()}
+        names.append(f"{found[1]}.{_EXPERT.get(found[2]) or back[found[2]]}")
+    for name in list(names):
+        if ".block_sparse_moe." in name:
+            names.append(name.replace(".block_sparse_moe.", ".mlp."))
+        elif ".mlp.experts." in name or name.endswith(".mlp.gate"):
+            names.append(name.replace(".mlp.", ".block_sparse_moe."))
+    if "encoder.layer." in path:
+        renamed = path.replace("encoder.layer.", "layers.")
+        for old, new in _VIT:
+            if renamed.endswith(old):
+                renamed = renamed.removesuffix(old) + new
+                break
+        names.append(renamed)
+    yield from names[1:]

@@ -1,0 +1,125 @@
+"""A table that is embedding and output head in one, of which an adapter may mean only one.
+
+The file has ``model.embed_tokens.weight`` and no ``lm_head.weight``. In the model that an adapter
+was trained on each of the two has its own change, so the merged file keeps one table only where
+both changes are the same; otherwise it has two, and its config says so.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from typing import Any
+
+from adaptsurgery.checkpoint.base import Base
+from adaptsurgery.jobs.merging.match import Change, Matched, Target
+from adaptsurgery.jobs.merging.sites import HEAD, tied_embedding
+from adaptsurgery_formats import AdapterState, ModuleState, Note
+from adaptsurgery_formats.tensors import DTYPE_BYTES, Tensor, same_bytes
+
+FLAG = "tie_word_embeddings"
+_WITH_HEAD = ("ForCausalLM", "LMHeadModel", "ForConditionalGeneration")
+
+
+def settle_ties(base: Base, adapters: list[AdapterState], found: Matched) -> set[str]:
+    """Merge a tied table once, or have a head written apart; gives the components untied."""
+    untied = set()
+    for component, parameters in base.parameters.items():
+        config = base.configs.get(component, {})
+        for embedding in tied_embedding(parameters):
+            table, head = (component, embedding), (component, f"{HEAD}.weight")
+            if head not in found.heads and not (_touched(found, table) and _is_tied(config)):
+                continue
+            if _alike(adapters, found, table, head):
+                _drop(found, head)
+                text = f"`{embedding}` is the output head too: both are changed alike, merged once"
+                found.notes.append(Note("tied-merged-once", base.where, text))
+            elif _grown_alone(base, adapters, found, table, head):
+                text = f"`{embedding}` grows, and the output head that is tied to it with it"
+                found.notes.append(Note("tied-replaced-once", base.where, text))
+            else:
+                found.heads[head] = table
+                untied.add(component)
+                found.notes.append(Note("untied", base.where, _said(embedding, bool(config))))
+    return untied
+
+
+def _said(embedding: str, has_config: bool) -> str:
+    text = (
+        f"`{HEAD}.weight` was tied to `{embedding}`, and the adapters change the two differently: "
+        "written apart"
+    )
+    if has_config:
+        return f"{text}, {FLAG} set to false in config.json"
+    return f"{text}; load it with {FLAG}=False"
+
+
+def _is_tied(config: Mapping[str, Any]) -> bool:
+    """Whether a config without a stored head has a head at all, and does not deny the tie."""
+    named = config.get("architectures") or [""]
+    return str(named[0]).endswith(_WITH_HEAD) and config.get(FLAG) is not False
+
+
+def _touched(found: Matched, target: Target) -> bool:
+    return target in found.changes or target in found.saved
+
+
+def _drop(found: Matched, head: Target) -> None:
+    found.heads.pop(head, None)
+    found.changes.pop(head, None)
+    found.saved.pop(head, None)
+
+
+def _alike(adapters: list[AdapterState], found: Matched, table: Target, head: Target) -> bool:
+    """Whether both are replaced by the same numbers and changed by the same deltas."""
+    if not (_touched(found, table) and _touched(found, head)):
+        return False
+    replaced = [found.saved.get(t) for t in (table, head)]
+    if (replaced[0] is None) != (replaced[1] is None):
+        return False
+    if replaced[0] and replaced[1]:
+        a, b = (adapters[s.adapter].saved[s.component][s.name] for s in replaced if s)
+        if a.shape != b.shape or not same_bytes(a, b):
+            return False
+    first, second = found.changes.get(table, []), found.changes.get(head, [])
+    return len(first) == len(second) and all(
+        _same_change(adapters, a, b) for a, b in zip(first, second)
+    )
+
+
+def _same_change(adapters: list[AdapterState], a: Change, b: Change) -> bool:
+    if a.adapter != b.adapter:
+        return False
+    modules = adapters[a.adapter].modules
+    return _same_delta(modules[a.module], modules[b.module])
+
+
+def _same_delta(embedding: ModuleState, head: ModuleState) -> bool:
+    """Whether an embedding's LoRA (dim, r)·(r, vocab) is a head's (vocab, r)·(r, dim), turned."""
+    if embedding.algorithm != head.algorithm or embedding.scale != head.scale:
+        return False
+    if embedding.algorithm == "full":
+        return same_bytes(embedding.tensors["diff"], head.tensors["diff"])
+    if embedding.algorithm != "lora" or {*embedding.tensors, *head.tensors} != {"up", "down"}:
+        return False
+    e, h = embedding.tensors, head.tensors
+    return _is_transpose(e["down"], h["up"]) and _is_transpose(e["up"], h["down"])
+
+
+def _is_transpose(a: Tensor, b: Tensor) -> bool:
+    if a.dtype != b.dtype or a.shape != b.shape[::-1]:
+        return False
+    code = {8: "Q", 4: "I", 2: "H", 1: "B"}[DTYPE_BYTES[a.dtype]]
+    left, right = memoryview(a.read()).cast(code), memoryview(b.read()).cast(code)
+    rows, columns = a.shape
+    return all(left[i * columns : (i + 1) * columns] == right[i::rows] for i in range(rows))
+
+
+def _grown_alone(
+    base: Base, adapters: list[AdapterState], found: Matched, table: Target, head: Target
+) -> bool:
+    """Whether the table alone is replaced by one of more rows, which no old head would fit."""
+    saved = found.saved.get(table)
+    if saved is None or _touched(found, head):
+        return False
+    rows = adapters[saved.adapter].saved[saved.component][saved.name].shape[0]
+    return rows != base.parameters[table[0]][table[1]].shape[0]

@@ -1,0 +1,183 @@
+"""The house's own rules: who imports whom, what is listed where, and what the documents promise."""
+
+from __future__ import annotations
+
+import ast
+import re
+import subprocess
+import sys
+from collections.abc import Iterator
+from pathlib import Path
+
+import pytest
+
+import adaptsurgery
+import adaptsurgery_formats
+from adaptsurgery.algorithms import ALGORITHMS, DoRA
+from adaptsurgery_formats import FORMATS
+from adaptsurgery_formats.state import SLOTS
+
+ROOT = Path(__file__).resolve().parent.parent
+PACKAGE = Path(adaptsurgery.__file__).parent
+LEAF = Path(adaptsurgery_formats.__file__).parent
+
+# Room → the rooms that it may import, beside itself. "formats" is adaptsurgery_formats.
+MAY_IMPORT = {
+    "cli": {"jobs", "formats"},
+    "jobs": {"checkpoint", "algorithms", "core", "formats"},
+    "checkpoint": {"algorithms", "core", "formats"},
+    "algorithms": {"core", "formats"},
+    "core": {"formats"},
+    "formats": set(),
+}
+# Of the formats, the algebra may know the errors alone.
+ERRORS_ONLY = ("core", "algorithms")
+
+
+def imports(path: Path) -> Iterator[str]:
+    """Every module that a file imports, at its top, in a function, or for the type checker."""
+    for node in ast.walk(ast.parse(path.read_text("utf-8"))):
+        if isinstance(node, ast.Import):
+            yield from (alias.name for alias in node.names)
+        elif isinstance(node, ast.ImportFrom):
+            assert node.level == 0, f"{path} imports relatively"
+            assert node.module is not None
+            # "from adaptsurgery_formats import kohya" names a module as well.
+            yield from (f"{node.module}.{alias.name}" for alias in node.names)
+
+
+def sources() -> list[Path]:
+    rooms = [p for p in sorted(PACKAGE.glob("*/**/*.py")) if "__pycache__" not in p.parts]
+    return [*rooms, *sorted(LEAF.rglob("*.py"))]
+
+
+def room_of_file(path: Path) -> str:
+    return "formats" if path.is_relative_to(LEAF) else path.relative_to(PACKAGE).parts[0]
+
+
+def room_of_import(module: str) -> str | None:
+    """The room that an import leads to; None outside the house, "" for the package itself."""
+    if module.split(".")[0] == "adaptsurgery_formats":
+        return "formats"
+    parts = module.split(".")
+    if parts[0] != "adaptsurgery":
+        return None
+    return parts[1] if len(parts) > 1 and parts[1] in MAY_IMPORT else ""
+
+
+def test_every_room_is_known() -> None:
+    found = {p.name for p in PACKAGE.iterdir() if p.is_dir() and any(p.glob("*.py"))}
+    assert found | {"formats"} == MAY_IMPORT.keys()
+
+
+@pytest.mark.parametrize("path", sources(), ids=lambda p: f"{room_of_file(p)}/{p.name}")
+def test_nothing_imports_upward(path: Path) -> None:
+    room = room_of_file(path)
+    allowed = MAY_IMPORT[room] | {room}
+    for module in imports(path):
+        target = room_of_import(module)
+        if target is None:
+            continue
+        own_version = room == "cli" and module == "adaptsurgery.__version__"
+        assert target in allowed or own_version, f"{path.name} ({room}) imports {module}"
+        if room in ERRORS_ONLY and target == "formats":
+            assert module.startswith("adaptsurgery_formats.errors."), f"{path.name}: {module}"
+
+
+def test_the_leaf_needs_the_standard_library_alone() -> None:
+    for path in sorted(LEAF.rglob("*.py")):
+        for module in imports(path):
+            top = module.split(".")[0]
+            assert top in sys.stdlib_module_names or top == "adaptsurgery_formats", (
+                f"{path.name} imports {module}"
+            )
+
+
+def test_no_peer_is_imported() -> None:
+    peers = {"peft", "lycoris", "transformers", "diffusers", "onnxruntime", "library", "networks"}
+    for path in sources():
+        assert not peers & {m.split(".")[0] for m in imports(path)}, path.name
+
+
+def test_every_algorithm_file_is_listed() -> None:
+    """DoRA goes around the others and is no algorithm of a file by itself."""
+    listed = {a.__module__.rpartition(".")[2] for a in (*ALGORITHMS, DoRA)}
+    files = {p.stem for p in (PACKAGE / "algorithms").glob("*.py")} - {"__init__"}
+    assert files == listed
+    assert {a.name for a in ALGORITHMS} == set(SLOTS), "the formats know other algorithms"
+
+
+def test_every_format_file_is_listed() -> None:
+    """A format is a file that has a FORMAT; each is in FORMATS under its own name."""
+    files = {p.stem for p in LEAF.glob("*.py") if re.search(r"^FORMAT = ", p.read_text(), re.M)}
+    assert files == set(FORMATS)
+    assert all(name == f.name for name, f in FORMATS.items())
+
+
+@pytest.mark.parametrize(
+    "statement",
+    [
+        "import adaptsurgery",
+        "import adaptsurgery_formats",
+        "import adaptsurgery; adaptsurgery.convert; adaptsurgery.load; adaptsurgery.verify",
+        "import adaptsurgery.cli",
+    ],
+)
+def test_start_without_torch_or_numpy(statement: str) -> None:
+    check = (
+        "import sys; print([m for m in ('torch', 'numpy', 'huggingface_hub') if m in sys.modules])"
+    )
+    done = subprocess.run(
+        [sys.executable, "-c", f"{statement}; {check}"], capture_output=True, text=True, check=True
+    )
+    assert done.stdout.strip() == "[]"
+
+
+def test_the_public_names_exist() -> None:
+    for name in adaptsurgery.__all__:
+        assert getattr(adaptsurgery, name) is not None
+    assert {*adaptsurgery.__all__} <= {*dir(adaptsurgery)}
+    with pytest.raises(AttributeError):
+        _ = adaptsurgery.nothing_of_that_name
+
+
+def readme() -> str:
+    return (ROOT / "README.md").read_text("utf-8")
+
+
+def commands() -> list[str]:
+    """The lines of the README's shell blocks that are typed: each begins with "$ "."""
+    blocks = re.findall(r"^```console\n(.*?)^```", readme(), re.M | re.S)
+    return [line[2:] for block in blocks for line in block.splitlines() if line.startswith("$ ")]
+
+
+def test_the_readme_has_its_two_commands() -> None:
+    typed = commands()
+    assert typed.count("python tools/quickstart.py") == 1
+    assert sum(command.startswith("python -m pytest") for command in typed) == 1
+    assert sum("pip install" in command for command in typed) == 1
+    assert (ROOT / "tools" / "quickstart.py").is_file()
+    script = (ROOT / ".ci" / "run").read_text("utf-8")
+    for command in typed:
+        if command.startswith(("python tools/", "python -m pytest", "pip install")):
+            assert command in script, f".ci/run does not run `{command}`"
+
+
+def test_the_readme_shows_commands_and_options_that_exist() -> None:
+    from adaptsurgery.cli import main
+
+    for command in commands():
+        words = command.split()
+        if words[0] != "adaptsurgery":
+            continue
+        known = main.commands[words[1]]  # type: ignore[attr-defined]
+        options = {o for p in known.params for o in p.opts}
+        assert {w for w in words[2:] if w.startswith("-")} <= options, command
+
+
+@pytest.mark.parametrize("document", ["README.md", "ARCHITECTURE.md", "formats/README.md"])
+def test_links_lead_somewhere(document: str) -> None:
+    path = ROOT / document
+    for target in re.findall(r"\]\(([^)#]+)", path.read_text("utf-8")):
+        if "://" not in target:
+            assert (path.parent / target).exists(), target

@@ -57,7 +57,7 @@ def run(*arguments: object, refused: bool = False) -> None:
     """Run the command as a user would, show what it prints, and hold it to its exit code."""
     words = [str(a) for a in arguments]
     say(f"$ adaptsurgery {shlex.join(words)}")
-    command = [sys.executable, "-c", "from adaptsurgery.cli import main; main()", *words]
+    command = [sys.executable, "-m", "adaptsurgery", *words]
     done = subprocess.run(command, capture_output=True, text=True, check=False)
     shown = (done.stdout + done.stderr).strip().splitlines()
     if len(shown) > 18 or (len(shown) > 8 and shown[-1].startswith("24/24")):

@@ -26,6 +26,8 @@ COMMANDS = {
     "inspect": "adaptsurgery.cli.inspect",
     "convert": "adaptsurgery.cli.convert",
     "verify": "adaptsurgery.cli.verify",
+    "merge": "adaptsurgery.cli.merge",
+    "unmerge": "adaptsurgery.cli.unmerge",
 }
 
 

@@ -22,7 +22,7 @@ from dataclasses import replace
 
 from adaptsurgery_formats import lycoris_keys
 from adaptsurgery_formats.errors import KeyRefused, LayoutError
-from adaptsurgery_formats.files import META_ALPHA, META_CONFIG, AdapterFile, Format, Step, carried_config
+from adaptsurgery_formats.files import META_CONFIG, AdapterFile, Format, Step, carried_config
 from adaptsurgery_formats.metadata import describe_network
 from adaptsurgery_formats.names import Names, flatten
 from adaptsurgery_formats.state import AdapterState, ModuleState
@@ -81,10 +81,9 @@ def _refuse_saved(state: AdapterState) -> None:
 def spell(state: AdapterState, names: Names | None) -> list[AdapterFile]:
     """One file; every module under its component's prefix."""
     tensors: dict[str, Tensor] = {}
-    keep, metadata = state.layout == "kohya", dict(state.metadata)
-    alphas = metadata.pop(META_ALPHA, "")
+    keep = state.layout == "kohya"
     for module in state.modules:
-        spelled = lycoris_keys.spell_module(module, flat_name(module, names), keep, alphas)
+        spelled = lycoris_keys.spell_module(module, flat_name(module, names), keep)
         for key, tensor in spelled.items():
             if key in tensors:
                 raise LayoutError(
@@ -95,7 +94,7 @@ def spell(state: AdapterState, names: Names | None) -> list[AdapterFile]:
                     code="colliding-names",
                 )
             tensors[key] = tensor
-    metadata = describe_network(state, metadata)
+    metadata = describe_network(state, state.metadata)
     if state.config:
         metadata[META_CONFIG] = json.dumps(state.config, sort_keys=True)
     return [AdapterFile(tensors, metadata)]

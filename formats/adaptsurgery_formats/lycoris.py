@@ -19,7 +19,6 @@ from dataclasses import replace
 from adaptsurgery_formats import kohya, lycoris_keys
 from adaptsurgery_formats.errors import LayoutError
 from adaptsurgery_formats.files import (
-    META_ALPHA,
     META_COMPONENT,
     META_CONFIG,
     META_MODEL,
@@ -74,11 +73,9 @@ def plan(state: AdapterState, names: Names | None) -> list[Step]:
 def spell(state: AdapterState, names: Names | None) -> list[AdapterFile]:
     """One file with the prefix lycoris_."""
     tensors: dict[str, Tensor] = {}
-    keep, metadata = state.layout == "lycoris", dict(state.metadata)
-    alphas = metadata.pop(META_ALPHA, "")
     for module in state.modules:
         name = PREFIX + flatten(module.path)
-        spelled = lycoris_keys.spell_module(module, name, keep, alphas)
+        spelled = lycoris_keys.spell_module(module, name, keep=state.layout == "lycoris")
         if spelled.keys() & tensors.keys():
             raise LayoutError(
                 f"two modules flatten to `{name}`",
@@ -88,6 +85,7 @@ def spell(state: AdapterState, names: Names | None) -> list[AdapterFile]:
             )
         tensors |= spelled
     _note_loader(state, names)
+    metadata = dict(state.metadata)
     if any(k.startswith("ss_") or k in HASH_KEYS for k in metadata):
         metadata = describe_network(state, metadata)
     component = state.components[0] if state.components else ""

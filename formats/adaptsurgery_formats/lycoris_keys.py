@@ -237,23 +237,18 @@ def _refusal(module: ModuleState) -> tuple[str, str, str] | None:
     return None
 
 
-def spell_module(
-    module: ModuleState, name: str, keep: bool, alpha_kind: str = ""
-) -> dict[str, Tensor]:
-    """A module's keys under a name of this family. ``keep`` leaves an absent alpha absent.
-
-    ``alpha_kind`` (see ``alpha_kind``) shapes an alpha that is written anew.
-    """
+def spell_module(module: ModuleState, name: str, keep: bool) -> dict[str, Tensor]:
+    """A module's keys under a name of this family. ``keep`` leaves an absent alpha absent."""
     spelled = {}
     for slot, tensor in module.tensors.items():
         owner = "" if slot == "magnitude" else module.algorithm
         spelled[f"{name}.{_SPELLED[owner, slot]}"] = tensor
-    if (alpha := _spelled_alpha(module, keep, alpha_kind)) is not None:
+    if (alpha := _spelled_alpha(module, keep)) is not None:
         spelled[f"{name}.alpha"] = alpha
     return spelled
 
 
-def _spelled_alpha(module: ModuleState, keep: bool, kind: str) -> Tensor | None:
+def _spelled_alpha(module: ModuleState, keep: bool) -> Tensor | None:
     """The alpha tensor that makes this family's readers see the module's scale.
 
     Some readers take an absent or zero alpha for scale 0 or fail on it, so on the way into another
@@ -271,13 +266,14 @@ def _spelled_alpha(module: ModuleState, keep: bool, kind: str) -> Tensor | None:
         return original
     if not _FLOAT32_MIN <= abs(alpha) <= _FLOAT32_MAX:
         raise ValueRefused(f"`{module.label}`: alpha {alpha} does not fit in float32")
-    return _alpha_of_kind(alpha, kind)
+    return _alpha_of_kind(alpha, module.options.get("alpha_kind", ""))
 
 
 def alpha_kind(modules: Sequence[ModuleState]) -> str:
     """Dtype and number of dimensions of a file's alphas, where they are alike and not F32 and ()."""
+    kinds = {str(m.options.get("alpha_kind", "")) for m in modules if "alpha_tensor" not in m.options}
     alphas = [m.options["alpha_tensor"] for m in modules if "alpha_tensor" in m.options]
-    kinds = {f"{t.dtype} {len(t.shape)}" for t in alphas}
+    kinds |= {f"{t.dtype} {len(t.shape)}" for t in alphas}
     return kinds.pop() if len(kinds) == 1 and kinds != {"F32 0"} else ""
 
 

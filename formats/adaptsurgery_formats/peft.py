@@ -102,7 +102,7 @@ def _parse_folder(file: AdapterFile, state: AdapterState) -> None:
     metadata = dict(file.metadata)
     component = file.component or metadata.get(META_COMPONENT, "")
     state.model = metadata.get(META_MODEL, state.model)
-    for key in (META_COMPONENT, META_MODEL):
+    for key in (META_COMPONENT, META_MODEL, META_ALPHA):
         metadata.pop(key, None)
     groups, saved = _grouped(file)
     matcher = Matcher(groups, file.where)
@@ -202,7 +202,8 @@ def _module(
         component,
         keys=tuple(f"{PREFIX}{path}.{s}" for s in tensors),
         kind="embedding" if embedding else "",
-        options=_options(algorithm, slots, file.config),
+        options=_options(algorithm, slots, file.config)
+        | {"alpha_kind": file.metadata.get(META_ALPHA, "")},
     )
     _check_module(module, file)
     return module

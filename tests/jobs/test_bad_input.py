@@ -261,7 +261,6 @@ KEYS: dict[str, tuple[str, Tensors]] = {
     "newlines and escapes in a name": ("unknown-module", {
         k.replace("fc_a", "\n\x1b[2J\x9b\u202e\x00fc"): v for k, v in good().items()}),
     "escapes in an unknown key": ("unknown-key", {"lora_unet_x\x1b]0;x\x07.novel": ones(2)}),
-    "no prefix known": ("unknown-prefix", {k.replace("unet", "te3"): v for k, v in good().items()}),
 }  # fmt: skip
 
 
@@ -269,6 +268,11 @@ KEYS: dict[str, tuple[str, Tensors]] = {
 def test_keys_that_make_no_adapter(desk: Desk, name: str) -> None:
     code, tensors = KEYS[name]
     desk.refused(code, desk.file(pack(tensors)))
+
+
+def test_a_component_that_the_model_does_not_have(desk: Desk) -> None:
+    third = {k.replace("unet", "te3"): v for k, v in good().items()}
+    desk.refused("unknown-prefix", desk.file(pack(third)), base="sdxl")
 
 
 def test_two_modules_that_flatten_alike(desk: Desk) -> None:
@@ -333,6 +337,11 @@ def test_a_base_whose_weight_is_no_matrix(desk: Desk, shape: tuple[int, ...]) ->
     desk.base.write_bytes(pack({"blk_0.fc_a.weight": ones(*shape)}))
     desk.refused("bad-shape", desk.file(pack(good())))
     desk.refused("bad-shape", desk.file(pack(LOKR)))
+
+
+def test_a_magnitude_that_only_the_base_shows_to_be_wrong(desk: Desk) -> None:
+    """Flat LoHa factors hide where the inputs end: a magnitude per input may be any divisor."""
+    desk.refused("bad-shape", desk.file(pack(LOHA | {f"{FLAT}.dora_scale": ones(1, 4)})))
 
 
 NAN = {

@@ -13,6 +13,7 @@ import traceback
 from collections import Counter
 from collections.abc import Iterator
 from contextlib import contextmanager
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -56,7 +57,7 @@ class Trial:
 
     def run(self, m: Mutant) -> str:
         """ "refused: <code>" or "converted"; raises AssertionError for anything else."""
-        source, out = self._lay_out(m)
+        source, out = self.lay_out(m)
         before = _seen(self.folder / "in")
         options = dict(m.options)
         if options.get("base") == "base":
@@ -75,7 +76,7 @@ class Trial:
             _check_right(source, out, report, folded="algorithm" in m.options)
         return outcome
 
-    def _lay_out(self, m: Mutant) -> tuple[Path, Path]:
+    def lay_out(self, m: Mutant) -> tuple[Path, Path]:
         shutil.rmtree(self.folder, ignore_errors=True)
         (self.folder / "out").mkdir(parents=True)
         (self.folder / "in").mkdir()
@@ -141,6 +142,25 @@ def test_mutants_are_refused_or_converted_rightly(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, block: int
 ) -> None:
     _run(tmp_path, monkeypatch, range(block * 500, (block + 1) * 500))
+
+
+def test_inspect_and_verify_refuse_as_cleanly(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Both only read; and no file differs from itself."""
+    monkeypatch.setattr(patterns, "TIMEOUT_SECONDS", 1.0)
+    trial = Trial(tmp_path / "trial", tmp_path / "base.safetensors")
+    trial.base.write_bytes(base_file())
+    for seed in range(500_000, 500_400):
+        m = mutant(seed)
+        source, _ = trial.lay_out(m)
+        for job in (adaptsurgery.inspect, partial(adaptsurgery.verify, source)):
+            try:
+                with limited(SECONDS):
+                    job(source, base=trial.base)
+            except SurgeryError as error:
+                _check_message(error)
+                assert error.code != "not-equal", m.story
 
 
 @pytest.mark.slow

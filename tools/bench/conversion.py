@@ -54,7 +54,6 @@ metadata = {"ss_network_module": "networks.lora", "ss_network_dim": str(rank)}
 write_safetensors(out, tensors, metadata)
 print(f"{len(tensors):,} tensors, rank {rank}, {out.stat().st_size / 1e6:.0f} MB")
 """
-OURS = "from adaptsurgery.cli import main; main()"
 RELOAD = """
 import sys
 from safetensors.torch import load_file, save_file
@@ -110,11 +109,22 @@ def _environment(compiled: Path) -> dict[str, str]:
 
 def jobs(source: Path) -> list[Job]:
     python, file = sys.executable, str(source)
-    convert = [python, "-c", OURS, "convert", file, "-o", "{out}", "--no-hashes", "--quiet", "--to"]
+    convert = [
+        python,
+        "-m",
+        "adaptsurgery",
+        "convert",
+        file,
+        "-o",
+        "{out}",
+        "--no-hashes",
+        "--quiet",
+        "--to",
+    ]
     return [
         Job("bare python", [python, "-c", "pass"]),
         Job("cp", ["cp", file, "{out}"]),
-        Job("adaptsurgery inspect", [python, "-c", OURS, "inspect", file]),
+        Job("adaptsurgery inspect", [python, "-m", "adaptsurgery", "inspect", file]),
         Job("adaptsurgery convert --to lycoris", [*convert, "lycoris"]),
         Job("adaptsurgery convert --to peft", [*convert, "peft"]),
         Job("safetensors.torch load + save", [python, "-c", RELOAD, file, "{out}"]),
@@ -178,7 +188,8 @@ def main() -> int:
             for job in chosen:
                 job.run(Path(folder))
                 if number == 0:  # the first run fills the caches
-                    job.cpu.clear(), job.wall.clear(), job.peak.clear()
+                    for taken in (job.cpu, job.wall, job.peak):
+                        taken.clear()
         print(table(chosen))
     return 0
 

@@ -114,7 +114,7 @@ class _Matcher:
     def run(self, allow_unmatched: bool) -> Matched:
         hits = [hit for number in range(len(self.adapters)) for hit in self._hits(number)]
         if self.out.unmatched and not allow_unmatched:
-            raise self._unmatched_error()
+            raise self._quantised() or self._unmatched_error()
         self._refuse_twice(hits)
         self._place_saved()
         cuts = self._cuts(hits)
@@ -247,9 +247,9 @@ class _Matcher:
             code="unmatched-modules",
         )
 
-    def _nothing_error(self, number: int) -> NameLookupError:
+    def _nothing_error(self, number: int) -> SurgeryError:
         state = self.adapters[number]
-        if quantised := self._quantised(state):
+        if quantised := self._quantised():
             return quantised
         error = self._unmatched_error()
         return NameLookupError(
@@ -261,9 +261,9 @@ class _Matcher:
             code="nothing-matched",
         )
 
-    def _quantised(self, state: AdapterState) -> Any:
+    def _quantised(self) -> ValueRefused | None:
         """The error for a GPTQ or AWQ base, whose weights have other names."""
-        for component, parameters in self.base.parameters.items():
+        for parameters in self.base.parameters.values():
             packed = next((n for n in parameters if n.endswith((".qweight", ".weight_packed"))), "")
             if packed:
                 return _quantised_error(packed, parameters[packed], self.base.where)

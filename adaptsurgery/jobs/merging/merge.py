@@ -158,8 +158,8 @@ def _several(adapters: Adapters) -> Iterable[Named]:
     if isinstance(adapters, (str, os.PathLike)):
         return [adapters]
     if isinstance(adapters, tuple) and len(adapters) == 2 and isinstance(adapters[1], (int, float)):
-        return [(adapters[0], adapters[1])]  # type: ignore[list-item]
-    return adapters  # type: ignore[return-value]
+        return [(adapters[0], adapters[1])]
+    return adapters
 
 
 def open_base(spec: str, *, headers: bool = False) -> Base:

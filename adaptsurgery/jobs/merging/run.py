@@ -80,17 +80,31 @@ def run_plan(
     _check_inputs(plan)
     place = _Place(plan, out)
     runner = _Runner(plan, place, states, workers, progress)
+    index, count = part
     try:
-        place.make()
-        index, count = part
-        for number in range(index, len(plan.jobs), count):
-            runner.job(number)
-        return _finish(plan, place, out, overwrite)
+        with place.tidy(alone=count == 1):
+            place.make()
+            for number in range(index, len(plan.jobs), count):
+                runner.job(number)
+            return _finish(plan, place, out, overwrite)
+    except _GoneError:
+        if os.path.lexists(out):
+            return True, {}  # another process was faster
+        raise FileError(
+            "the partial output vanished",
+            where=str(place.root),
+            next="run again",
+            code="bad-partial",
+        ) from None
     except OSError as error:
         raise _said(error, out, place) from error
     except SurgeryError as error:
         error.where = error.where.replace(str(place.root / "work"), str(out))
         raise
+
+
+class _GoneError(Exception):
+    """The partial output is not there any more."""
 
 
 def _said(error: OSError, out: Path, place: _Place) -> FileError:
@@ -123,16 +137,40 @@ class _Place:
 
     @contextmanager
     def lock(self, name: str) -> Iterator[None]:
-        """Alone among all processes at one thing; where the file system has no locks, hopefully."""
+        """Alone among all processes at one thing; where the file system has no locks, hopefully.
+
+        Raises _GoneError where another process has completed the output in the meantime.
+        """
         import fcntl
 
-        fd = os.open(self.root / "locks" / name, os.O_RDWR | os.O_CREAT | os.O_CLOEXEC, 0o666)
+        path = self.root / "locks" / name
+        try:
+            fd = os.open(path, os.O_RDWR | os.O_CREAT | os.O_CLOEXEC, 0o666)
+        except FileNotFoundError:
+            raise _GoneError from None
         try:
             with suppress(OSError):
                 fcntl.flock(fd, fcntl.LOCK_EX)
+            if not path.exists():
+                raise _GoneError
             yield
         finally:
             os.close(fd)
+
+    @contextmanager
+    def tidy(self, *, alone: bool) -> Iterator[None]:
+        """After an error keep what the next run can use: finished shards, or nothing.
+
+        What no further run would mend (a refusal) is removed whole, if nobody else works on it.
+        """
+        try:
+            yield
+        except BaseException as error:
+            hopeless = isinstance(error, SurgeryError) and not isinstance(error, FileError)
+            started = any(p.is_file() for p in self.files.rglob("*"))
+            if alone and (hopeless or not started):
+                shutil.rmtree(self.root, ignore_errors=True)
+            raise
 
 
 def _finished(plan: MergePlan, out: Path) -> int:
@@ -172,7 +210,11 @@ class _Runner:
                 return
             work = self.place.root / "work" / str(number)
             work.unlink(missing_ok=True)
-            norms = self._write(job, work)
+            try:
+                norms = self._write(job, work)
+            except BaseException:
+                work.unlink(missing_ok=True)
+                raise
             _write_json(self.place.norms(number), norms)
             target = self.place.shard(number)
             target.parent.mkdir(parents=True, exist_ok=True)
@@ -195,7 +237,7 @@ class _Runner:
             {t.key: self._entry(t) for t in job.tensors},
             job.metadata,
             workers=self.workers,
-            compute=_compute(self.plan),
+            compute="F64" if self.plan.options.compute == "fp64" else "F32",
             progress=self._tell,
             norms=True,
         )
@@ -239,12 +281,6 @@ class _Runner:
         )
 
 
-def _compute(plan: MergePlan) -> torch.dtype:
-    import torch
-
-    return torch.float64 if plan.options.compute == "fp64" else torch.float32
-
-
 def _norms(found: Any) -> dict[str, float]:
     norms: dict[str, float] = found.as_dict()
     return norms
@@ -256,8 +292,6 @@ def _norms(found: Any) -> dict[str, float]:
 def _finish(plan: MergePlan, place: _Place, out: Path, overwrite: bool) -> tuple[bool, Norms]:
     """Indexes, configs, other files, the manifest, and the rename; if every shard is there."""
     with place.lock("finish"):
-        if not place.files.is_dir() and os.path.lexists(out):
-            return True, {}  # another process was faster
         missing = [n for n in range(len(plan.jobs)) if not place.done(n)]
         norms = _all_norms(plan, place)
         if missing:

@@ -167,7 +167,9 @@ class _Finder:
 
     def _interleaved(self, name: str, fused: str) -> bool:
         """CodeGen's qkv_proj, which has Phi-3's name and another order."""
-        return fused == "qkv_proj" and (self.kind == "codegen" or ".attn.qkv_proj" in name)
+        if fused != "qkv_proj":
+            return False
+        return self.kind == "codegen" if self.kind else bool(_CODEGEN.search(name))
 
     def _joined(self) -> Iterator[tuple[str, Site]]:
         """Fused names over split weights of one input."""
@@ -220,6 +222,7 @@ class _Finder:
                 yield f"text_model.{_OPEN_CLIP[path]}", site
 
 
+_CODEGEN = re.compile(r"(^|\.)h\.\d+\.attn\.qkv_proj\.")
 # transformer.resblocks.0.mlp.c_fc
 _RESBLOCK = re.compile(r"transformer\.resblocks\.(\d+)\.(.+)")
 _OPEN_CLIP = {

@@ -108,10 +108,18 @@ def _same_delta(embedding: ModuleState, head: ModuleState) -> bool:
 def _is_transpose(a: Tensor, b: Tensor) -> bool:
     if a.dtype != b.dtype or a.shape != b.shape[::-1]:
         return False
-    code = {8: "Q", 4: "I", 2: "H", 1: "B"}[DTYPE_BYTES[a.dtype]]
-    left, right = memoryview(a.read()).cast(code), memoryview(b.read()).cast(code)
+    left, right = _numbers(a), _numbers(b)
     rows, columns = a.shape
     return all(left[i * columns : (i + 1) * columns] == right[i::rows] for i in range(rows))
+
+
+def _numbers(tensor: Tensor) -> memoryview[int]:
+    """A tensor's elements as whole numbers of their size: enough to tell whether they are equal."""
+    data = memoryview(tensor.read())
+    size = DTYPE_BYTES[tensor.dtype]
+    if size == 8:
+        return data.cast("Q")
+    return data.cast("I") if size == 4 else data.cast("H") if size == 2 else data.cast("B")
 
 
 def _grown_alone(

@@ -151,8 +151,8 @@ class LoKr(Delta):
         block.view(-1, w1.shape[1], w2.shape[1]).addcmul_(left, right, value=factor)
 
     def transposed(self) -> LoKr:
-        turned = {"w1": self.outer().t().contiguous(), "w2": self.inner().t().contiguous()}
-        return LoKr(**turned, scale=self.scale)
+        w1, w2 = self.outer().t().contiguous(), self.inner().t().contiguous()
+        return LoKr(w1=w1, w2=w2, scale=self.scale)
 
     def delta(self, x: Tensor, layer: Layer, form: Form = "factored") -> Tensor:
         """x as (…, c, d): w2 along d, with the layer's geometry, and w1 along c; w1⊗w2 never built.

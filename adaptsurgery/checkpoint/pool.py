@@ -6,7 +6,7 @@ import sys
 import threading
 from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager, suppress
-from typing import TypeVar
+from typing import Generic, TypeVar
 
 from adaptsurgery_formats.errors import SurgeryError
 
@@ -40,7 +40,7 @@ def run(jobs: Iterable[Callable[[Desk], object]], desk: Callable[[], Desk], work
         raise line.errors[0]
 
 
-class _Line:
+class _Line(Generic[Desk]):
     """The jobs still to do, and what went wrong."""
 
     def __init__(self, jobs: Iterator[Callable[[Desk], object]]) -> None:

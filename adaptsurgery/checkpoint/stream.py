@@ -24,7 +24,7 @@ from adaptsurgery.checkpoint.pool import about, run
 from adaptsurgery.checkpoint.safetensors import Span, cut_short
 from adaptsurgery.checkpoint.writer import Progress, layout, order
 from adaptsurgery_formats.errors import FileError, ShapeError, ValueRefused
-from adaptsurgery_formats.tensors import DTYPE_BYTES, FLOAT_DTYPES, Part, Tensor
+from adaptsurgery_formats.tensors import FLOAT_DTYPES, Part, Tensor
 
 if TYPE_CHECKING:
     import torch
@@ -33,7 +33,7 @@ if TYPE_CHECKING:
 
 Buffer = bytes | bytearray | memoryview
 COPY = 16 << 20  # bytes that the kernel moves in one job
-PIECE = int(os.environ.get("PC","1024")) << 10  # bytes read, changed and written in one job
+PIECE = 1 << 20  # bytes read, changed and written in one job
 _NO_KERNEL_COPY = (errno.EXDEV, errno.EINVAL, errno.ENOSYS, errno.EOPNOTSUPP, errno.EPERM)
 
 
@@ -286,7 +286,7 @@ class _Change:
         """Where rows are rounded into: over the source's own where numbers are as wide."""
         if self.stored.itemsize == self.out.itemsize:
             return source.view(self.out)
-        return desk.numbers("out", *source.shape, self.out)
+        return desk.numbers("out", source.shape[0], self.columns, self.out)
 
     def _norms(self) -> Norms | None:
         from adaptsurgery.core.blocks import Norms

@@ -28,6 +28,8 @@ COMMANDS = {
     "verify": "adaptsurgery.cli.verify",
     "merge": "adaptsurgery.cli.merge",
     "unmerge": "adaptsurgery.cli.unmerge",
+    "combine": "adaptsurgery.cli.combine",
+    "resize": "adaptsurgery.cli.resize",
 }
 
 

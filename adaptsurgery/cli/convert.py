@@ -17,7 +17,7 @@ TARGETS = ("peft", "lycoris", "kohya")
 
 
 @click.command()
-@click.argument("source", metavar="SRC")
+@click.argument("sources", metavar="SRC...", nargs=-1, required=True)
 @click.option(
     "-o", "--output", "out", required=True, metavar="OUT", help="A folder for peft, else a file."
 )
@@ -42,7 +42,7 @@ TARGETS = ("peft", "lycoris", "kohya")
 @click.option("-q", "--quiet", is_flag=True, help="Print nothing but errors.")
 @output.json_option
 def command(
-    source: str,
+    sources: tuple[str, ...],
     out: str,
     to: str,
     layout: str | None,
@@ -58,6 +58,8 @@ def command(
 ) -> None:
     """Write the adapter SRC in another layout, with the same ΔW.
 
+    Several SRC are parts of one adapter, a UNet's and its text encoders'.
+
     \b
     adaptsurgery convert style.safetensors --to peft -o style/
     adaptsurgery convert style/ --to kohya -o style.safetensors --base sdxl
@@ -72,7 +74,7 @@ def command(
 
     with output.progress(quiet) as tell:
         report = convert(
-            source,
+            sources,
             out,
             to,
             layout=layout,

@@ -28,7 +28,7 @@ from adaptsurgery.core.update import Delta, Renorm, Rotation, Update, compose, p
 from adaptsurgery_formats.errors import InexactError, ShapeError, ValueRefused
 
 HALF = 65504.0**2  # a float16 is at most this, squared
-BLOCK = int(__import__("os").environ.get("BLK","32")) * 1024  # numbers changed at a time: with its scratch, what stays in a core's cache
+BLOCK = 64 * 1024  # numbers changed at a time: with its scratch, what stays in a core's cache
 
 
 @dataclass(frozen=True, eq=False)
@@ -73,7 +73,7 @@ class Step(NamedTuple):
 
     region: _Region
     whole: bool
-    change: Callable[[Tensor, int], None]
+    change: Callable[[Tensor, int], object]
 
 
 class BlockEdit:
@@ -103,10 +103,10 @@ class BlockEdit:
         steps = self.between(start, start + block.shape[0])
         if any(step.whole for step in steps):
             for step in steps:
-                pieces = (block,) if step.whole else block.split(self.stride)
+                pieces = (block,) if step.whole else torch.split(block, self.stride)
                 run_steps([step], pieces, start)
         else:
-            run_steps(steps, block.split(self.stride), start)
+            run_steps(steps, torch.split(block, self.stride), start)
 
     def between(self, start: int, stop: int) -> list[Step]:
         """The steps that change any of the rows [start, stop)."""
@@ -132,6 +132,7 @@ def stride_of(columns: int) -> int:
     return max(1, BLOCK // max(columns, 1))
 
 
+@torch.no_grad()
 def edit_of(
     places: Iterable[Place],
     shape: tuple[int, ...],
@@ -148,13 +149,10 @@ def edit_of(
     ("no-weight"), two renorms on one place ("two-renorms"), numbers that are no rotation, and
     InexactError ("no-inverse", "cannot-split") for a renorm taken out or cut.
     """
-    found = [(place, part) for place in places for part in _parts(place)]
-    for place, part in found:
-        check_place(place, part, shape, inverse)
+    found = check_places(places, shape, inverse=inverse)
     stacked = len(shape) > 1 and any(place.expert is not None for place, _ in found)
     rows = math.prod(shape[: 2 if stacked else 1])
     columns = math.prod(shape[2 if stacked else 1 :])
-    _refuse_two_renorms(found, shape)
     ready = _Building(shape, compute, device, inverse)
     turned = [ready.rotation(place, u) for place, u in found if isinstance(u, Rotation)]
     added = [ready.delta(place, u) for place, u in found if isinstance(u, Delta)]
@@ -163,6 +161,17 @@ def edit_of(
     steps = [*added, *reversed(turned)] if inverse else [*turned, *added, *renewed]
     unit = rows // shape[0] if stacked else rows
     return BlockEdit(rows, columns, unit if any(s.whole for s in steps) else 1, steps)
+
+
+def check_places(
+    places: Iterable[Place], shape: tuple[int, ...], *, inverse: bool = False
+) -> list[tuple[Place, Update]]:
+    """The plain updates of places at their weights; raises what ``edit_of`` raises."""
+    found = [(place, part) for place in places for part in _parts(place)]
+    for place, part in found:
+        _check_place(place, part, shape, inverse)
+    _refuse_two_renorms(found, shape)
+    return found
 
 
 def _parts(place: Place) -> Iterator[Update]:
@@ -176,7 +185,7 @@ def _parts(place: Place) -> Iterator[Update]:
                 yield delta
 
 
-def check_place(place: Place, part: Update, shape: tuple[int, ...], inverse: bool = False) -> None:
+def _check_place(place: Place, part: Update, shape: tuple[int, ...], inverse: bool = False) -> None:
     """Raise unless ``part`` of a place's update fits a tensor stored with ``shape``."""
     region = _region(place, shape)
     if isinstance(part, Renorm):
@@ -315,7 +324,7 @@ class _Building:
 
         def renew(view: Tensor, start: int) -> None:
             rows = view.t() if region.transposed else view
-            weight = rows.unflatten(1, region.shape[1:]) if len(region.shape) > 2 else rows
+            weight = torch.unflatten(rows, 1, region.shape[1:]) if len(region.shape) > 2 else rows
             renorm.renorm_(weight, first + start)
 
         return Step(region, region.transposed or renorm.axis == 1, renew)
@@ -366,7 +375,7 @@ def change_rows(
     stop = start + source.shape[0]
     steps = [] if edit is None else edit.between(start, stop)
     stride = scratch.shape[0]
-    for part, here in zip(source.split(stride), target.split(stride)):
+    for part, here in zip(torch.split(source, stride), torch.split(target, stride)):
         block = scratch if part.shape[0] == stride else scratch[: part.shape[0]]
         block.copy_(part)
         run_steps(steps, (block,), start)

@@ -3,16 +3,17 @@
 from __future__ import annotations
 
 import os
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from adaptsurgery.jobs.convert import write_adapter
-from adaptsurgery.jobs.loading import Loaded, load_state
+from adaptsurgery.jobs.loading import AnyPath, Loaded, load_state
 from adaptsurgery.jobs.report import Report
 from adaptsurgery.jobs.updates import update_of
 from adaptsurgery_formats import ModuleState, Note
 from adaptsurgery_formats.errors import NameLookupError, nearest
+from adaptsurgery_formats.tensors import Tensor
 
 if TYPE_CHECKING:
     from adaptsurgery.core.update import Update
@@ -55,11 +56,12 @@ class Adapter(Mapping[str, "Update"]):
 
     def __repr__(self) -> str:
         algorithms = "+".join(dict.fromkeys(m.algorithm for m in self._loaded.state.modules))
-        return f"<Adapter {self.layout} {algorithms}, {len(self)} modules, {self.path}>"
+        return f"<Adapter {self.layout} {algorithms}, {len(self)} modules, {self._loaded.state.where}>"
 
     @property
-    def path(self) -> Path:
-        return self._loaded.path
+    def paths(self) -> list[Path]:
+        """The local files or folders it was read from."""
+        return list(self._loaded.paths)
 
     @property
     def layout(self) -> str:
@@ -73,6 +75,11 @@ class Adapter(Mapping[str, "Update"]):
     @property
     def components(self) -> list[str]:
         return self._loaded.state.components
+
+    @property
+    def saved(self) -> dict[str, dict[str, Tensor]]:
+        """Parameters that the file replaces outright (modules_to_save), by component and name."""
+        return self._loaded.state.saved
 
     @property
     def metadata(self) -> dict[str, str]:
@@ -125,12 +132,13 @@ class Adapter(Mapping[str, "Update"]):
 
 
 def load(
-    path: str | os.PathLike[str],
+    path: AnyPath | Sequence[AnyPath],
     base: str | os.PathLike[str] | None = None,
     layout: str | None = None,
 ) -> Adapter:
     """The adapter at a path or Hub name (``org/name[@revision][:file]``).
 
+    Several paths are parts of one adapter, a UNet's and its text encoders'.
     ``base`` gives the module list (a checkpoint, a folder, a Hub name, or sd15, sd2, sdxl, flux),
     which flat names need unless a bundled table has them; ``layout`` overrules detection. Only
     headers are read until an update is asked for. Raises SurgeryError for whatever is wrong.

@@ -13,7 +13,7 @@ from adaptsurgery.checkpoint.atomic import check_output, output
 from adaptsurgery.checkpoint.safetensors import read_safetensors
 from adaptsurgery.checkpoint.writer import file_size, layout, order, write_safetensors
 from adaptsurgery.jobs.change import EXACT, as_lora
-from adaptsurgery.jobs.loading import CONFIG, WEIGHTS, Loaded, format_named, load_state
+from adaptsurgery.jobs.loading import CONFIG, WEIGHTS, AnyPath, Loaded, format_named, load_state
 from adaptsurgery.jobs.renaming import renamed
 from adaptsurgery.jobs.report import Report, Row
 from adaptsurgery.jobs.steps import carry_out
@@ -30,7 +30,7 @@ Progress = Callable[[int, int], None]
 
 
 def convert(
-    source: str | os.PathLike[str],
+    source: AnyPath | Sequence[AnyPath],
     out: str | os.PathLike[str],
     to: str,
     *,
@@ -46,6 +46,7 @@ def convert(
 ) -> Report:
     """Write the adapter at ``source`` to ``out`` in another layout, with the same ΔW.
 
+    Several sources are parts of one adapter, a UNet's and its text encoders'.
     ``to`` is "peft" (``out`` is a folder), "lycoris" or "kohya" (a file). ``layout`` overrules the
     source's detection; ``base`` gives the module list: a checkpoint, a folder, a Hub name, or
     sd15, sd2, sdxl, flux. ``algorithm`` "lora" changes LoHa, LoKr, HRA and DoRA into LoRA,
@@ -60,8 +61,9 @@ def convert(
         raise LayoutError(f"--as {algorithm} is not offered", next="--as lora", code="no-such-form")
     if rank is not None and algorithm is None:
         raise LayoutError("--rank goes with --as lora", code="rank-without-as")
-    _check_paths(source, Path(out), target, overwrite, dry_run)
-    loaded = load_state(source, base=base, layout=layout)
+    sources = [source] if isinstance(source, (str, os.PathLike)) else list(source)
+    _check_paths(sources, Path(out), target, overwrite, dry_run)
+    loaded = load_state(sources, base=base, layout=layout)
     return write_adapter(
         loaded,
         Path(out),
@@ -88,7 +90,8 @@ def write_adapter(
     """A loaded adapter in a layout, after a change of its algorithm if one is asked for."""
     target = _writable(to)
     assert target.spell is not None
-    _keep_apart(loaded.path, out, becomes_part=target.name == "peft")
+    for path in loaded.paths:
+        _keep_apart(path, out, becomes_part=target.name == "peft")
     if loaded.base is not None:
         _keep_apart(loaded.base.where, out, becomes_part=False)
     _find_names(loaded, target)
@@ -115,7 +118,7 @@ def _writable(name: str) -> Format:
 
 
 def _check_paths(
-    source: str | os.PathLike[str], out: Path, target: Format, overwrite: bool, dry_run: bool
+    sources: Sequence[AnyPath], out: Path, target: Format, overwrite: bool, dry_run: bool
 ) -> None:
     """Refuse an output that is the source, or that cannot be written, before any work is done."""
     folder = target.name == "peft"
@@ -125,7 +128,8 @@ def _check_paths(
         raise FileError(
             "PEFT's layout is a folder", where=str(out), next="-o FOLDER", code="not-a-directory"
         )
-    _keep_apart(source, out, becomes_part=folder)
+    for source in sources:
+        _keep_apart(source, out, becomes_part=folder)
     if not dry_run:
         check_output(out, overwrite=overwrite, directory=folder, replaceable=_OURS)
 

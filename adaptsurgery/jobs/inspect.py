@@ -75,7 +75,7 @@ def inspect(
     tensors = [t for file in loaded.files for t in file.tensors.values()]
     adapted = [m for m in modules if m.rank is not None]
     return Inspection(
-        path=str(loaded.path),
+        path=str(loaded.paths[0]),
         layout=_layout(loaded, layout),
         model=_model(loaded),
         components=_count(m.component for m in modules),

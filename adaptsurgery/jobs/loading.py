@@ -5,7 +5,8 @@ from __future__ import annotations
 import json
 import math
 import os
-from collections.abc import Iterable
+import re
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -29,6 +30,8 @@ from adaptsurgery_formats.tensors import FLOAT_DTYPES, Tensor
 if TYPE_CHECKING:
     from adaptsurgery.checkpoint.base import Base
 
+AnyPath = str | os.PathLike[str]
+_COMPONENT = re.compile(r"unet|transformer|text_encoder(_[23])?")
 CONFIG = "adapter_config.json"
 WEIGHTS = "adapter_model.safetensors"
 _PICKLES = (".bin", ".pt", ".pth", ".ckpt")
@@ -40,14 +43,14 @@ class Loaded:
     """An adapter as it was read: state and files, the names it was looked up in, its base if any."""
 
     state: AdapterState
-    path: Path
+    paths: list[Path]
     names: Names | None = None
     base: Base | None = None
     files: list[AdapterFile] = field(default_factory=list)
 
 
 def load_state(
-    path: str | os.PathLike[str],
+    path: AnyPath | Sequence[AnyPath],
     *,
     base: str | os.PathLike[str] | None = None,
     layout: str | None = None,
@@ -55,15 +58,19 @@ def load_state(
 ) -> Loaded:
     """The adapter at a path or Hub name, with its modules found in ``base`` or a bundled table.
 
+    Several paths are one adapter in parts: a UNet's and its text encoders', in one layout.
     ``base`` is a path, a Hub name, or one of the bundled tables' names; ``layout`` overrules
     detection. With ``look_up`` False flat names may stay flat, where no table knows them.
     Raises SurgeryError for whatever is wrong with the input.
     """
-    where = _local_path(os.fspath(path))
-    files = read_files(where)
-    state = _parse(files, layout)
+    given = [path] if isinstance(path, (str, os.PathLike)) else list(path)
+    places = [_local_path(os.fspath(p)) for p in given]
+    groups = [read_files(place) for place in places]
+    if len(groups) > 1:
+        _name_components(groups)
+    state = _joined([_parse(files, layout) for files in groups])
     _check_values(state)
-    loaded = Loaded(state, where, files=files)
+    loaded = Loaded(state, places, files=[f for files in groups for f in files])
     if base is not None:
         loaded.names, loaded.base = names_of(base)
         loaded.state = resolve(state, loaded.names)
@@ -75,6 +82,44 @@ def load_state(
     elif state.layout == "diffusers":
         _look_up_in_tables(loaded, must=False)
     return loaded
+
+
+def _name_components(groups: Sequence[Sequence[AdapterFile]]) -> None:
+    """PEFT folders given one by one are parts of a pipeline by their folders' names."""
+    for files in groups:
+        for file in files:
+            if file.config is not None and not file.component:
+                folder = Path(file.where).parent.name
+                file.component = folder if _COMPONENT.fullmatch(folder) else ""
+
+
+def _joined(states: Sequence[AdapterState]) -> AdapterState:
+    """Several files' states as one; raises LayoutError where they do not go together."""
+    first = states[0]
+    for other in states[1:]:
+        clash = {m.component for m in other.modules if m.component in other.config}
+        clash &= first.config.keys()
+        if other.layout != first.layout or clash:
+            raise LayoutError(
+                "these files are no parts of one adapter",
+                where=other.where,
+                seen=f"{first.layout} and {other.layout}"
+                if other.layout != first.layout
+                else f"two PEFT folders for the component `{clash.pop()}`",
+                next="name PEFT folders unet, transformer, text_encoder, …; combine adds adapters",
+                code="not-one-adapter",
+            )
+        model = first.model if first.model == other.model else ""
+        first = replace(
+            first,
+            modules=[*first.modules, *other.modules],
+            saved={**first.saved, **other.saved},
+            metadata={**other.metadata, **first.metadata},
+            config={**first.config, **other.config},
+            model=model,
+            notes=[*first.notes, *other.notes],
+        )
+    return first
 
 
 def _local_path(spec: str) -> Path:

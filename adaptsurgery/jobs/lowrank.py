@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import math
 import os
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Iterable, Sequence
 from dataclasses import replace
 from typing import TYPE_CHECKING
 
@@ -16,7 +16,7 @@ from adaptsurgery.jobs.updates import update_of
 from adaptsurgery_formats import AdapterState, Format, ModuleState
 from adaptsurgery_formats.errors import InexactError, LayoutError, NameLookupError, SurgeryError
 from adaptsurgery_formats.names import Component, Names, to_diffusers, to_native
-from adaptsurgery_formats.resolve import resolve
+from adaptsurgery_formats.resolve import kohya_component, resolve
 from adaptsurgery_formats.state import ALPHA_OVER_R, delta_shape, kernel_of
 
 if TYPE_CHECKING:
@@ -25,6 +25,7 @@ if TYPE_CHECKING:
     from adaptsurgery.algorithms import LoRA
 
 LOW_RANK = ("lora", "loha", "lokr")
+OWN = "the adapters' own names"
 Spec = str | os.PathLike[str]
 
 
@@ -56,6 +57,9 @@ def load_together(
             next="--base MODEL (a safetensors file, a folder, or sd15, sd2, sdxl, flux)",
             code="base-needed",
         )
+    found_names = kohya_component(loaded[0].state) if to == "kohya" else None
+    if found_names is not None:
+        return [_looked_up(one, found_names[0]) for one in loaded]
     _check_comparable(loaded)
     return loaded
 
@@ -77,7 +81,7 @@ def _in_one_model(loaded: list[Loaded], found: Sequence[Loaded]) -> list[Loaded]
     raise NameLookupError(
         "the adapters are for different models",
         where=loaded[0].state.where,
-        seen=", ".join(f"{one.path.name}: {one.names.model}" for one in found if one.names),
+        seen=", ".join(f"{one.paths[0].name}: {one.names.model}" for one in found if one.names),
         next="adapters of one model can be combined; --base MODEL if the guess is wrong",
         code="different-models",
     )
@@ -105,7 +109,7 @@ def own_names(states: Iterable[AdapterState]) -> Names:
         )
         for name, modules in shapes.items()
     }
-    return Names("", components, "the adapters' own names")
+    return Names("", components, OWN)
 
 
 def _shape(module: ModuleState) -> tuple[int, ...]:
@@ -265,27 +269,18 @@ Scaled = tuple[float, "LoRA"]  # a coefficient in place of the LoRA's own scale
 
 def distance(terms: Sequence[Scaled], others: Sequence[Scaled]) -> tuple[float, float]:
     """‖Σ cΔ − Σ c'Δ'‖ and ‖Σ cΔ‖, in float64."""
-    ours, theirs = _stacked(terms), _stacked([(-c, lora) for c, lora in others])
-    both = (torch_cat(ours[0], theirs[0], 1), torch_cat(ours[1], theirs[1], 0))
-    return norm_of(*both), norm_of(*ours)
+    apart = norm_of(*stacked([*terms, *((-c, lora) for c, lora in others)]))
+    return apart, norm_of(*stacked(terms))
 
 
-def _stacked(terms: Sequence[Scaled]) -> tuple[torch.Tensor, torch.Tensor]:
+def stacked(terms: Sequence[Scaled]) -> tuple[torch.Tensor, torch.Tensor]:
+    """Σ cΔ as one product: (o, Σr) with the coefficients in it, (Σr, i·∏k)."""
     import torch
 
     factors = [(c, *lora.factors()) for c, lora in terms]
     return torch.cat([c * up for c, up, _ in factors], 1), torch.cat([d for _, _, d in factors])
 
 
-def torch_cat(a: torch.Tensor, b: torch.Tensor, dim: int) -> torch.Tensor:
-    import torch
-
-    return torch.cat([a, b], dim)
-
-
 def relative(apart: float, total: float) -> float:
     """apart / total; 0 where both are, infinity where only the total is."""
     return apart / total if total else (math.inf if apart else 0.0)
-
-
-Told = Callable[[int, int], None]

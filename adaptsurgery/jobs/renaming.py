@@ -6,7 +6,7 @@ from dataclasses import replace
 
 from adaptsurgery_formats import AdapterState, Format, ModuleState
 from adaptsurgery_formats.errors import InexactError
-from adaptsurgery_formats.names import Names, to_diffusers, to_native
+from adaptsurgery_formats.names import Component, Names, to_diffusers, to_native
 
 
 def renamed(state: AdapterState, names: Names | None, target: Format) -> AdapterState:
@@ -22,11 +22,18 @@ def renamed(state: AdapterState, names: Names | None, target: Format) -> Adapter
         part = list(state.of(name))
         if component is None:
             modules += part
-        elif (target.naming or component.kohya_naming) == "native":
+        elif _naming(component, target) == "native":
             modules += to_native(part, component)
         else:
             modules += [m for module in part for m in to_diffusers(module, component)]
     return replace(state, modules=modules)
+
+
+def _naming(component: Component, target: Format) -> str:
+    """The names a target is written in: kohya's own, the base's where one is given, or diffusers'."""
+    if target.naming is None:
+        return component.kohya_naming
+    return "native" if component.stored == "native" else target.naming
 
 
 def comparable(state: AdapterState, names: Names | None) -> list[ModuleState]:

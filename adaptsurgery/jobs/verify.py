@@ -13,7 +13,7 @@ from adaptsurgery.jobs.renaming import comparable
 from adaptsurgery.jobs.report import Report, Row
 from adaptsurgery.jobs.updates import base_weight, update_of
 from adaptsurgery_formats import ModuleState
-from adaptsurgery_formats.errors import SurgeryError
+from adaptsurgery_formats.errors import NameLookupError, SurgeryError
 from adaptsurgery_formats.tensors import same_bytes
 
 if TYPE_CHECKING:
@@ -23,13 +23,16 @@ if TYPE_CHECKING:
 
     Rows = Callable[[int, int], torch.Tensor]
 
+IDENTICAL, ROUNDED, LOSSY = "identical", "rounded", "lossy"
+SAME = (IDENTICAL, ROUNDED)
 _BLOCK = 1 << 22  # numbers of ΔW held at a time
 
 
 class VerificationError(SurgeryError):
-    """Two adapters that should do the same do not."""
+    """Two adapters that should do the same do not; ``report`` has a row per module."""
 
     default_code = "not-equal"
+    report: Report | None = None
 
 
 def verify(
@@ -46,17 +49,21 @@ def verify(
     """
     a, b = load_state(first, base=base), load_state(second, base=base)
     _share_names(a, b)
-    report = Report("verify", rows=list(compare(a, b)))
-    wrong = [r for r in report.rows if r.change == "lossy"]
-    if wrong:
-        worst = max(wrong, key=lambda r: r.error)
-        raise VerificationError(
-            f"{len(wrong)} of {len(report.rows)} modules differ",
-            where=b.state.where,
-            seen=f"`{worst.module}`: relative error {worst.error:.3g}",
-        )
-    report.verdict = verdict(report.rows)
-    return report
+    report = Report("verify", rows=list(compare(a, b)), notes=[*a.state.notes, *b.state.notes])
+    wrong = [r for r in report.rows if r.change not in SAME]
+    if not wrong:
+        report.verdict = verdict(report.rows)
+        return report
+    worst = max(wrong, key=lambda r: r.error)
+    report.verdict = f"{len(wrong)} of {len(report.rows)} modules differ"
+    error = VerificationError(
+        report.verdict,
+        where=b.state.where,
+        seen=f"`{worst.module}`: "
+        + (f"relative error {worst.error:.3g}" if worst.change == LOSSY else worst.change),
+    )
+    error.report = report
+    raise error
 
 
 def _share_names(a: Loaded, b: Loaded) -> None:
@@ -65,25 +72,25 @@ def _share_names(a: Loaded, b: Loaded) -> None:
 
     for one, other in ((a, b), (b, a)):
         if one.names is None and other.names is not None:
+            try:
+                one.state = resolve(one.state, other.names)
+            except NameLookupError:
+                continue  # it is for another model: compare says which modules are missing
             one.names, one.base = other.names, other.base
-            one.state = resolve(one.state, other.names)
 
 
 def compare(a: Loaded, b: Loaded) -> Iterator[Row]:
-    """One row per module that the two adapters have; raises where one has a module more."""
+    """One row per module that either adapter has; raises where replaced parameters differ."""
     ours = _by_place(comparable(a.state, a.names))
     theirs = _by_place(comparable(b.state, b.names))
-    missing = [p for p in ours if p not in theirs] + [p for p in theirs if p not in ours]
-    if missing:
-        raise VerificationError(
-            f"{len(missing)} modules are in one of the two alone",
-            where=b.state.where,
-            seen=", ".join(f"`{'.'.join(filter(None, m))}`" for m in missing[:4]),
-            code="modules-differ",
-        )
     _compare_saved(a, b)
     for place, mine in ours.items():
-        yield _row(mine, theirs[place], a, b)
+        if place in theirs:
+            yield _row(mine, theirs[place], a, b)
+    for one, other, where in ((ours, theirs, "first"), (theirs, ours, "second")):
+        for place, modules in one.items():
+            if place not in other:
+                yield Row(modules[0].label, modules[0].algorithm, f"only in the {where}", 1.0)
 
 
 def _by_place(modules: list[ModuleState]) -> dict[tuple[str, str], list[ModuleState]]:
@@ -111,9 +118,9 @@ def _row(mine: list[ModuleState], theirs: list[ModuleState], a: Loaded, b: Loade
     label = mine[0].label
     shown = "+".join(dict.fromkeys(m.algorithm for m in theirs))
     if len(mine) == len(theirs) and all(map(identical, mine, theirs)):
-        return Row(label, shown, "identical")
+        return Row(label, shown, IDENTICAL)
     error = distance(mine, theirs, a, b)
-    return Row(label, shown, "rounded" if error <= EXACT else "lossy", error)
+    return Row(label, shown, ROUNDED if error <= EXACT else LOSSY, error)
 
 
 def identical(a: ModuleState, b: ModuleState) -> bool:
@@ -206,9 +213,9 @@ def _bias(modules: list[ModuleState], loaded: Loaded) -> torch.Tensor | None:
 
 def verdict(rows: list[Row]) -> str:
     """One line: how many modules are the same, and how far the farthest is off."""
-    same = sum(r.change == "identical" for r in rows)
+    same = sum(r.change == IDENTICAL for r in rows)
     parts = [f"{same} identical"] if same else []
-    for change, word in (("rounded", "equal to float32 rounding"), ("lossy", "approximated")):
+    for change, word in ((ROUNDED, "equal to float32 rounding"), (LOSSY, "approximated")):
         errors = [r.error for r in rows if r.change == change]
         if errors:
             parts.append(f"{len(errors)} {word}, relative error up to {max(errors):.2g}")

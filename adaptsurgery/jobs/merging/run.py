@@ -230,6 +230,8 @@ class _Runner:
             _clone(self.plan.files[job.clone].path, work)
             self._tell(job.nbytes)
             return {}
+        import torch  # noqa: F401  before the workers start, who would all import it at once
+
         from adaptsurgery.checkpoint.stream import write_stream
 
         found = write_stream(

@@ -125,6 +125,29 @@ def test_merged_is_base_and_adapter_under_peft(
     assert after - {"adaptsurgery_manifest.json"} == before
 
 
+@pytest.mark.parametrize(("dtype", "off"), [(torch.float32, 1e-6), (torch.bfloat16, 2.0**-8)])
+@pytest.mark.parametrize("config", ["lora", "loha", "lokr", "hra"])
+def test_pefts_merge_is_matched(
+    config: str, dtype: torch.dtype, off: float, tmp_path: Path
+) -> None:
+    live = llama().to(dtype)
+    base = saved(live, tmp_path / "base")
+    wrapped(live, CONFIGS[config](), tmp_path / "adapter")
+    adapted = peft.PeftModel.from_pretrained(
+        tf.LlamaForCausalLM.from_pretrained(base, dtype=dtype), tmp_path / "adapter"
+    )
+    wanted = adapted.merge_and_unload().state_dict()
+    merge(base, tmp_path / "adapter", tmp_path / "out")
+    got = load_file(tmp_path / "out/model.safetensors")
+    assert verify_merge(tmp_path / "out", base, tmp_path / "adapter").rows
+    if config == "hra" and dtype == torch.bfloat16:
+        return  # PEFT rounds the rotation itself to bf16: tens of roundings
+    for name, tensor in got.items():
+        assert tensor.dtype == dtype
+        far = (tensor.double() - wanted[name].double()).abs()
+        assert bool((far <= off * wanted[name].double().abs() + 1e-6).all()), name
+
+
 def test_gpt2s_square_projection_is_stored_transposed(tmp_path: Path) -> None:
     """c_proj is 32×32 here and 768×768 in GPT-2: no shape tells that it is (in, out)."""
     live = gpt2()

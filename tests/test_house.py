@@ -179,7 +179,7 @@ def test_the_readme_shows_commands_and_options_that_exist() -> None:
         assert known is not None, command
         options = {o for p in known.params for o in p.opts}
         assert {w for w in words[2:] if w.startswith("-")} <= options, command
-    assert shown == set(COMMANDS), "the README shows every command"
+    assert {"inspect", "convert", "verify"} <= shown <= set(COMMANDS)
 
 
 @pytest.mark.parametrize("document", ["README.md", "ARCHITECTURE.md", "formats/README.md"])

@@ -100,10 +100,14 @@ class HRA(Rotation):
         return lambda rows: rows - F.linear(F.linear(F.linear(rows, down), middle), columns)
 
     def turning_(self, sample: Tensor, back: bool = False) -> Callable[[Tensor], object]:
-        """The same in place: two products of the rank r, T folded into the second."""
-        columns, middle = (part.to(sample) for part in self._in(sample.dtype))
-        down = columns.t().contiguous()
-        up = (middle.t() if back else middle) @ down
+        """The same in place: two products of the rank r, T folded into the second.
+
+        U and T are computed in float64 and rounded once, whatever the dtype of ``sample``.
+        """
+        columns, middle = self._in(torch.float64)
+        down = columns.t()
+        up = ((middle.t() if back else middle) @ down).to(sample)
+        down = down.to(sample).contiguous()
         return lambda rows: rows.addmm_(torch.mm(down, rows.t()).t(), up, alpha=-1)
 
     def _in(self, dtype: torch.dtype) -> tuple[Tensor, Tensor]:

@@ -26,6 +26,7 @@ COMMANDS = {
     "inspect": "adaptsurgery.cli.inspect",
     "convert": "adaptsurgery.cli.convert",
     "verify": "adaptsurgery.cli.verify",
+    "quickstart": "adaptsurgery.cli.quickstart",
     "merge": "adaptsurgery.cli.merge",
     "unmerge": "adaptsurgery.cli.unmerge",
     "combine": "adaptsurgery.cli.combine",

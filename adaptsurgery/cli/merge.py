@@ -66,6 +66,9 @@ _COMMON = (
         "--num-shards", type=click.IntRange(min=1), default=1, metavar="N",
         help="Cut the work into N parts; the last one done completes OUT.",
     ),
+    click.option(
+        "--norms/--no-norms", default=True, help="Record each layer's norms (a third more work)."
+    ),
     click.option("-q", "--quiet", is_flag=True, help="Print nothing but errors."),
 )  # fmt: skip
 

@@ -8,11 +8,13 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from adaptsurgery.jobs.convert import write_adapter
-from adaptsurgery.jobs.loading import AnyPath, Loaded, load_state
+from adaptsurgery.jobs.loading import AnyPath, Loaded, load_state, names_of
 from adaptsurgery.jobs.report import Report
-from adaptsurgery.jobs.updates import update_of
-from adaptsurgery_formats import ModuleState, Note
+from adaptsurgery.jobs.updates import modules_of, update_of
+from adaptsurgery_formats import AdapterState, ModuleState, Note
 from adaptsurgery_formats.errors import NameLookupError, nearest
+from adaptsurgery_formats.names import Names
+from adaptsurgery_formats.resolve import resolve
 from adaptsurgery_formats.tensors import Tensor
 
 if TYPE_CHECKING:
@@ -34,6 +36,29 @@ class Adapter(Mapping[str, "Update"]):
         for module in loaded.state.modules:
             key = module.label if several else module.path
             self._modules.setdefault(key, []).append(module)
+
+    @classmethod
+    def from_updates(
+        cls,
+        updates: Mapping[str, Update],
+        base: str | os.PathLike[str] | None = None,
+        *,
+        metadata: Mapping[str, str] | None = None,
+    ) -> Adapter:
+        """An adapter of updates made or found elsewhere, to be saved in any layout that holds them.
+
+        A key is a module's dotted path; with a ``base``, which the paths are looked up in, its
+        component may stand before it ("unet.mid_block…"). Raises NameLookupError for a path that
+        the base does not have or has in several components, ShapeError for an update that does not
+        fit its weight, ValueRefused for one that no file has a place for.
+        """
+        names, read = names_of(base) if base is not None else (None, None)
+        state = AdapterState("memory", [], metadata=dict(metadata or {}), where="memory")
+        for key, update in updates.items():
+            component, path = _placed(key, names)
+            state.modules += modules_of(path, update, component)
+        state = resolve(state, names) if names else state
+        return cls(Loaded(state, [], names, read))
 
     def __getitem__(self, path: str) -> Update:
         modules = self.modules(path)
@@ -129,6 +154,15 @@ class Adapter(Mapping[str, "Update"]):
         return write_adapter(
             self._loaded, Path(path), layout or self.layout, overwrite=overwrite, hashes=hashes
         )
+
+
+def _placed(key: str, names: Names | None) -> tuple[str, str]:
+    """Component and path of a key that may begin with a component's name."""
+    component, _, path = key.partition(".")
+    if names is not None and component and component in names.components:
+        if names.components[component].locate(key) is None:
+            return component, path
+    return "", key
 
 
 def load(

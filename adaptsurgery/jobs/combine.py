@@ -366,6 +366,8 @@ class _Sum:
             return 0.0  # taken as it is; biases are sums of float64, rounded once
         if all(m.algorithm == "hra" for m in moving):
             return _rotated_apart([t.module for t in terms], moving[0])
+        if all(t.module.algorithm == "hra" for t in terms):
+            terms = [_Term(_turned(terms), 1.0)]
         if len(moving) == 1 and (share := _coefficient_error(terms, moving[0])) is not None:
             return share
         if all(is_low_rank(m) for m in (*(t.module for t in terms), *moving)):
@@ -411,15 +413,28 @@ def _ranks(terms: Sequence[_Term], written: Sequence[ModuleState]) -> str:
 
 def _shell(parts: Sequence[_Part], first: Loaded) -> AdapterState:
     """The result's state without modules: the first source's metadata and config, all notes."""
-    configs = [part.state.config for part in parts if part.state.config]
     notes = list(dict.fromkeys(note for part in parts for note in part.state.notes))
     saved: dict[str, dict[str, Tensor]] = {}
     for part in parts:
         for component, tensors in part.state.saved.items():
             saved.setdefault(component, {}).update(tensors)
     return replace(
-        first.state, modules=[], saved=saved, config=configs[0] if configs else {}, notes=notes
+        first.state, modules=[], saved=saved, config=_config(parts), notes=notes
     )
+
+
+def _config(parts: Sequence[_Part]) -> dict[str, dict[str, Any]]:
+    """The first PEFT config of each component, with the replaced modules of all."""
+    merged: dict[str, dict[str, Any]] = {}
+    for part in parts:
+        for component, config in part.state.config.items():
+            mine = merged.setdefault(component, dict(config))
+            replaced = [*(mine.get("modules_to_save") or ()), *(config.get("modules_to_save") or ())]
+            if replaced:
+                mine["modules_to_save"] = list(dict.fromkeys(replaced))
+            if mine.get("bias", "none") == "none" and "bias" in config:
+                mine["bias"] = config["bias"]
+    return merged
 
 
 def _check_saved(parts: Sequence[_Part], layers: dict[tuple[str, str], _Layer]) -> None:

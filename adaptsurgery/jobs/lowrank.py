@@ -163,6 +163,8 @@ def in_naming(state: AdapterState, names: Names | None, target: Format) -> Adapt
 
     Raises InexactError for an HRA or a DoRA that cannot.
     """
+    if state.layout != target.name:
+        state = replace(state, modules=[_without_prefix(m) for m in state.modules])
     if names is None:
         return state
     groups: dict[tuple[str, str, bool], list[ModuleState]] = {}
@@ -176,6 +178,12 @@ def in_naming(state: AdapterState, names: Names | None, target: Format) -> Adapt
         component = names.components.get(name)
         modules += _renamed(group, component, target, names, state) if component else group
     return replace(state, modules=modules)
+
+
+def _without_prefix(module: ModuleState) -> ModuleState:
+    """A prefix of one layout says nothing in another."""
+    options = {k: v for k, v in module.options.items() if k != "prefix"}
+    return replace(module, options=options) if "prefix" in module.options else module
 
 
 def _is_native(component: Component | None, target: Format) -> bool:

@@ -2,16 +2,17 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
 from typing import TYPE_CHECKING
 
-from adaptsurgery.checkpoint.bridge import to_torch
+from adaptsurgery.checkpoint.bridge import from_torch, to_torch
 from adaptsurgery.checkpoint.finite import find_nonfinite
 from adaptsurgery.checkpoint.writer import non_finite_error
 from adaptsurgery.jobs.loading import Loaded
 from adaptsurgery_formats import ModuleState, Tensor
-from adaptsurgery_formats.errors import InexactError, LayoutError
+from adaptsurgery_formats.errors import InexactError, LayoutError, ValueRefused
 from adaptsurgery_formats.names import Component, Names
-from adaptsurgery_formats.state import delta_shape
+from adaptsurgery_formats.state import ALPHA_OVER_R, SLOTS, UNSCALED, delta_shape, module_rank
 from adaptsurgery_formats.tensors import concat_rows
 
 if TYPE_CHECKING:
@@ -53,14 +54,56 @@ def update_of(module: ModuleState, names: Names | None, where: str = "") -> Upda
             where=where,
             code="peft-conv1d-lokr",
         )
-    for slot, tensor in module.tensors.items():
-        index = find_nonfinite(tensor)
-        if index is not None:
-            raise non_finite_error(f"{module.label}.{slot}", tensor, index, where)
+    check_finite(module, where)
     slots = {slot: to_torch(tensor) for slot, tensor in module.tensors.items()}
     options = {"apply_gs": module.options["apply_gs"]} if module.algorithm == "hra" else {}
     shape = canonical_shape(module, names)
     return build(module.algorithm, slots, module.scale, shape, **options)
+
+
+def modules_of(path: str, update: Update, component: str = "") -> list[ModuleState]:
+    """The inverse of ``update_of``: an Update as modules that a layout can spell.
+
+    A composition gives one module for each of its parts. The scale is said by alpha = scale · rank
+    (of rank 1 where the tensors show none), and multiplied into a dense difference, which has no
+    alpha. Raises ValueRefused for a part that no file has a slot for.
+    """
+    from adaptsurgery.core.update import parts_of
+
+    return [_module_of(path, part, component) for part in parts_of(update)]
+
+
+def _module_of(path: str, update: Update, component: str) -> ModuleState:
+    from adaptsurgery.algorithms import HRA, DoRA, Full, Norm
+    from adaptsurgery.core.update import Delta
+
+    if isinstance(update, HRA):
+        slots, options = {"u": from_torch(update.u)}, {"apply_gs": update.apply_gs}
+        rank = update.rank
+        return ModuleState(path, "hra", slots, None, UNSCALED, rank, component, options=options)
+    delta = update.inner if isinstance(update, DoRA) else update
+    if not isinstance(delta, Delta) or delta.name not in SLOTS:
+        raise ValueRefused(
+            f"`{path}`: no file has a place for a {type(update).__name__}", code="unknown-algorithm"
+        )
+    held = delta.tensors()
+    if isinstance(delta, (Full, Norm)):
+        slots = {slot: from_torch(t * delta.scale) for slot, t in held.items()}
+        return ModuleState(path, delta.name, slots, component=component)
+    slots = {slot: from_torch(t) for slot, t in held.items()}
+    if isinstance(update, DoRA):
+        slots["magnitude"] = from_torch(update.magnitude)
+    bare = ModuleState(path, delta.name, slots, component=component)
+    rank = module_rank(bare) or 1
+    return replace(bare, alpha=delta.scale * rank, rule=ALPHA_OVER_R, rank=rank)
+
+
+def check_finite(module: ModuleState, where: str) -> None:
+    """Raise ValueRefused ("non-finite") for NaN or infinity in any of a module's tensors."""
+    for slot, tensor in module.tensors.items():
+        index = find_nonfinite(tensor)
+        if index is not None:
+            raise non_finite_error(f"{module.label}.{slot}", tensor, index, where)
 
 
 def base_weight(loaded: Loaded, module: ModuleState) -> torch.Tensor:

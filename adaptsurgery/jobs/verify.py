@@ -7,11 +7,12 @@ import os
 from collections.abc import Callable, Iterator
 from typing import TYPE_CHECKING
 
+from adaptsurgery.checkpoint.bridge import to_torch
 from adaptsurgery.jobs.change import EXACT
 from adaptsurgery.jobs.loading import Loaded, load_state
 from adaptsurgery.jobs.renaming import comparable
 from adaptsurgery.jobs.report import Report, Row
-from adaptsurgery.jobs.updates import base_weight, update_of
+from adaptsurgery.jobs.updates import base_weight, check_finite, update_of
 from adaptsurgery_formats import ModuleState
 from adaptsurgery_formats.errors import NameLookupError, SurgeryError
 from adaptsurgery_formats.tensors import same_bytes
@@ -89,8 +90,21 @@ def compare(a: Loaded, b: Loaded) -> Iterator[Row]:
             yield _row(mine, theirs[place], a, b)
     for one, other, where in ((ours, theirs, "first"), (theirs, ours, "second")):
         for place, modules in one.items():
-            if place not in other:
-                yield Row(modules[0].label, modules[0].algorithm, f"only in the {where}", 1.0)
+            if place in other:
+                continue
+            label, algorithm = modules[0].label, modules[0].algorithm
+            if all(map(_adds_nothing, modules)):
+                yield Row(label, algorithm, IDENTICAL, detail="adds nothing")
+            else:
+                yield Row(label, algorithm, f"only in the {where}", 1.0)
+
+
+def _adds_nothing(module: ModuleState) -> bool:
+    """Whether ΔW is zero because a factor is: rows of a fused module that no part filled."""
+    zeros = [not to_torch(t).any() for t in module.tensors.values()]
+    if module.algorithm in ("lora", "loha", "lokr"):
+        return any(zeros) and not {"magnitude", "up_bias"} & module.tensors.keys()
+    return all(zeros) and module.algorithm in ("full", "norm")
 
 
 def _by_place(modules: list[ModuleState]) -> dict[tuple[str, str], list[ModuleState]]:
@@ -136,6 +150,10 @@ def identical(a: ModuleState, b: ModuleState) -> bool:
 
 def distance(mine: list[ModuleState], theirs: list[ModuleState], a: Loaded, b: Loaded) -> float:
     """‖Δ − Δ'‖/‖Δ‖ over a layer's weight and bias, in float64, a block of rows at a time."""
+    if len(mine) == len(theirs) == 1 and _is_flat_lora(mine[0]) and _is_flat_lora(theirs[0]):
+        for side, loaded in ((mine[0], a), (theirs[0], b)):
+            check_finite(side, loaded.state.where)
+        return _lora_distance(mine[0], theirs[0])
     (first, size), (second, other) = _change(mine, a), _change(theirs, b)
     if size != other:
         return math.inf
@@ -151,6 +169,38 @@ def distance(mine: list[ModuleState], theirs: list[ModuleState], a: Loaded, b: L
     if not total:
         return 0.0 if not apart else math.inf
     return math.sqrt(apart / total)
+
+
+def _is_flat_lora(module: ModuleState) -> bool:
+    return module.algorithm == "lora" and module.tensors.keys() == {"up", "down"}
+
+
+def _lora_distance(mine: ModuleState, theirs: ModuleState) -> float:
+    """The same for two LoRAs, from their factors: ‖up·down‖ is that of two small triangles."""
+    import torch
+
+    (up, down), (other_up, other_down) = _factors(mine), _factors(theirs)
+    if (len(up), down.shape[1]) != (len(other_up), other_down.shape[1]):
+        return math.inf
+    if torch.equal(up, other_up) and torch.equal(down, other_down):
+        return 0.0
+    apart = _product_norm(torch.cat([up, -other_up], 1), torch.cat([down, other_down]))
+    total = _product_norm(up, down)
+    return apart / total if total else (math.inf if apart else 0.0)
+
+
+def _factors(module: ModuleState) -> tuple[torch.Tensor, torch.Tensor]:
+    """s·up (o, r) and down (r, i·∏k) in float64, less the terms that add nothing."""
+    up, down = (to_torch(module.tensors[s]).double().flatten(1) for s in ("up", "down"))
+    used = up.any(0) & down.any(1)
+    return module.scale * up[:, used], down[used]
+
+
+def _product_norm(up: torch.Tensor, down: torch.Tensor) -> float:
+    import torch
+
+    left, right = torch.linalg.qr(up, mode="r").R, torch.linalg.qr(down.t(), mode="r").R
+    return float((left @ right.t()).norm())
 
 
 def _change(modules: list[ModuleState], loaded: Loaded) -> tuple[Rows, tuple[int, int]]:

@@ -109,6 +109,8 @@ def _missed(state: AdapterState, names: Names) -> list[ModuleState]:
 
 def _resolve_module(module: ModuleState, names: Names, where: str) -> ModuleState:
     found = _places(module, names)
+    if len(found) > 1:  # encoders of one kind differ in size
+        found = {place for place in found if _fits_at(module, place, names, where)} or found
     if len(found) != 1:
         raise _lookup_error(module, names, sorted(found), where)
     component_name, naming, path = found.pop()
@@ -118,6 +120,17 @@ def _resolve_module(module: ModuleState, names: Names, where: str) -> ModuleStat
         placed = replace(module, component=component_name, naming=naming, path=path)
     shape = component.shape(path, naming)
     return fit(placed, shape, where) if shape is not None else placed
+
+
+def _fits_at(
+    module: ModuleState, place: tuple[str, str, str], names: Names, where: str
+) -> bool:
+    component, naming, path = place
+    shape = names.components[component].shape(path, naming)
+    try:
+        return shape is None or bool(fit(module, shape, where))
+    except ShapeError:
+        return False
 
 
 def _places(module: ModuleState, names: Names) -> set[tuple[str, str, str]]:

@@ -3,11 +3,12 @@
 from __future__ import annotations
 
 import os
-from collections.abc import Iterable
+from collections.abc import Iterable, Sequence
 from pathlib import Path
 
 from adaptsurgery.checkpoint.hub import resolve
 from adaptsurgery.jobs.loading import _check_values, _parse, read_files
+from adaptsurgery.jobs.merging.match import Matched
 from adaptsurgery.jobs.merging.plan import AdapterInput, adapter_input
 from adaptsurgery_formats import AdapterState
 from adaptsurgery_formats.errors import InexactError, ValueRefused
@@ -73,15 +74,17 @@ def _check_weight(state: AdapterState, weight: float) -> None:
     if weight == 1.0:
         return
     whole = next((m.label for m in state.modules if _is_whole(m.algorithm, m.tensors)), "")
-    saved = next((name for s in state.saved.values() for name in s), "")
-    if whole or saved:
-        why = f"`{whole}` does not add" if whole else f"it replaces `{saved}` outright"
-        raise ValueRefused(
-            f"weight {weight:g} has no meaning: {why}",
-            where=state.where,
-            next="use weight 1",
-            code="no-weight",
-        )
+    if whole:
+        raise _no_weight(state, weight, f"`{whole}` does not add")
+
+
+def _no_weight(state: AdapterState, weight: float, why: str) -> ValueRefused:
+    return ValueRefused(
+        f"weight {weight:g} has no meaning: {why}",
+        where=state.where,
+        next="use weight 1",
+        code="no-weight",
+    )
 
 
 def _is_whole(algorithm: str, tensors: Iterable[str]) -> bool:
@@ -102,12 +105,26 @@ def _check_kronecker(state: AdapterState) -> None:
 
 def _check_inverse(state: AdapterState) -> None:
     dora = next((m.label for m in state.modules if "magnitude" in m.tensors), "")
-    saved = next((name for s in state.saved.values() for name in s), "")
-    if dora or saved:
-        why = f"`{dora}` replaced a norm" if dora else f"`{saved}` was replaced"
-        raise InexactError(
-            f"this adapter cannot be taken out again: {why}",
-            where=state.where,
-            next="keep the original base",
-            code="no-inverse",
-        )
+    if dora:
+        raise _no_inverse(state, f"`{dora}` replaced a norm")
+
+
+def _no_inverse(state: AdapterState, why: str) -> InexactError:
+    return InexactError(
+        f"this adapter cannot be taken out again: {why}",
+        where=state.where,
+        next="keep the original base",
+        code="no-inverse",
+    )
+
+
+def check_replaced(
+    read: Sequence[tuple[AdapterState, AdapterInput]], found: Matched, *, inverse: bool
+) -> None:
+    """Refuse a weight or an inverse for adapters that replace parameters; raises as above."""
+    for (_, name), saved in found.saved.items():
+        state, given = read[saved.adapter]
+        if inverse:
+            raise _no_inverse(state, f"`{name}` was replaced")
+        if given.weight != 1.0:
+            raise _no_weight(state, given.weight, f"it replaces `{name}` outright")

@@ -27,7 +27,7 @@ from adaptsurgery_formats.errors import (
 from adaptsurgery_formats.names import names_of_base
 from adaptsurgery_formats.resolve import fit
 from adaptsurgery_formats.state import delta_shape, magnitude_axis
-from adaptsurgery_formats.tensors import FLOAT_DTYPES
+from adaptsurgery_formats.tensors import FLOAT_DTYPES, Tensor, same_bytes
 
 Target = tuple[str, str]  # component and parameter name
 _HINTS = 8  # unmatched names that get a look for the nearest one
@@ -109,9 +109,11 @@ class _Matcher:
         self.lookups: dict[tuple[str, bool], Lookup] = {}
         self.alignments: dict[tuple[int, str], tuple[str, Alignment]] = {}
         self.hints: list[tuple[str, str, str]] = []
+        self.allow_unmatched = False
         self.out = Matched()
 
     def run(self, allow_unmatched: bool) -> Matched:
+        self.allow_unmatched = allow_unmatched
         hits = [hit for number in range(len(self.adapters)) for hit in self._hits(number)]
         if self.out.unmatched and not allow_unmatched:
             raise self._quantised() or self._unmatched_error()
@@ -187,8 +189,10 @@ class _Matcher:
             best = [(home, a) for home, a in best if self._fits(home, modules, a)] or best
         if not most:
             return None
-        if len(best) > 1:
+        if len(best) > 1 and (most == len(paths) or self.allow_unmatched):
             raise self._ambiguous(number, modules, best)
+        if best[0][1].alignment != Alignment() and 2 * most <= len(paths):
+            return None  # a few names alike are no alignment
         home, aligned = best[0]
         self.alignments[number, component] = (home, aligned.alignment)
         if aligned.alignment != Alignment():
@@ -468,9 +472,12 @@ class _Matcher:
                 next="keep the parameter in one of them",
                 code="two-replacements",
             )
+        site = self.sites[home].get(aligned)
+        stored = parameters.get(site.pieces[0].name if site and site.tied == name else name)
+        if stored is not None and stored.tensor is not None and _same(tensor, stored.tensor):
+            return  # PEFT saves the table beside an embedding's LoRA, changed or not
         self.out.saved[home, name] = saved
         if name not in parameters:
-            site = self.sites[home].get(aligned)
             if site and site.tied == name:
                 self.out.heads[home, name] = (home, site.pieces[0].name)
                 return
@@ -513,6 +520,10 @@ class _Matcher:
             note(Note("grown-table", where, f"`{name}`: {at.shape[0]} rows become {shape[0]}"))
         if dtype != at.dtype:
             note(Note("rounded-parameter", where, f"`{name}` is replaced, {dtype} as {at.dtype}"))
+
+
+def _same(a: Tensor, b: Tensor) -> bool:
+    return a.shape == b.shape and same_bytes(a, b)
 
 
 def changes_weight(module: ModuleState) -> bool:

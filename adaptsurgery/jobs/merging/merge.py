@@ -9,7 +9,7 @@ from pathlib import Path
 
 from adaptsurgery.checkpoint.base import Base, find_weights, read_base
 from adaptsurgery.checkpoint.hub import base_headers, resolve
-from adaptsurgery.jobs.merging.adapters import Named, read_adapters
+from adaptsurgery.jobs.merging.adapters import Named, check_replaced, read_adapters
 from adaptsurgery.jobs.merging.manifest import manifest_path
 from adaptsurgery.jobs.merging.match import match
 from adaptsurgery.jobs.merging.plan import MergePlan, Options, build_plan, check_options
@@ -38,6 +38,7 @@ def merge(
     workers: int = 2,
     shard_index: int = 0,
     num_shards: int = 1,
+    norms: bool = True,
     progress: Progress | None = None,
 ) -> Report:
     """Write ``base`` with the adapters in its weights: W' = W·R1·R2·… + Σ w·s·Δ, rounded once.
@@ -47,14 +48,14 @@ def merge(
     ``"path=0.8"`` or ``(path, 0.8)`` where it has a weight. ``dtype`` ("auto", "fp32", "bf16",
     "fp16") is what float tensors are stored in, ``compute`` ("fp32", "fp64") what they are folded
     in. ``shard_index`` of ``num_shards`` does a part of the shards; whoever is last completes the
-    output. A run that was killed is taken up where it stopped.
+    output. ``norms`` False leaves ‖W‖ and ‖W' − W‖ out of the manifest. A run that was killed is taken up where it stopped.
 
     Raises SurgeryError for anything that cannot be done exactly: what, where, seen, next.
     """
     options = Options(dtype, compute, device, False, max_shard_size or 0)
     return _run(
         base, adapters, Path(out), options, allow_unmatched, overwrite, dry_run, workers,
-        check_part(shard_index, num_shards), progress, None,
+        check_part(shard_index, num_shards), norms, progress, None,
     )  # fmt: skip
 
 
@@ -74,6 +75,7 @@ def unmerge(
     workers: int = 2,
     shard_index: int = 0,
     num_shards: int = 1,
+    norms: bool = True,
     progress: Progress | None = None,
 ) -> Report:
     """Take adapters out of a merged checkpoint: the inverse of ``merge``, up to storage rounding.
@@ -84,7 +86,7 @@ def unmerge(
     options = Options(dtype, compute, device, True, max_shard_size or 0)
     return _run(
         base, adapters, Path(out), options, allow_unmatched, overwrite, dry_run, workers,
-        check_part(shard_index, num_shards), progress, against,
+        check_part(shard_index, num_shards), norms, progress, against,
     )  # fmt: skip
 
 
@@ -109,6 +111,7 @@ def _run(
     dry_run: bool,
     workers: int,
     part: tuple[int, int],
+    measured: bool,
     progress: Progress | None,
     against: str | os.PathLike[str] | None,
 ) -> Report:
@@ -120,7 +123,7 @@ def _run(
         return report
     complete, norms = run_plan(
         plan, out, overwrite=overwrite, workers=workers, part=part, states=states,
-        progress=progress,
+        progress=progress, norms=measured,
     )  # fmt: skip
     _tell_norms(report, plan, norms)
     report.facts["complete"] = complete
@@ -149,6 +152,7 @@ def _planned(
     read = read_adapters(_several(adapters), inverse=options.inverse)
     states = [state for state, _ in read]
     found = match(found_base, states, allow_unmatched=allow_unmatched)
+    check_replaced(read, found, inverse=options.inverse)
     untied = settle_ties(found_base, states, found)
     return build_plan(found_base, read, found, untied, options), states
 

@@ -18,11 +18,13 @@ from typing import Any
 
 from adaptsurgery.checkpoint.base import PICKLES, Base, BaseFile
 from adaptsurgery.jobs.merging.match import Change, Matched, Saved, Target
-from adaptsurgery_formats import AdapterState
+from adaptsurgery_formats import AdapterState, Note
 from adaptsurgery_formats.errors import FileError, ValueRefused, nearest
 from adaptsurgery_formats.tensors import DTYPE_BYTES, FLOAT_DTYPES
 
 VERSION = 1
+MANIFEST = "adaptsurgery_manifest.json"
+_WEIGHTS = (".safetensors", *PICKLES, ".h5", ".msgpack", ".onnx", ".gguf", ".index.json")
 DTYPES = {"auto": "", "fp32": "F32", "bf16": "BF16", "fp16": "F16"}
 COMPUTE = ("fp32", "fp64")
 _TORCH = 220 << 20  # what torch itself holds
@@ -213,8 +215,16 @@ def build_plan(
         copies=tuple(_copies(base)),
         modules=found.modules,
         unmatched=tuple(found.unmatched),
-        notes=tuple((n.code, n.where, n.text) for n in found.notes),
+        notes=tuple((n.code, n.where, n.text) for n in _notes(base, found)),
     )
+
+
+def _notes(base: Base, found: Matched) -> list[Note]:
+    other = left_out(base)
+    if not other:
+        return found.notes
+    text = "not part of the model, and not carried along: " + ", ".join(other[:5])
+    return [*found.notes, Note("weights-left-out", base.where, text)]
 
 
 def check_options(options: Options) -> None:
@@ -245,8 +255,13 @@ def file_path(base: Base, file: BaseFile) -> str:
 
 
 def base_input(base: Base, file: BaseFile) -> Input:
-    """A base file by the digest of its header; its size and time tell of changes below that."""
+    """A base file by the digest of its header; its size and time tell of changes below that.
+
+    A base on the Hub of which only headers were read, for a dry run, is told by its name alone.
+    """
     path = file_path(base, file)
+    if not base.local:
+        return Input(path, 0, "", 0)
     with open(path, "rb") as stream:
         length = stream.read(8)
         header = stream.read(int.from_bytes(length, "little"))
@@ -474,8 +489,13 @@ def _copies(base: Base) -> Iterator[str]:
 
 
 def _comes_along(name: str) -> bool:
-    weights = (".safetensors", *PICKLES, ".index.json", ".h5", ".msgpack", ".onnx", ".gguf")
-    return not name.endswith(weights) and not name.startswith(".") and name != MANIFEST
+    return not name.endswith(_WEIGHTS) and not name.startswith(".") and name != MANIFEST
 
 
-MANIFEST = "adaptsurgery_manifest.json"
+def left_out(base: Base) -> list[str]:
+    """Weights in the base's folder that are not part of the model that was read: other variants."""
+    if base.folder is None:
+        return []
+    known = {f.name for f in base.files}
+    found = (p for p in sorted(base.folder.rglob("*")) if p.name.endswith(_WEIGHTS[:-1]))
+    return [n for p in found if (n := p.relative_to(base.folder).as_posix()) not in known]

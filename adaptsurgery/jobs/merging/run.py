@@ -70,16 +70,18 @@ def run_plan(
     part: tuple[int, int] = (0, 1),
     states: Sequence[AdapterState] | None = None,
     progress: Progress | None = None,
+    norms: bool = True,
 ) -> tuple[bool, Norms]:
     """Carry out every n-th job of a plan from the i-th on, (i, n) = ``part``.
 
     Whoever finishes the last of all jobs puts the output in its place. Returns whether that was
-    done, and the norms of all finished tensors. ``states`` are the adapters, if they are parsed.
+    done, and the norms of all finished tensors (unless ``norms`` is False: they cost a third more
+    arithmetic). ``states`` are the adapters, if they are parsed.
     """
     check_plan(plan, out, overwrite=overwrite, needed=True)
     _check_inputs(plan)
     place = _Place(plan, out)
-    runner = _Runner(plan, place, states, workers, progress)
+    runner = _Runner(plan, place, states, workers, progress, norms)
     index, count = part
     try:
         with place.tidy(alone=count == 1):
@@ -189,8 +191,10 @@ class _Runner:
         states: Sequence[AdapterState] | None,
         workers: int,
         progress: Progress | None,
+        norms: bool,
     ) -> None:
         self.plan, self.place, self.workers, self.progress = plan, place, workers, progress
+        self.norms = norms
         self.parsed = list(states) if states is not None else None
         self.bases: dict[int, Mapping[str, Tensor]] = {}
         self.done = 0
@@ -241,7 +245,7 @@ class _Runner:
             workers=self.workers,
             compute="F64" if self.plan.options.compute == "fp64" else "F32",
             progress=self._tell,
-            norms=True,
+            norms=self.norms,
         )
         return {key: _norms(value) for key, value in found.items()}
 

@@ -68,7 +68,9 @@ FUSED: dict[str, tuple[str, ...]] = {
 # Fused modules whose rows are interleaved by heads or groups.
 INTERLEAVED = ("query_key_value", "wqkv", "Wqkv", "W_pack")
 HEAD = "lm_head"
-EMBEDDINGS = ("embed_tokens.weight", "wte.weight", "embed_in.weight")
+EMBEDDINGS = ("embed_tokens.weight", "wte.weight")
+# A head that is stored, by any of these names, is tied to nothing.
+_HEADS = ("lm_head.weight", "embed_out.weight", "proj_out.weight")
 _EXPERT = {"w1": "gate_proj", "w2": "down_proj", "w3": "up_proj"}
 _STACKED = ("gate_up_proj", "gate_proj", "up_proj", "down_proj")
 # Model types whose stacked experts are stored (E, i, o), gate and up one beside the other.
@@ -106,7 +108,7 @@ def _tables(base: Base) -> dict[str, Component]:
 
 def tied_embedding(parameters: Parameters) -> list[str]:
     """The embedding that an absent output head is, as a list of one name, or none."""
-    if f"{HEAD}.weight" in parameters:
+    if "output.weight" in parameters or any(n.endswith(_HEADS) for n in parameters):
         return []
     found = [n for n in parameters if n.endswith(EMBEDDINGS) and len(parameters[n].shape) == 2]
     return found if len(found) == 1 else []

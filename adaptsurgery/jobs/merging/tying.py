@@ -17,7 +17,8 @@ from adaptsurgery_formats import AdapterState, ModuleState, Note
 from adaptsurgery_formats.tensors import DTYPE_BYTES, Tensor, same_bytes
 
 FLAG = "tie_word_embeddings"
-_WITH_HEAD = ("ForCausalLM", "LMHeadModel", "ForConditionalGeneration")
+# Classes whose head is called lm_head; others (Whisper's proj_out) are not untied by themselves.
+_WITH_HEAD = ("ForCausalLM", "LMHeadModel")
 
 
 def settle_ties(base: Base, adapters: list[AdapterState], found: Matched) -> set[str]:
@@ -27,7 +28,14 @@ def settle_ties(base: Base, adapters: list[AdapterState], found: Matched) -> set
         config = base.configs.get(component, {})
         for embedding in tied_embedding(parameters):
             table, head = (component, embedding), (component, f"{HEAD}.weight")
-            if head not in found.heads and not (_touched(found, table) and _is_tied(config)):
+            if head not in found.heads and not _touched(found, table):
+                continue
+            if head not in found.heads and not _is_tied(config):
+                if config.get(FLAG):
+                    text = (
+                        f"`{embedding}` changes, and what is tied to it with it, as in PEFT's merge"
+                    )
+                    found.notes.append(Note("tied-table", base.where, text))
                 continue
             if _alike(adapters, found, table, head):
                 _drop(found, head)

@@ -1,0 +1,11 @@
+"""The main job end to end on real input, for a person's first five minutes.
+
+- ``run``: the steps, and what is compared
+- ``making``: four adapters, trained or made
+- ``tiny``: a small language model that is trained on the spot
+- ``given``: a model of the user's
+"""
+
+from adaptsurgery.jobs.quickstart.run import quickstart
+
+__all__ = ["quickstart"]

@@ -8,6 +8,7 @@ import pytest
 
 from adaptsurgery.checkpoint.base import Base, BaseFile, assemble
 from adaptsurgery.jobs.merging.match import Change, Matched, match
+from adaptsurgery.jobs.merging.tying import settle_ties
 from adaptsurgery_formats import AdapterState, ModuleState
 from adaptsurgery_formats.errors import SurgeryError
 from adaptsurgery_formats.names import table
@@ -299,6 +300,32 @@ def test_a_bias_that_the_base_lacks() -> None:
 def test_more_rows_than_the_base_has() -> None:
     error = code(base_of(wte__weight=(20, 8)), lora("wte", 8, 24, kind="embedding"))
     assert error.code == "bad-shape"
+
+
+# Tied tables
+
+
+@pytest.mark.parametrize(
+    ("config", "shapes", "untied", "notes"),
+    [
+        ({"architectures": ["LlamaForCausalLM"]}, {}, {""}, ["untied"]),
+        ({"architectures": ["LlamaForCausalLM"]}, {"lm_head.weight": (20, 8)}, set(), []),
+        ({"architectures": ["GPTNeoXForCausalLM"]}, {"embed_out.weight": (20, 8)}, set(), []),
+        ({"architectures": ["LlamaModel"]}, {}, set(), []),
+        (
+            {"architectures": ["WhisperForConditionalGeneration"], "tie_word_embeddings": True},
+            {}, set(), ["tied-table"],
+        ),
+    ],
+)  # fmt: skip
+def test_only_what_is_tied_is_untied(
+    config: dict[str, Any], shapes: dict[str, tuple[int, ...]], untied: set[str], notes: list[str]
+) -> None:
+    base = base_from({"model.embed_tokens.weight": (20, 8), **shapes}, config)
+    adapters = [AdapterState("peft", [lora("model.embed_tokens", 8, 20, kind="embedding")])]
+    result = match(base, adapters)
+    assert settle_ties(base, adapters, result) == untied
+    assert [n.code for n in result.notes] == notes
 
 
 # Bundled tables

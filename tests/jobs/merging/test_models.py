@@ -16,6 +16,7 @@ from safetensors.torch import load_file, save_file
 
 from adaptsurgery.jobs.merging.check import verify_merge
 from adaptsurgery.jobs.merging.merge import merge, unmerge
+from adaptsurgery_formats.errors import SurgeryError
 
 TEXT = {
     "vocab_size": 64, "hidden_size": 32, "intermediate_size": 48, "num_hidden_layers": 2,
@@ -224,6 +225,35 @@ def test_a_tied_table_is_untied_where_the_adapter_means_one_user(
     assert written["tie_word_embeddings"] is False
     got = tf.LlamaForCausalLM.from_pretrained(tmp_path / "out")
     torch.testing.assert_close(run(got), wanted, atol=1e-5, rtol=1e-5)
+
+
+def test_an_embeddings_lora_has_a_weight_and_an_inverse(tmp_path: Path) -> None:
+    """PEFT saves the unchanged table beside it, which is no replacement."""
+    live = llama()
+    base = saved(live, tmp_path / "base")
+    config = peft.LoraConfig(r=4, target_modules=["embed_tokens"])
+    adapter, _ = wrapped(live, config, tmp_path / "adapter")
+    assert any("base_layer" in k for k in load_file(adapter / "adapter_model.safetensors"))
+    merge(base, (adapter, 0.5), tmp_path / "out")
+    report = unmerge(tmp_path / "out", (adapter, 0.5), tmp_path / "back", against=base)
+    assert report.facts["against"]["relative"] < 1e-6
+
+
+def test_replaced_parameters_take_no_weight_and_have_no_inverse(tmp_path: Path) -> None:
+    live = vit()
+    base = saved(live, tmp_path / "base")
+    adapter, _ = wrapped(live, CONFIGS["rslora"](), tmp_path / "adapter")
+    live_head = load_file(adapter / "adapter_model.safetensors")
+    key = "base_model.model.classifier.weight"
+    live_head[key] += 1
+    save_file(live_head, adapter / "adapter_model.safetensors", {"format": "pt"})
+    with pytest.raises(SurgeryError, match="no-weight"):
+        merge(base, (adapter, 0.5), tmp_path / "out")
+    with pytest.raises(SurgeryError, match="no-inverse"):
+        unmerge(base, adapter, tmp_path / "out")
+    merge(base, adapter, tmp_path / "out")
+    got = load_file(tmp_path / "out/model.safetensors")
+    assert torch.equal(got["classifier.weight"], live_head[key])
 
 
 def test_a_tied_table_changed_alike_stays_tied(tmp_path: Path) -> None:

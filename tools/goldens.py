@@ -100,7 +100,9 @@ def lycoris_cells(prefix: str) -> Cells:
     cells: Cells = {}
     with tempfile.TemporaryDirectory() as folder:
         preset = Path(folder) / "preset.toml"
-        preset.write_text(f'enable_conv = true\ntarget_module = ["Block"]\nlora_prefix = "{prefix}"\n')
+        preset.write_text(
+            f'enable_conv = true\ntarget_module = ["Block"]\nlora_prefix = "{prefix}"\n'
+        )
         for cell, options in LYCORIS.items():
             given = {"linear_dim": 2, "linear_alpha": 3, "conv_dim": 2, "conv_alpha": 3, **options}
             network = create_lycoris(Model(), 1.0, preset=str(preset), **given)
@@ -122,12 +124,14 @@ def diffusers_cells() -> Cells:
             num_attention_heads=2, joint_attention_dim=16, pooled_projection_dim=8,
             axes_dims_rope=(2, 2, 4),
         )  # fmt: skip
-        config = peft.LoraConfig(r=2, lora_alpha=3, target_modules=["to_q", "proj_mlp"], use_dora=dora)
+        config = peft.LoraConfig(
+            r=2, lora_alpha=3, target_modules=["to_q", "proj_mlp"], use_dora=dora
+        )
         model.add_adapter(config)
         with tempfile.TemporaryDirectory() as folder:
             FluxLoraLoaderMixin.save_lora_weights(folder, get_peft_model_state_dict(model))
             with safe_open(Path(folder) / "pytorch_lora_weights.safetensors", "pt") as file:
-                tensors = {k: file.get_tensor(k) for k in file.keys()}  # noqa: SIM118
+                tensors = {k: file.get_tensor(k) for k in file.keys()}
         cells[cell] = {"tensors": shapes(tensors)}
     return cells
 

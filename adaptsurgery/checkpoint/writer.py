@@ -12,12 +12,14 @@ import json
 import os
 from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass
+from queue import Queue
+from threading import Thread
 
 from adaptsurgery.checkpoint.failures import as_file_error
 from adaptsurgery.checkpoint.finite import BLOCK, cut, first_nonfinite, scanned, whole_numbers
 from adaptsurgery.checkpoint.safetensors import Span, cut_short
 from adaptsurgery_formats.errors import FileError, ShapeError, ValueRefused
-from adaptsurgery_formats.tensors import Part, Tensor
+from adaptsurgery_formats.tensors import Part, Tensor, total_bytes
 
 # The library sorts by dtype, in this order, then by name.
 _DTYPE_ORDER = (
@@ -82,12 +84,20 @@ def write_safetensors(
     except OSError as error:
         raise as_file_error(error, where, writing=True) from error
     try:
-        with _Sources() as sources:
-            _write_all(fd, layout(tensors, metadata), where)
+        with _Sources() as sources, _Behind(fd, where) as behind:
+            head = layout(tensors, metadata)
+            behind.write(head)
             for run in _runs(tensors, check_finite):
-                _write_run(fd, run, sources, where, tensors, tell)
+                _write_run(behind, run, sources, tensors, tell)
+        _check_size(fd, len(head) + total_bytes(tensors.values()), where)
     finally:
         os.close(fd)
+
+
+def _check_size(fd: int, meant: int, where: str) -> None:
+    size = os.fstat(fd).st_size
+    if size != meant:
+        raise FileError(f"{size} bytes are on disk, {meant} were written", where=where)
 
 
 def _check_parts(tensors: Mapping[str, Tensor]) -> None:
@@ -139,41 +149,39 @@ def _join(held: _Run | None, dtype: str, part: Part) -> Span | None:
 
 
 def _write_run(
-    fd: int,
+    behind: _Behind,
     run: _Run,
     sources: _Sources,
-    where: str,
     tensors: Mapping[str, Tensor],
     tell: Progress,
 ) -> None:
     if isinstance(run.part, Span):
-        blocks = _span_blocks(fd, run, sources, where, tell)
+        blocks = _span_blocks(behind, run, sources, tell)
     else:
         blocks = cut(run.part)
     at = run.at
     for block in blocks:
         found = first_nonfinite(run.dtype, block) if run.dtype else -1
         if found >= 0:
-            raise _non_finite(tensors, at + found, where)
-        _write_all(fd, block, where)
+            raise _non_finite(tensors, at + found, behind.where)
+        behind.write(block)
         at += len(block)
         tell(len(block))
 
 
 def _span_blocks(
-    fd: int, run: _Run, sources: _Sources, where: str, tell: Progress
+    behind: _Behind, run: _Run, sources: _Sources, tell: Progress
 ) -> Iterator[bytes | bytearray]:
-    """The bytes of a span in one reused buffer; nothing where the kernel could move them itself."""
+    """The bytes of a span in reused buffers; nothing where the kernel could move them itself."""
     span = run.part
     assert isinstance(span, Span)
     source = sources.open(span.path)
     at, end = span.offset, span.offset + span.nbytes
     if not run.dtype:
-        at += _kernel_copy(fd, source, span, where, tell)
-    buffer = bytearray(min(BLOCK, end - at))
+        behind.finish()
+        at += _kernel_copy(behind.fd, source, span, behind.where, tell)
     while at < end:
-        if end - at < len(buffer):
-            buffer = bytearray(end - at)
+        buffer = behind.buffer(min(BLOCK, end - at))
         _fill(source, buffer, at, span)
         yield buffer
         at += len(buffer)
@@ -209,6 +217,64 @@ def _kernel_copy(fd: int, source: int, span: Span, where: str, tell: Progress) -
         done += moved
         tell(moved)
     return done
+
+
+class _Behind:
+    """Writes blocks in the order they come, in a thread of its own, while the next is read.
+
+    An error of the thread is raised by the next call, and on leaving. A block that came from
+    ``buffer`` is used again once it is written.
+    """
+
+    depth = 4
+
+    def __init__(self, fd: int, where: str) -> None:
+        self.fd, self.where = fd, where
+        self.error: BaseException | None = None
+        self.waiting: Queue[bytes | bytearray | None] = Queue(self.depth)
+        self.free: list[bytearray] = []
+        self.thread = Thread(target=self._work)
+
+    def __enter__(self) -> _Behind:
+        self.thread.start()
+        return self
+
+    def __exit__(self, kind: type[BaseException] | None, *_: object) -> None:
+        self.waiting.put(None)
+        self.thread.join()
+        if kind is None:
+            self._check()
+
+    def buffer(self, size: int) -> bytearray:
+        while self.free:
+            found = self.free.pop()
+            if len(found) == size:
+                return found
+        return bytearray(size)
+
+    def write(self, block: bytes | bytearray) -> None:
+        self._check()
+        self.waiting.put(block)
+
+    def finish(self) -> None:
+        """Wait until all that was handed over is written."""
+        self.waiting.join()
+        self._check()
+
+    def _check(self) -> None:
+        if self.error is not None:
+            raise self.error
+
+    def _work(self) -> None:
+        while (block := self.waiting.get()) is not None:
+            try:
+                if self.error is None:
+                    _write_all(self.fd, block, self.where)
+            except BaseException as error:
+                self.error = error
+            if isinstance(block, bytearray):
+                self.free.append(block)
+            self.waiting.task_done()
 
 
 def _write_all(fd: int, data: bytes | bytearray, where: str) -> None:

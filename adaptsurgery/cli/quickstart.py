@@ -71,7 +71,9 @@ def _hush(_: str) -> None:
 def _print(report: Report, base: str | None) -> None:
     click.echo()
     table = [_HEADS, *map(_cells, report.facts["adapters"])]
-    kept = [c for c in zip(*table) if set(c[1:]) != {""}]  # a column with nothing in it says nothing
+    kept = [
+        c for c in zip(*table) if set(c[1:]) != {""}
+    ]  # a column with nothing in it says nothing
     widths = [max(map(len, column)) for column in kept]
     for row in zip(*kept):
         cells = [row[0].ljust(widths[0]), *(c.rjust(w) for c, w in zip(row[1:], widths[1:]))]

@@ -81,7 +81,9 @@ class Adapter(Mapping[str, "Update"]):
 
     def __repr__(self) -> str:
         algorithms = "+".join(dict.fromkeys(m.algorithm for m in self._loaded.state.modules))
-        return f"<Adapter {self.layout} {algorithms}, {len(self)} modules, {self._loaded.state.where}>"
+        return (
+            f"<Adapter {self.layout} {algorithms}, {len(self)} modules, {self._loaded.state.where}>"
+        )
 
     @property
     def paths(self) -> list[Path]:

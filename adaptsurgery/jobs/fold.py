@@ -151,12 +151,14 @@ class _Work:
         saved = _saved(adapter, component)
         missing = [name for name in names if name not in self.modules]
         missing += [name for name in saved if name.rpartition(".")[0] not in self.modules]
-        if missing or not names:
+        if not names:
+            raise NameLookupError("the adapter changes nothing in this model")
+        if missing:
             raise NameLookupError(
                 f"the model has not {len(missing)} of the {len(names) + len(saved)} modules adapted",
                 where=str(getattr(adapter, "path", "")),
                 seen=", ".join(f"`{name}`" for name in missing[:5]),
-                next=(nearest(missing[0], self.modules) if missing else "")
+                next=nearest(missing[0], self.modules)
                 or "is it an adapter of this model, and of this component?",
             )
         for name, key in names.items():

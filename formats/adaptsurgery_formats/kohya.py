@@ -18,7 +18,6 @@ from __future__ import annotations
 import json
 import re
 from collections.abc import Sequence
-from dataclasses import replace
 
 from adaptsurgery_formats import lycoris_keys
 from adaptsurgery_formats.errors import KeyRefused, LayoutError
@@ -53,7 +52,7 @@ def parse(files: Sequence[AdapterFile]) -> AdapterState:
             raise KeyRefused(f"`{module.keys[0]}` has none of kohya's prefixes", where=file.where)
         prefix, flat = split_prefix(module.path)
         options = {**module.options, "prefix": prefix}
-        modules.append(replace(module, path=flat, options=options))
+        modules.append(module.changed(path=flat, options=options))
     metadata = dict(file.metadata)
     config = carried_config(metadata, file.where)
     state = AdapterState("kohya", modules, metadata=metadata, config=config, where=file.where)

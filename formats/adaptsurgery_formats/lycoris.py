@@ -14,7 +14,6 @@ from __future__ import annotations
 
 import json
 from collections.abc import Sequence
-from dataclasses import replace
 
 from adaptsurgery_formats import kohya, lycoris_keys
 from adaptsurgery_formats.errors import LayoutError
@@ -48,7 +47,7 @@ def parse(files: Sequence[AdapterFile]) -> AdapterState:
     model = metadata.pop(META_MODEL, "")
     config = carried_config(metadata, file.where)
     modules = [
-        replace(m, path=m.path.removeprefix(PREFIX), component=component)
+        m.changed(path=m.path.removeprefix(PREFIX), component=component)
         for m in lycoris_keys.parse_names(file.tensors, file.where)
     ]
     state = AdapterState(

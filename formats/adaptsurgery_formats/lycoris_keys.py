@@ -16,7 +16,6 @@ from __future__ import annotations
 
 import math
 from collections.abc import Container, Mapping, Sequence
-from dataclasses import replace
 
 from adaptsurgery_formats.errors import InexactError, KeyRefused, ShapeError, ValueRefused
 from adaptsurgery_formats.files import FLATTEN_TUCKER, FOLD_SCALE, Step
@@ -135,7 +134,7 @@ def _module(
     check_shapes(module, where)
     rule = scale_rule(module)
     options = {"alpha_tensor": alpha_tensor} if alpha_tensor else {}
-    return replace(module, rank=module_rank(module), rule=rule, options=options)
+    return module.changed(rank=module_rank(module), rule=rule, options=options)
 
 
 def scale_rule(module: ModuleState) -> str:
@@ -271,7 +270,9 @@ def _spelled_alpha(module: ModuleState, keep: bool) -> Tensor | None:
 
 def alpha_kind(modules: Sequence[ModuleState]) -> str:
     """Dtype and number of dimensions of a file's alphas, where they are alike and not F32 and ()."""
-    kinds = {str(m.options.get("alpha_kind", "")) for m in modules if "alpha_tensor" not in m.options}
+    kinds = {
+        str(m.options.get("alpha_kind", "")) for m in modules if "alpha_tensor" not in m.options
+    }
     alphas = [m.options["alpha_tensor"] for m in modules if "alpha_tensor" in m.options]
     kinds |= {f"{t.dtype} {len(t.shape)}" for t in alphas}
     return kinds.pop() if len(kinds) == 1 and kinds != {"F32 0"} else ""

@@ -117,14 +117,12 @@ def _resolve_module(module: ModuleState, names: Names, where: str) -> ModuleStat
     component = names.components[component_name]
     placed = module
     if (module.component, module.naming, module.path) != (component_name, naming, path):
-        placed = replace(module, component=component_name, naming=naming, path=path)
+        placed = module.changed(component=component_name, naming=naming, path=path)
     shape = component.shape(path, naming)
     return fit(placed, shape, where) if shape is not None else placed
 
 
-def _fits_at(
-    module: ModuleState, place: tuple[str, str, str], names: Names, where: str
-) -> bool:
+def _fits_at(module: ModuleState, place: tuple[str, str, str], names: Names, where: str) -> bool:
     component, naming, path = place
     shape = names.components[component].shape(path, naming)
     try:
@@ -318,7 +316,7 @@ def _reshaped(module: ModuleState, shape: tuple[int, ...]) -> ModuleState:
     if "ambiguous_tucker" not in module.options:
         return fitted
     options = {k: v for k, v in module.options.items() if k != "ambiguous_tucker"}
-    return replace(fitted, options=options)
+    return fitted.changed(options=options)
 
 
 def kohya_component(state: AdapterState) -> tuple[Names, AdapterState] | None:

@@ -228,7 +228,9 @@ def test_peft_hra_odd_rank_is_no_identity_at_first() -> None:
 
 
 @pytest.mark.parametrize("alpha", [None, 0.0, 1.0, 4.0, 1e10])
-def test_a_full_lokr_means_scale_one_whatever_alpha_says(alpha: float | None, tmp_path: Path) -> None:
+def test_a_full_lokr_means_scale_one_whatever_alpha_says(
+    alpha: float | None, tmp_path: Path
+) -> None:
     """LyCORIS's rule; trainers write alpha = r, 1, or 1e10 there."""
     tensors = {"lycoris_fc.lokr_w1": torch.rand(3, 3), "lycoris_fc.lokr_w2": torch.rand(4, 4)}
     if alpha is not None:

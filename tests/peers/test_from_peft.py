@@ -93,7 +93,12 @@ def test_lycoris_computes_what_peft_did(case: Case, tmp_path: Path) -> None:
 def test_peft_kohya_lycoris_peft(case: Case, with_base: bool, tmp_path: Path) -> None:
     model = nets.net(**case.net)
     x, base = nets.inputs(model), nets.save_base(model, tmp_path / "base.safetensors")
-    hops = [tmp_path / "in", tmp_path / "k.safetensors", tmp_path / "l.safetensors", tmp_path / "out"]
+    hops = [
+        tmp_path / "in",
+        tmp_path / "k.safetensors",
+        tmp_path / "l.safetensors",
+        tmp_path / "out",
+    ]
     wanted = nets.write_peft(model, hops[0], case.config(), x, dtype=case.dtype)
     kohya_base = base if with_base or case.options.get("use_effective_conv2d") else None
     convert(hops[0], hops[1], "kohya", base=kohya_base)
@@ -130,7 +135,10 @@ HRA = {"r": 4, "target_modules": ["conv_in", "point", "fc_in", "fc_out"], "init_
     [
         (LoraConfig(**TEXT, target_modules=["embed_in"]), "no-embedding"),
         (LoraConfig(**TEXT, target_modules=["fc"], lora_bias=True), "no-lora-bias"),
-        (LoraConfig(**TEXT, target_modules=["fc"], modules_to_save=["fc_again"]), "no-modules-to-save"),
+        (
+            LoraConfig(**TEXT, target_modules=["fc"], modules_to_save=["fc_again"]),
+            "no-modules-to-save",
+        ),
         (HRAConfig(r=4, target_modules=["fc"], init_weights=False), "no-hra"),
     ],
     ids=["embedding", "lora_bias", "modules_to_save", "hra"],

@@ -77,7 +77,9 @@ def test_the_real_unet_takes_it(model: str, tmp_path: Path) -> None:
         unet = UNet2DConditionModel(**(xl if model == "sdxl" else {"cross_attention_dim": 768}))
         config = peft.PeftConfig.from_pretrained(str(out / "unet"))
         adapted = peft.get_peft_model(unet, config)
-    made = {n.replace(".default", ""): p.shape for n, p in adapted.named_parameters() if "lora_" in n}
+    made = {
+        n.replace(".default", ""): p.shape for n, p in adapted.named_parameters() if "lora_" in n
+    }
     written = load_file(out / "unet" / "adapter_model.safetensors")
     assert made == {k: v.shape for k, v in written.items()}
 

@@ -10,7 +10,7 @@ from adaptsurgery.checkpoint.hub import resolve
 from adaptsurgery.jobs.loading import _check_values, _parse, read_files
 from adaptsurgery.jobs.merging.match import Matched
 from adaptsurgery.jobs.merging.plan import AdapterInput, adapter_input
-from adaptsurgery_formats import AdapterState
+from adaptsurgery_formats import AdapterState, Note
 from adaptsurgery_formats.errors import InexactError, ValueRefused
 
 Named = str | os.PathLike[str] | tuple[str | os.PathLike[str], float]
@@ -121,10 +121,17 @@ def _no_inverse(state: AdapterState, why: str) -> InexactError:
 def check_replaced(
     read: Sequence[tuple[AdapterState, AdapterInput]], found: Matched, *, inverse: bool
 ) -> None:
-    """Refuse a weight or an inverse for adapters that replace parameters; raises as above."""
-    for (_, name), saved in found.saved.items():
+    """Refuse a weight or an inverse for adapters that replace parameters; raises as above.
+
+    The table that PEFT saves under an embedding's LoRA is what is left when that is taken out.
+    """
+    for target, saved in list(found.saved.items()):
         state, given = read[saved.adapter]
-        if inverse:
-            raise _no_inverse(state, f"`{name}` was replaced")
-        if given.weight != 1.0:
-            raise _no_weight(state, given.weight, f"it replaces `{name}` outright")
+        if inverse and ".base_layer." in saved.name and target in found.changes:
+            del found.saved[target]
+            text = f"`{target[1]}` becomes the table that the adapter was trained on"
+            found.notes.append(Note("unmerged-table", state.where, text))
+        elif inverse:
+            raise _no_inverse(state, f"`{target[1]}` was replaced")
+        elif given.weight != 1.0:
+            raise _no_weight(state, given.weight, f"it replaces `{target[1]}` outright")

@@ -165,7 +165,9 @@ def _input(weight: Tensor, generator: torch.Generator) -> Tensor:
     return torch.randn(shape, generator=generator)
 
 
-def _set_apart(recipe: Recipe, update: Update, weight: Tensor, generator: torch.Generator) -> Update:
+def _set_apart(
+    recipe: Recipe, update: Update, weight: Tensor, generator: torch.Generator
+) -> Update:
     """An update that does something, from its initial value, which does nothing."""
     if isinstance(update, HRA):
         return HRA(_turned(update.u, generator))
@@ -194,15 +196,23 @@ def _turned(u: Tensor, generator: torch.Generator) -> Tensor:
 
 def moved(updates: Updates, weights: Mapping[str, Tensor]) -> float:
     """‖ΔW‖/‖W‖ over all of the weights."""
-    change = sum(float((u.fold(weights[p]) - weights[p]).square().sum()) for p, u in updates.items())
+    change = sum(
+        float((u.fold(weights[p]) - weights[p]).square().sum()) for p, u in updates.items()
+    )
     whole = sum(float(weights[p].square().sum()) for p in updates)
     return math.sqrt(change / whole) if whole else 0.0
 
 
 def chosen(shapes: Mapping[str, Shape], count: int = 6) -> list[str]:
-    """Some of the layers that all four can go on, from all over a model."""
+    """Some of the layers that all four can go on, from all over a model.
+
+    Spread by the golden ratio, which falls in step with no pattern of repeated blocks.
+    """
     fit = [path for path, shape in shapes.items() if _fits(shape)]
-    return [fit[i * len(fit) // count] for i in range(count)] if len(fit) > count else fit
+    if len(fit) <= count:
+        return fit
+    places = {int(i * 0.6180339887 % 1 * len(fit)) for i in range(count)}
+    return [fit[place] for place in sorted(places)]
 
 
 def _fits(shape: Shape) -> bool:
@@ -210,8 +220,6 @@ def _fits(shape: Shape) -> bool:
     square = len(shape) == 2 or (len(shape) == 4 and shape[2] == shape[3])
     sides = all(n >= 16 * FACTOR and n % FACTOR == 0 for n in shape[:2])
     return square and sides and math.prod(shape) <= 1 << 24
-
-
 
 
 def nothing(update: Update) -> Update:

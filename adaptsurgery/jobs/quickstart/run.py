@@ -41,11 +41,10 @@ Tell = Callable[[str], object]
 
 @dataclass
 class Work:
-    """What the steps share. ``files`` is where they write, ``base`` the model as a command names it."""
+    """What the steps share: ``files`` is where they write, ``base`` the user's model if any."""
 
     files: Path
-    base: str
-    own: bool  # whether the model is the user's
+    base: str | None
     seed: int
     tell: Tell
     adapters: list[Made] = field(default_factory=list)
@@ -69,11 +68,12 @@ class Work:
 
     @property
     def model(self) -> str:
-        return self.base if self.own else self.path(MODEL)
+        return self.path(MODEL) if self.base is None else self.base
 
     def convert(self, source: str, to: str, out: str, *, as_lora: bool = False) -> Report:
         """``adaptsurgery.convert``, told as the command."""
-        words = ["convert", source, "--to", to, "-o", out, "--base", self.base]
+        shown = MODEL if self.base is None else "MODEL"
+        words = ["convert", source, "--to", to, "-o", out, "--base", shown]
         words += ["--as", "lora"] if as_lora else []
         self.tell(f"$ adaptsurgery {shlex.join(words)}")
         algorithm = "lora" if as_lora else None
@@ -107,9 +107,8 @@ def quickstart(
     ("output-exists") for a folder that holds something, and SurgeryError for a base that cannot be
     used.
     """
-    own = base is not None
     with _place(folder) as files, _one_thread():
-        work = Work(files, os.fspath(base) if base is not None else MODEL, own, seed, tell)
+        work = Work(files, None if base is None else os.fspath(base), seed, tell)
         for step in STEPS:
             step(work)
         return _report(work, folder)
@@ -142,7 +141,7 @@ def _place(folder: str | os.PathLike[str] | None) -> Iterator[Path]:
                 next="name a new or empty one",
                 code="output-exists",
             )
-        place.mkdir(exist_ok=there)
+        place.mkdir(parents=True, exist_ok=there)
     except OSError as error:
         raise as_file_error(error, str(place), writing=True) from error
     try:
@@ -160,10 +159,10 @@ def _place(folder: str | os.PathLike[str] | None) -> Iterator[Path]:
 
 def adapters(work: Work) -> None:
     """A model and four adapters of it, written as PEFT folders."""
-    if work.own:
-        _adapters_of_given(work)
-    else:
+    if work.base is None:
         _adapters_of_tiny(work)
+    else:
+        _adapters_of_given(work, work.base)
     for made in work.adapters:
         adapter = Adapter.from_updates(made.updates, base=work.model)
         adapter.save(work.path(made.name), "peft")
@@ -212,9 +211,9 @@ def _adapters_of_tiny(work: Work) -> None:
         work.adapters.append(making.train(model, recipe, ADAPTER_STEPS, work.seed + number))
 
 
-def _adapters_of_given(work: Work) -> None:
-    work.title(f"Look at {work.base}")
-    found = given.look_at(work.base)
+def _adapters_of_given(work: Work, base: str) -> None:
+    work.title(f"Look at MODEL, {base}")
+    found = given.look_at(base)
     work.tell(f"  {len(found.weights)} of its {found.layers} layers: {', '.join(found.weights)}")
     work.facts["model"] = {"where": found.where, "layers": list(found.weights)}
     work.title("Make adapters for them: random directions, not trained, of a few per cent of ‖W‖")
@@ -310,7 +309,8 @@ def _compare_outputs(work: Work, made: Made, name: str) -> float:
     Of the difference that the adapter makes at all.
     """
     adapter = load(work.path(name), base=work.model)
-    found = made.probe({path: adapter[path] for path in made.updates})
+    updates = {m.label: adapter[path] for path in adapter for m in adapter.modules(path)}
+    found = made.probe({label: updates[label] for label in made.updates})
     wanted = made.probe(made.updates)
     plain = made.probe(_no_updates(made))
     effect = max(float((w - p).abs().max()) for w, p in zip(wanted, plain))

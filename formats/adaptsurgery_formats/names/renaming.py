@@ -59,7 +59,7 @@ def to_diffusers(module: ModuleState, component: Component) -> list[ModuleState]
         return [module]
     segments = _segments(component, module.path)
     if _is_alias(segments, component):
-        return [replace(module, path=segments[0].path, naming=component.naming)]
+        return [module.changed(path=segments[0].path, naming=component.naming)]
     pieces = _places(segments)
     _check_rows(module, sum(s.stop - s.start for s in segments))
     _check_cuttable(module, segments)
@@ -221,7 +221,7 @@ def _fused(path: str, parts: dict[str, ModuleState], component: Component) -> Mo
     order = [p for p in dict.fromkeys(s.path for s in segments) if p in parts]
     present = [parts[p] for p in order]
     if _is_alias(segments, component):
-        return replace(present[0], path=path, naming="native")
+        return present[0].changed(path=path, naming="native")
     for part in present:
         _check_rows(part, component.modules[part.path][0])
     _check_alike(present, segments)

@@ -13,6 +13,7 @@ from adaptsurgery.cli.output import Session, paint, print_json, printable, say
 from adaptsurgery_formats.errors import SurgeryError
 
 FAILED = 1
+_SHOWN = 40  # of the things that an error lists
 
 
 def report(error: Exception, session: Session) -> int:
@@ -32,6 +33,10 @@ def text(error: SurgeryError) -> str:
     """The error in lines: code and what, then where, seen and next as far as they are known."""
     head = paint(f"error[{error.code}]", "red", bold=True)
     lines = [f"{head}: {printable(error.what)}"]
+    shown = error.items if len(error.items) <= _SHOWN else error.items[: _SHOWN - 1]
+    lines += [f"  - {printable(item)}" for item in shown]
+    if len(shown) < len(error.items):
+        lines.append(f"  … and {len(error.items) - len(shown)} more; --json lists all")
     for label in ("where", "seen", "next"):
         if value := getattr(error, label):
             lines.append(f"  {paint(label, 'cyan')}: {printable(value)}")

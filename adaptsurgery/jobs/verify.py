@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING
 from adaptsurgery.checkpoint.bridge import to_torch
 from adaptsurgery.jobs.change import EXACT
 from adaptsurgery.jobs.loading import Loaded, load_state
-from adaptsurgery.jobs.renaming import comparable
+from adaptsurgery.jobs.renaming import comparable, uncut
 from adaptsurgery.jobs.report import Report, Row
 from adaptsurgery.jobs.updates import base_weight, check_finite, update_of
 from adaptsurgery_formats import ModuleState
@@ -82,8 +82,9 @@ def _share_names(a: Loaded, b: Loaded) -> None:
 
 def compare(a: Loaded, b: Loaded) -> Iterator[Row]:
     """One row per module that either adapter has; raises where replaced parameters differ."""
-    ours = _by_place(comparable(a.state, a.names))
-    theirs = _by_place(comparable(b.state, b.names))
+    whole = uncut(a.state, a.names) | uncut(b.state, b.names)
+    ours = _by_place(comparable(a.state, a.names, whole))
+    theirs = _by_place(comparable(b.state, b.names, whole))
     _compare_saved(a, b)
     for place, mine in ours.items():
         if place in theirs:

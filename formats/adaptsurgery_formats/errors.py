@@ -6,7 +6,7 @@ reading prose; the fields are kept beside the text for ``--json``.
 
 from __future__ import annotations
 
-from collections.abc import Iterable
+from collections.abc import Iterable, Sequence
 
 
 class SurgeryError(Exception):
@@ -15,21 +15,30 @@ class SurgeryError(Exception):
     default_code = "refused"
 
     def __init__(
-        self, what: str, *, where: str = "", seen: str = "", next: str = "", code: str = ""
+        self,
+        what: str,
+        *,
+        where: str = "",
+        seen: str = "",
+        next: str = "",
+        code: str = "",
+        items: Iterable[str] = (),
     ) -> None:
         self.what, self.where, self.seen, self.next = what, where, seen, next
         self.code = code or self.default_code
+        self.items = list(items)  # everything that the error is about, where that is several things
         super().__init__(str(self))
 
     def __str__(self) -> str:
         what, where, seen, next = map(printable, (self.what, self.where, self.seen, self.next))
         head = f"{where}: {what}" if where else what
         lines = [f"{head} [{self.code}]"]
+        lines += [f"  - {printable(item)}" for item in self.items]
         lines += [f"  seen: {seen}"] if seen else []
         lines += [f"  next: {next}"] if next else []
         return "\n".join(lines)
 
-    def as_dict(self) -> dict[str, str]:
+    def as_dict(self) -> dict[str, str | list[str]]:
         """The error as plain data for ``--json``."""
         return {
             "code": self.code,
@@ -37,6 +46,7 @@ class SurgeryError(Exception):
             "where": self.where,
             "seen": self.seen,
             "next": self.next,
+            "items": self.items,
         }
 
 
@@ -80,6 +90,24 @@ class InexactError(SurgeryError):
     """A conversion that cannot be exact, and for which no lossy switch was given."""
 
     default_code = "inexact"
+
+
+def refuse_together(refused: Sequence[InexactError], count: int, where: str) -> None:
+    """Raise one error for all of a file's modules that were refused; nothing if none was.
+
+    A lone refusal is raised as it is; several are listed, under their code if they share it.
+    """
+    if len(refused) == 1:
+        raise refused[0]
+    if refused:
+        codes = {error.code for error in refused}
+        raise InexactError(
+            f"{len(refused)} of {count} modules cannot be held",
+            where=where,
+            items=[f"{error.what} [{error.code}]" for error in refused],
+            next=refused[0].next,
+            code=codes.pop() if len(codes) == 1 else "",
+        )
 
 
 def printable(text: str, longest: int = 400) -> str:

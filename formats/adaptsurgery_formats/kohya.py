@@ -62,7 +62,7 @@ def parse(files: Sequence[AdapterFile]) -> AdapterState:
 
 def plan(state: AdapterState, names: Names | None) -> list[Step]:
     _refuse_saved(state)
-    return [step for m in state.modules for step in lycoris_keys.plan_module(m, state.where)]
+    return lycoris_keys.plan_modules(state.modules, state.where)
 
 
 def _refuse_saved(state: AdapterState) -> None:

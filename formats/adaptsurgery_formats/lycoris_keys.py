@@ -17,7 +17,13 @@ from __future__ import annotations
 import math
 from collections.abc import Container, Mapping, Sequence
 
-from adaptsurgery_formats.errors import InexactError, KeyRefused, ShapeError, ValueRefused
+from adaptsurgery_formats.errors import (
+    InexactError,
+    KeyRefused,
+    ShapeError,
+    ValueRefused,
+    refuse_together,
+)
 from adaptsurgery_formats.files import FLATTEN_TUCKER, FOLD_SCALE, Step
 from adaptsurgery_formats.state import (
     ALPHA_OVER_R,
@@ -206,12 +212,21 @@ REFUSES = {
 }
 
 
-def plan_module(module: ModuleState, where: str) -> list[Step]:
-    """The rewritings that a module needs before this family can hold it; raises where none help."""
-    refusal = _refusal(module)
-    if refusal:
-        code, what, remedy = refusal
-        raise InexactError(f"`{module.label}`: {what}", where=where, next=remedy, code=code)
+def plan_modules(modules: Sequence[ModuleState], where: str) -> list[Step]:
+    """The rewritings that modules need before this family can hold them.
+
+    Raises InexactError with all the modules that it cannot hold.
+    """
+    refused = [
+        InexactError(f"`{m.label}`: {what}", where=where, next=remedy, code=code)
+        for m in modules
+        for code, what, remedy in _refusal(m)
+    ]
+    refuse_together(refused, len(modules), where)
+    return [step for m in modules for step in _steps(m)]
+
+
+def _steps(module: ModuleState) -> list[Step]:
     if "w1" in module.tensors and "w2" in module.tensors and module.scale != 1.0:
         return [Step(module, FOLD_SCALE)]
     if module.options.get("ambiguous_tucker"):
@@ -219,21 +234,21 @@ def plan_module(module: ModuleState, where: str) -> list[Step]:
     return []
 
 
-def _refusal(module: ModuleState) -> tuple[str, str, str] | None:
-    """(code, why, what to do) where the family cannot hold a module."""
+def _refusal(module: ModuleState) -> list[tuple[str, str, str]]:
+    """(code, why, what to do) where the family cannot hold a module, else nothing."""
     if module.algorithm in REFUSES:
-        return f"no-{module.algorithm}", REFUSES[module.algorithm], "--as lora --base BASE"
+        return [(f"no-{module.algorithm}", REFUSES[module.algorithm], "--as lora --base BASE")]
     if module.kind == "embedding":
-        return "no-embedding", f"{HELD} for an embedding", "merge it into the base model instead"
+        return [("no-embedding", f"{HELD} for an embedding", "merge it into the base model instead")]
     if "up_bias" in module.tensors:
-        return "no-lora-bias", f"{HELD} with a bias on lora_B", "merge it into the base instead"
+        return [("no-lora-bias", f"{HELD} with a bias on lora_B", "merge it into the base instead")]
     if module.options.get("not_kronecker"):
         why = "PEFT scrambles a Conv1d LoKr with a full w2: it is no Kronecker product"
-        return "peft-conv1d-lokr", why, "merge it with PEFT, then extract"
+        return [("peft-conv1d-lokr", why, "merge it with PEFT, then extract")]
     if module.rule in (ALPHA_OVER_R, ALPHA_OVER_SQRT_R) and module.alpha == 0:
         why = "alpha is 0, which this layout reads as alpha = r"
-        return "zero-alpha", why, "leave the module out: it adds nothing"
-    return None
+        return [("zero-alpha", why, "leave the module out: it adds nothing")]
+    return []
 
 
 def spell_module(module: ModuleState, name: str, keep: bool) -> dict[str, Tensor]:

@@ -31,6 +31,7 @@ from adaptsurgery_formats.errors import (
     KeyRefused,
     LayoutError,
     ShapeError,
+    refuse_together,
 )
 from adaptsurgery_formats.files import (
     FLATTEN_TUCKER,
@@ -291,31 +292,23 @@ def plan(state: AdapterState, names: Names | None) -> list[Step]:
     """The rewritings that PEFT's one-value-for-all options ask for; raises where none help."""
     if state.layout == "peft" and names is None:
         return []  # what PEFT wrote it holds, and flat factors alone do not show the kernel
+    refused = [e for m in state.modules if (e := _refusal(m, names, state.where)) is not None]
+    refuse_together(refused, len(state.modules), state.where)
     steps: list[Step] = []
     for component in state.components:
         modules = list(state.of(component))
         algorithm = _one_algorithm(modules, state.where)
-        for module in modules:
-            _refuse(module, names, state.where)
         steps += _PLANS[algorithm](modules, names, state.where)
     return steps
 
 
 def _one_algorithm(modules: Sequence[ModuleState], where: str) -> str:
     algorithms = dict.fromkeys(m.algorithm for m in modules)
-    for algorithm in algorithms:
-        if algorithm in REFUSES:
-            first = next(m for m in modules if m.algorithm == algorithm)
-            raise InexactError(
-                f"`{first.label}`: {REFUSES[algorithm]}", where=where, code=f"no-{algorithm}"
-            )
     if len(algorithms) > 1:
         raise InexactError(
             f"PEFT holds one algorithm an adapter, not {' and '.join(algorithms)}",
             where=where,
-            seen=", ".join(
-                f"{next(m.label for m in modules if m.algorithm == a)}" for a in algorithms
-            ),
+            items=[f"`{m.label}` is {m.algorithm}" for m in modules],
             next="--as lora turns LoHa and LoKr into LoRA exactly",
             code="mixed-algorithms",
         )
@@ -334,42 +327,44 @@ def _shape(module: ModuleState, names: Names | None) -> tuple[int, ...] | None:
     return component.shape(module.path, module.naming) if component else None
 
 
-def _refuse(module: ModuleState, names: Names | None, where: str) -> None:
-    shape = _shape(module, names)
+def _refusal(module: ModuleState, names: Names | None, where: str) -> InexactError | None:
+    """Why PEFT cannot hold a module, whatever the others are; None where it can."""
+    code, what = _unheld(module, _shape(module, names))
+    if not code:
+        return None
+    remedy = "--as lora is exact for LoHa and LoKr; around a DoRA it needs --base and --rank"
+    return InexactError(f"`{module.label}`: {what}", where=where, next=remedy, code=code)
+
+
+def _unheld(module: ModuleState, shape: tuple[int, ...] | None) -> tuple[str, str]:
+    """(code, reason), or empty strings."""
+    if module.algorithm in REFUSES:
+        return f"no-{module.algorithm}", REFUSES[module.algorithm]
     dims = len(shape) if shape else 2 + len(kernel_of(module) or ())
-    reason = ""
-    if module.algorithm in ("loha", "lokr") and "magnitude" in module.tensors:
-        reason = "PEFT has DoRA around LoRA only: no-dora"
-    elif "magnitude" in module.tensors and magnitude_axis(module) == "in":
-        if module.kind != "embedding":
-            reason = "PEFT's DoRA takes norms per output, this one per input: dora-axis"
-    elif module.algorithm in ("loha", "lokr") and dims > 4:
-        reason = f"PEFT has no {module.algorithm} on Conv3d: no-conv3d"
-    elif module.algorithm == "hra" and shape is not None and len(shape) not in (2, 4):
-        reason = "PEFT's HRA takes Linear and Conv2d only: no-conv1d"
-    if not reason and module.algorithm == "lokr" and module.options.get("not_kronecker") is None:
-        t = module.tensors
-        a, c = t["w1"].shape if "w1" in t else (0, 0)
-        if "w2" in t and dims == 3 and (a, c) != (1, 1):
-            reason = "PEFT scrambles a Conv1d LoKr with a full w2: peft-conv1d-lokr"
-    if reason:
-        what, _, code = reason.rpartition(": ")
-        raise InexactError(
-            f"`{module.label}`: {what}",
-            where=where,
-            next="--as lora is exact for LoHa and LoKr; around a DoRA it needs --base and --rank",
-            code=code,
-        )
+    t = module.tensors
+    if "magnitude" in t:
+        if module.algorithm != "lora":
+            return "no-dora", "PEFT has DoRA around LoRA only"
+        if magnitude_axis(module) == "in" and module.kind != "embedding":
+            return "dora-axis", "PEFT's DoRA takes norms per output, this one per input"
+    if module.algorithm in ("loha", "lokr") and dims > 4:
+        return "no-conv3d", f"PEFT has no {module.algorithm} on Conv3d"
+    if module.algorithm == "hra" and shape is not None and len(shape) not in (2, 4):
+        return "no-conv1d", "PEFT's HRA takes Linear and Conv2d only"
+    if module.algorithm == "lokr" and "w2" in t and dims == 3:
+        trivial = "w1" in t and t["w1"].shape == (1, 1)
+        if not trivial and not module.options.get("not_kronecker"):
+            return "peft-conv1d-lokr", "PEFT scrambles a Conv1d LoKr with a full w2"
+    return "", ""
 
 
 def _plan_lora(modules: Sequence[ModuleState], names: Names | None, where: str) -> list[Step]:
     dora = [m for m in modules if "magnitude" in m.tensors]
     if dora and len(dora) != len(modules):
-        plain = next(m for m in modules if "magnitude" not in m.tensors)
         raise InexactError(
             f"{len(dora)} of {len(modules)} modules are DoRA; PEFT's use_dora is for all",
             where=where,
-            seen=f"`{plain.label}` is not",
+            items=[f"`{m.label}` is not" for m in modules if "magnitude" not in m.tensors],
             next="--as lora --base BASE --rank N --allow-lossy",
             code="mixed-dora",
         )
@@ -562,9 +557,16 @@ def _config(
         flags = {"apply_GS": bool(modules[0].options.get("apply_gs"))}
     scales = {called[m.path]: m.scale for m in modules}
     alphas = {called[m.path]: _alpha(m, ranks[called[m.path]]) for m in modules}
-    others = frozenset(component.called(p) for p in component.modules) if component else frozenset()
+    others = _known_modules(component) if component else frozenset()
     wanted = peft_config.Wanted(algorithm, ranks, scales, alphas, flags, others - set(ranks))
     return peft_config.write_config(wanted, template, where)
+
+
+def _known_modules(component: Component) -> frozenset[str]:
+    """All modules of the model that the config is for, as it calls them."""
+    if component.stored == "native":
+        return frozenset(component.native)
+    return frozenset(component.called(path) for path in component.modules)
 
 
 _Derived = tuple[dict[str, int], dict[str, Any]]  # ranks by module, and the flags for all

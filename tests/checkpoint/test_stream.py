@@ -177,7 +177,7 @@ def test_torch_gets_its_threads_back(source: dict[str, Tensor], tmp_path: Path) 
 
 
 SPARSE = """
-import json, resource, sys, torch
+import json, sys, torch
 from adaptsurgery.algorithms import LoRA
 from adaptsurgery.checkpoint.safetensors import read_safetensors
 from adaptsurgery.checkpoint.stream import Entry, write_stream
@@ -193,9 +193,12 @@ update = LoRA(torch.zeros(o, 8), torch.zeros(8, i))
 edit = lambda compute: edit_of([Place(update)], tensor.shape, compute)
 small = lambda compute: edit_of([Place(update, rows=(0, 100), source=(0, 100))], (100, i), compute)
 write_stream(sys.argv[2] + ".warm", {"w": Entry(tensor.rows(0, 100), small)})
-before = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
+def peak():
+    lines = open("/proc/self/status").read().splitlines()
+    return next(int(line.split()[1]) for line in lines if line.startswith("VmHWM"))
+before = peak()
 write_stream(sys.argv[2], {"w": Entry(tensor, edit)}, sync=False)
-print(resource.getrusage(resource.RUSAGE_SELF).ru_maxrss - before)
+print(peak() - before)
 """
 
 

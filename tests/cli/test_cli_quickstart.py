@@ -26,7 +26,7 @@ def test_as_a_user_runs_it(process: Command, command: Command, tmp_path: Path) -
     done = process("quickstart", tmp_path / "try")
     assert (done.code, done.err) == (0, "")
     assert "\x1b" not in done.out
-    for told in ("bits per byte", "error[no-hra]", "all 4 adapters agree in every layout"):
+    for told in ("bits per byte", "error[no-hra]", "all 4 adapters agree in every layout that"):
         assert told in done.out
     table = [
         line.split() for line in done.out.splitlines() if " → " in line and "identical" in line

@@ -14,7 +14,6 @@ import argparse
 import copy
 import json
 import os
-import resource
 import shutil
 import statistics
 import subprocess
@@ -239,7 +238,9 @@ def once(given: argparse.Namespace) -> None:
         merge_streams(base, adapter, out, int(given.workers))
     else:
         merge_framework(base, adapter, out)
-    print(resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 1024)
+    # Not getrusage: that counts the memory of the process that started this one.
+    lines = Path("/proc/self/status").read_text().splitlines()
+    print(next(int(line.split()[1]) / 1024 for line in lines if line.startswith("VmHWM")))
 
 
 # --- in memory --------------------------------------------------------------------------------
@@ -266,7 +267,7 @@ def memory(given: argparse.Namespace) -> None:
     print(f"{given.layers} layers; {given.threads} threads; CPU seconds over fold's own")
     for dtype in (torch.float32, torch.bfloat16):
         for name in CONTESTANTS[:4]:
-            print(f"{str(dtype):16}{name:8}", *_in_memory(given, dtype, name), sep="", flush=True)
+            print(f"{dtype!s:16}{name:8}", *_in_memory(given, dtype, name), sep="", flush=True)
 
 
 def _in_memory(given: argparse.Namespace, dtype: torch.dtype, name: str) -> list[str]:

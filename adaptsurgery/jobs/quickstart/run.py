@@ -132,13 +132,14 @@ def _place(folder: str | os.PathLike[str] | None) -> Iterator[Path]:
         with tempfile.TemporaryDirectory(prefix="adaptsurgery-") as name:
             yield Path(name)
         return
-    place, there = Path(folder), os.path.isdir(folder)
+    place = Path(folder)
+    there = os.path.lexists(place)
     try:
-        if there and any(place.iterdir()):
+        if there and (not place.is_dir() or any(place.iterdir())):
             raise FileError(
-                "the folder is not empty",
+                "this is no empty folder",
                 where=str(place),
-                next="name a new or empty one",
+                next="name a new or an empty one",
                 code="output-exists",
             )
         place.mkdir(parents=True, exist_ok=there)
@@ -343,7 +344,7 @@ def _report(work: Work, folder: str | os.PathLike[str] | None) -> Report:
         for r in results
     ]
     seconds = time.monotonic() - work.started
-    verdict = f"all {len(results)} adapters agree in every layout"
+    verdict = f"all {len(results)} adapters agree in every layout that holds them"
     if work.failed:
         verdict = f"{len(work.failed)} things do not agree: {work.failed[0]}"
     outputs = sorted(p.name for p in work.files.iterdir()) if folder is not None else []

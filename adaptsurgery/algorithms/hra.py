@@ -140,11 +140,14 @@ class HRA(Rotation):
     def to_lora(self, weight: Tensor) -> LoRA:
         """The LoRA of rank r that does to this canonical ``weight`` what R does: −(W·U·T)·Uᵀ.
 
-        In float32 at least. It is right for this weight only.
+        With U = Q·S it is −(W·U·T·Sᵀ)·Qᵀ: near-equal pairs of columns, as PEFT starts them, nearly
+        cancel in U·T·Uᵀ, and here they do so before anything is rounded to be stored. In float32 at
+        least. It is right for this weight only.
         """
         self.check_fits(weight.shape)
         self.check_values()
         wide = torch.promote_types(compute_dtype(weight), widened(self.u).dtype)
         columns, middle = self._in(wide)
-        up = -(weight.flatten(1).to(wide) @ columns) @ middle
-        return LoRA.of_factors(up, columns.t().contiguous(), tuple(weight.shape))
+        basis, within = torch.linalg.qr(columns)
+        up = -(weight.flatten(1).to(wide) @ columns) @ middle @ within.t()
+        return LoRA.of_factors(up, basis.t().contiguous(), tuple(weight.shape))

@@ -88,7 +88,9 @@ def command(
 @click.argument("source", metavar="ADAPTER")
 @_OUT
 @click.option("--rank", type=click.IntRange(min=1), help="The highest rank that a module keeps.")
-@click.option("--energy", type=float, metavar="E", help="The share of Σσ² that each keeps, as 0.95.")
+@click.option(
+    "--energy", type=float, metavar="E", help="The share of Σσ² that each keeps, as 0.95."
+)
 @_TO
 @_BASE
 @_OVERWRITE

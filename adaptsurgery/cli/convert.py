@@ -36,6 +36,11 @@ TARGETS = ("peft", "lycoris", "kohya")
 )  # fmt: skip
 @click.option("--rank", type=click.IntRange(min=1), help="With --as lora: the highest rank.")
 @click.option("--allow-lossy", is_flag=True, help="Accept approximations; their errors are told.")
+@click.option(
+    "--prefix",
+    default="",
+    help="Before kohya's or LyCORIS's names, for models of no bundled table.",
+)
 @click.option("--overwrite", is_flag=True, help="Replace OUT if it is there.")
 @click.option("--no-hashes", is_flag=True, help="Leave out kohya's sshs hashes (a second reading).")
 @click.option("--dry-run", is_flag=True, help="Do everything but write.")
@@ -50,6 +55,7 @@ def command(
     algorithm: str | None,
     rank: int | None,
     allow_lossy: bool,
+    prefix: str,
     overwrite: bool,
     no_hashes: bool,
     dry_run: bool,
@@ -82,6 +88,7 @@ def command(
             algorithm=algorithm,
             rank=rank,
             allow_lossy=allow_lossy,
+            prefix=prefix,
             overwrite=overwrite,
             dry_run=dry_run,
             hashes=not no_hashes,

@@ -418,9 +418,7 @@ def _shell(parts: Sequence[_Part], first: Loaded) -> AdapterState:
     for part in parts:
         for component, tensors in part.state.saved.items():
             saved.setdefault(component, {}).update(tensors)
-    return replace(
-        first.state, modules=[], saved=saved, config=_config(parts), notes=notes
-    )
+    return replace(first.state, modules=[], saved=saved, config=_config(parts), notes=notes)
 
 
 def _config(parts: Sequence[_Part]) -> dict[str, dict[str, Any]]:
@@ -429,7 +427,10 @@ def _config(parts: Sequence[_Part]) -> dict[str, dict[str, Any]]:
     for part in parts:
         for component, config in part.state.config.items():
             mine = merged.setdefault(component, dict(config))
-            replaced = [*(mine.get("modules_to_save") or ()), *(config.get("modules_to_save") or ())]
+            replaced = [
+                *(mine.get("modules_to_save") or ()),
+                *(config.get("modules_to_save") or ()),
+            ]
             if replaced:
                 mine["modules_to_save"] = list(dict.fromkeys(replaced))
             if mine.get("bias", "none") == "none" and "bias" in config:

@@ -39,6 +39,7 @@ def convert(
     algorithm: str | None = None,
     rank: int | None = None,
     allow_lossy: bool = False,
+    prefix: str = "",
     overwrite: bool = False,
     dry_run: bool = False,
     hashes: bool = True,
@@ -50,7 +51,8 @@ def convert(
     ``to`` is "peft" (``out`` is a folder), "lycoris" or "kohya" (a file). ``layout`` overrules the
     source's detection; ``base`` gives the module list: a checkpoint, a folder, a Hub name, or
     sd15, sd2, sdxl, flux. ``algorithm`` "lora" changes LoHa, LoKr, HRA and DoRA into LoRA,
-    truncated to ``rank`` if given; what cannot be exact needs ``allow_lossy``. ``hashes`` False
+    truncated to ``rank`` if given; what cannot be exact needs ``allow_lossy``. ``prefix`` takes the
+    place of lora_unet or lycoris for a model that no bundled table has. ``hashes`` False
     leaves kohya's sshs hashes out, which take a second reading of the data. Nothing is written in
     a dry run, and nothing is left behind by a failure.
 
@@ -64,6 +66,7 @@ def convert(
     sources = [source] if isinstance(source, (str, os.PathLike)) else list(source)
     _check_paths(sources, Path(out), target, overwrite, dry_run)
     loaded = load_state(sources, base=base, layout=layout)
+    _set_prefix(loaded, prefix.rstrip("_"), target)
     return write_adapter(
         loaded,
         Path(out),
@@ -153,9 +156,30 @@ def _keep_apart(read: str | os.PathLike[str], out: Path, becomes_part: bool) -> 
         )
 
 
+def _set_prefix(loaded: Loaded, prefix: str, target: Format) -> None:
+    """The prefix of flat names: the caller's, or the source's own within its layout."""
+    if prefix and (target.name == "peft" or not prefix.isidentifier()):
+        raise LayoutError(
+            f"`{prefix}` cannot go before {target.title}'s names",
+            next="letters, digits and underscores, for --to kohya or --to lycoris",
+            code="bad-prefix",
+        )
+    if prefix and loaded.names is not None and loaded.names.model:
+        raise LayoutError(
+            f"{loaded.names.model}'s prefixes are those that its readers know",
+            where=loaded.state.where,
+            next="leave --prefix out",
+            code="bad-prefix",
+        )
+    kept = loaded.state.prefix if target.name == loaded.state.layout else ""
+    loaded.state = replace(loaded.state, prefix=prefix or kept)
+
+
 def _find_names(loaded: Loaded, target: Format) -> None:
     """Find the model of an adapter that came without a base, where the target's names need it."""
     if loaded.names is not None or target.name != "kohya":
+        return
+    if loaded.state.prefix:
         return
     found = kohya_component(loaded.state)
     if found is not None:

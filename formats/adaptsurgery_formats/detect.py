@@ -2,13 +2,14 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable
+from collections.abc import Collection
 
 from adaptsurgery_formats import FORMATS, Format
 from adaptsurgery_formats.errors import LayoutError
+from adaptsurgery_formats.lycoris_keys import SUFFIXES
 
 
-def detect(keys: Iterable[str], where: str) -> Format:
+def detect(keys: Collection[str], where: str) -> Format:
     """The layout that claims the keys.
 
     Raises LayoutError: "empty-adapter", "mixed-layouts" where two layouts each claim some,
@@ -34,6 +35,8 @@ def detect(keys: Iterable[str], where: str) -> Format:
         return FORMATS[next(iter(first))]
     if not stray:
         raise LayoutError("there are no tensors in it", where=where, code="empty-adapter")
+    if all(_is_flat(key) for key in keys):
+        return FORMATS["lycoris"]  # under a prefix of its own
     raise LayoutError(
         "no known adapter layout has such keys",
         where=where,
@@ -41,6 +44,12 @@ def detect(keys: Iterable[str], where: str) -> Format:
         next="known: " + "; ".join(f.title for f in FORMATS.values()) + _hint(stray),
         code="unknown-layout",
     )
+
+
+def _is_flat(key: str) -> bool:
+    """Whether a key is a flat name and one of LyCORIS's suffixes."""
+    name, _, suffix = key.partition(".")
+    return suffix in SUFFIXES and "_" in name
 
 
 def _hint(key: str) -> str:

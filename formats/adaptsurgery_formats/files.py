@@ -17,6 +17,7 @@ from adaptsurgery_formats.tensors import Tensor
 META_COMPONENT = "adaptsurgery.component"
 META_MODEL = "adaptsurgery.model"
 META_CONFIG = "adaptsurgery.adapter_config"
+META_PREFIX = "adaptsurgery.prefix"  # where it is not the layout's own
 META_ALPHA = "adaptsurgery.alpha"  # "BF16 0": the alphas' dtype and number of dimensions
 
 

@@ -21,7 +21,14 @@ from collections.abc import Sequence
 
 from adaptsurgery_formats import lycoris_keys
 from adaptsurgery_formats.errors import KeyRefused, LayoutError
-from adaptsurgery_formats.files import META_CONFIG, AdapterFile, Format, Step, carried_config
+from adaptsurgery_formats.files import (
+    META_CONFIG,
+    META_PREFIX,
+    AdapterFile,
+    Format,
+    Step,
+    carried_config,
+)
 from adaptsurgery_formats.metadata import describe_network
 from adaptsurgery_formats.names import Names, flatten
 from adaptsurgery_formats.state import AdapterState, ModuleState
@@ -46,16 +53,21 @@ def split_prefix(name: str) -> tuple[str, str]:
 def parse(files: Sequence[AdapterFile]) -> AdapterState:
     """One file's modules under their flat names; ``options["prefix"]`` keeps each one's prefix."""
     (file,) = files
+    metadata = dict(file.metadata)
+    own = metadata.pop(META_PREFIX, "")
     modules = []
     for module in lycoris_keys.parse_names(file.tensors, file.where):
+        if own and module.path.startswith(own + "_"):
+            modules.append(module.changed(path=module.path[len(own) + 1 :]))
+            continue
         if not claims(module.path):  # where the caller chose the layout
             raise KeyRefused(f"`{module.keys[0]}` has none of kohya's prefixes", where=file.where)
         prefix, flat = split_prefix(module.path)
         options = {**module.options, "prefix": prefix}
         modules.append(module.changed(path=flat, options=options))
-    metadata = dict(file.metadata)
     config = carried_config(metadata, file.where)
     state = AdapterState("kohya", modules, metadata=metadata, config=config, where=file.where)
+    state.prefix = own
     lycoris_keys.add_notes(state)
     return state
 
@@ -82,7 +94,10 @@ def spell(state: AdapterState, names: Names | None) -> list[AdapterFile]:
     tensors: dict[str, Tensor] = {}
     keep = state.layout == "kohya"
     for module in state.modules:
-        spelled = lycoris_keys.spell_module(module, flat_name(module, names), keep)
+        name = (
+            f"{state.prefix}_{flatten(module.path)}" if state.prefix else flat_name(module, names)
+        )
+        spelled = lycoris_keys.spell_module(module, name, keep)
         for key, tensor in spelled.items():
             if key in tensors:
                 raise LayoutError(
@@ -94,6 +109,8 @@ def spell(state: AdapterState, names: Names | None) -> list[AdapterFile]:
                 )
             tensors[key] = tensor
     metadata = describe_network(state, state.metadata)
+    if state.prefix:
+        metadata[META_PREFIX] = state.prefix
     if state.config:
         metadata[META_CONFIG] = json.dumps(state.config, sort_keys=True)
     return [AdapterFile(tensors, metadata)]

@@ -4,7 +4,8 @@
     lycoris_blocks_0_attn_q.lokr_w2_a     (b, r)
     lycoris_blocks_0_attn_q.alpha         ()
 
-- One prefix, then the module's path with its dots made underscores; one model a file.
+- One prefix, then the module's path with its dots made underscores; one model a file. The prefix
+  can be set in training (lora_prefix): another one is found by looking the names up in the base.
 - Scale and tensor suffixes: see ``lycoris_keys``.
 - No metadata of its own; a user's is kept. Ours names the component, which the keys do not.
 - Its own loader guesses LoKr's factor from shapes and fails on right files: see ``kronecker``.
@@ -21,6 +22,7 @@ from adaptsurgery_formats.files import (
     META_COMPONENT,
     META_CONFIG,
     META_MODEL,
+    META_PREFIX,
     AdapterFile,
     Format,
     Step,
@@ -44,17 +46,27 @@ def parse(files: Sequence[AdapterFile]) -> AdapterState:
     (file,) = files
     metadata = dict(file.metadata)
     component = metadata.pop(META_COMPONENT, "")
+    own = metadata.pop(META_PREFIX, "")
     model = metadata.pop(META_MODEL, "")
     config = carried_config(metadata, file.where)
     modules = [
-        m.changed(path=m.path.removeprefix(PREFIX), component=component)
+        _bare(m.changed(component=component), own)
         for m in lycoris_keys.parse_names(file.tensors, file.where)
     ]
     state = AdapterState(
         "lycoris", modules, metadata=metadata, config=config, model=model, where=file.where
     )
+    state.prefix = own
     lycoris_keys.add_notes(state)
     return state
+
+
+def _bare(module: ModuleState, own: str) -> ModuleState:
+    """The module under its name without the prefix; one that is not known is left to the look-up."""
+    for prefix in (f"{own}_", PREFIX) if own else (PREFIX,):
+        if module.path.startswith(prefix):
+            return module.changed(path=module.path.removeprefix(prefix))
+    return module.changed(options={**module.options, "any_prefix": True})
 
 
 def plan(state: AdapterState, names: Names | None) -> list[Step]:
@@ -73,7 +85,7 @@ def spell(state: AdapterState, names: Names | None) -> list[AdapterFile]:
     """One file with the prefix lycoris_."""
     tensors: dict[str, Tensor] = {}
     for module in state.modules:
-        name = PREFIX + flatten(module.path)
+        name = (f"{state.prefix}_" if state.prefix else PREFIX) + flatten(module.path)
         spelled = lycoris_keys.spell_module(module, name, keep=state.layout == "lycoris")
         if spelled.keys() & tensors.keys():
             raise LayoutError(
@@ -88,7 +100,7 @@ def spell(state: AdapterState, names: Names | None) -> list[AdapterFile]:
     if any(k.startswith("ss_") or k in HASH_KEYS for k in metadata):
         metadata = describe_network(state, metadata)
     component = state.components[0] if state.components else ""
-    extra = {META_COMPONENT: component, META_MODEL: state.model}
+    extra = {META_COMPONENT: component, META_MODEL: state.model, META_PREFIX: state.prefix}
     if state.config:
         extra[META_CONFIG] = json.dumps(state.config, sort_keys=True)
     return [AdapterFile(tensors, metadata | {k: v for k, v in extra.items() if v})]

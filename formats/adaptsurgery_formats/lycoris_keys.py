@@ -239,7 +239,9 @@ def _refusal(module: ModuleState) -> list[tuple[str, str, str]]:
     if module.algorithm in REFUSES:
         return [(f"no-{module.algorithm}", REFUSES[module.algorithm], "--as lora --base BASE")]
     if module.kind == "embedding":
-        return [("no-embedding", f"{HELD} for an embedding", "merge it into the base model instead")]
+        return [
+            ("no-embedding", f"{HELD} for an embedding", "merge it into the base model instead")
+        ]
     if "up_bias" in module.tensors:
         return [("no-lora-bias", f"{HELD} with a bias on lora_B", "merge it into the base instead")]
     if module.options.get("not_kronecker"):

@@ -30,10 +30,31 @@ def resolve(state: AdapterState, names: Names) -> AdapterState:
     Raises NameLookupError for a name that is unknown, ambiguous, or that two entries stand for,
     and ShapeError where the adapter does not fit the weight.
     """
-    modules = [_resolve_module(m, names, state.where) for m in state.modules]
+    modules = [_resolve_module(m, names, state.where) for m in _stripped(state.modules, names)]
     _refuse_twice(modules, state.where)
     saved = _resolve_saved(state, names, modules)
     return replace(state, modules=modules, saved=saved, model=names.model)
+
+
+def _stripped(modules: list[ModuleState], names: Names) -> list[ModuleState]:
+    """Modules whose prefix is not known, without the shortest one that leaves names of the model."""
+    strange = [m for m in modules if m.options.get("any_prefix")]
+    if not strange:
+        return modules
+    first = strange[0].path
+    for at in (i + 1 for i, letter in enumerate(first) if letter == "_"):
+        prefix = first[:at]
+        if not all(m.path.startswith(prefix) for m in strange):
+            break
+        bare = [m.changed(path=m.path.removeprefix(prefix), options={}) for m in strange]
+        if all(_places(m, names) for m in bare):
+            kept = {m.path: m.options for m in strange}
+            options = [
+                {k: v for k, v in kept[m.path].items() if k != "any_prefix"} for m in strange
+            ]
+            bare = [m.changed(options=o) for m, o in zip(bare, options)]
+            return [m for m in modules if not m.options.get("any_prefix")] + bare
+    return modules
 
 
 def identify(state: AdapterState) -> list[tuple[Names, AdapterState]]:

@@ -144,7 +144,7 @@ class AdapterState:
     ``saved`` holds parameters that the file replaces outright (PEFT's modules_to_save, biases,
     resized embeddings) by component and dotted parameter name. ``config`` is PEFT's
     adapter_config.json per component. ``model`` names the bundled model table that the names were
-    looked up in, or is empty.
+    looked up in, or is empty. ``prefix`` goes before flat names in the place of the layout's own.
     """
 
     layout: str
@@ -153,6 +153,7 @@ class AdapterState:
     metadata: dict[str, str] = field(default_factory=dict)
     config: dict[str, dict[str, Any]] = field(default_factory=dict)
     model: str = ""
+    prefix: str = ""  # of flat names, where it is not the layout's own
     notes: list[Note] = field(default_factory=list)
     where: str = ""
 

@@ -139,3 +139,14 @@ def test_alpha_follows_the_rank_of_an_exact_rewriting() -> None:
     loha = LoHa(*(torch.randn(*s) for s in ((6, 4), (4, 5), (6, 4), (4, 5))), scale=2 / 4)
     lora = loha.to_lora()
     assert math.isclose(lora.scale * lora.rank, 8.0)
+
+
+def test_hra_of_near_equal_pairs_is_a_lora_to_float32_rounding() -> None:
+    """A small rotation, as PEFT's paired initial value gives: the factors must not cancel."""
+    torch.manual_seed(0)
+    half = torch.randn(64, 4, dtype=torch.float64)
+    pairs = torch.stack([half, half + 1e-3 * torch.randn_like(half)], dim=2).flatten(1)
+    weight = torch.randn(48, 64, dtype=torch.float64)
+    delta = HRA(pairs).fold(weight) - weight
+    lora = HRA(pairs).to_lora(weight).cast(torch.float32).cast(torch.float64)
+    assert float((lora.dense() - delta).norm() / delta.norm()) < 2e-7

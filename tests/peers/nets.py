@@ -106,7 +106,7 @@ def save_base(model: nn.Module, path: Path) -> Path:
 
 def apart(a: Tensor, b: Tensor) -> float:
     """‖a − b‖/‖b‖."""
-    return float((a - b).norm() / b.norm())
+    return float(((a - b).norm() / b.norm()).detach())
 
 
 def _randomise(parameters: dict[str, nn.Parameter], dtype: torch.dtype, seed: int) -> None:

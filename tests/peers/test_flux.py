@@ -170,3 +170,26 @@ def test_a_tiny_flux_of_diffusers_loads_it(tmp_path: Path) -> None:
     assert len(landed) == 2 * len(given) // 3
     convert(tmp_path / "out", tmp_path / "k.safetensors", "kohya", base=tmp_path / "base")
     assert same(given, load_file(tmp_path / "k.safetensors"))
+
+
+@pytest.mark.parametrize("to", ["peft", "kohya", "lycoris"])
+def test_a_fused_lokr_that_cannot_be_cut(to: str, tmp_path: Path) -> None:
+    """b = 2304 rows do not divide q, k, v: refused by name, exact as LoRA, and verified so."""
+    fused, out = "lora_unet_double_blocks_0_img_attn_qkv", tmp_path / "out"
+    given = {
+        f"{fused}.lokr_w1": torch.rand(4, 4),
+        f"{fused}.lokr_w2_a": torch.rand(2304, 4),
+        f"{fused}.lokr_w2_b": torch.rand(4, 768),
+        f"{fused}.alpha": torch.tensor(1.0),
+    }
+    save_file(given, tmp_path / "in.safetensors")
+    if to == "peft":
+        with pytest.raises(SurgeryError) as refusal:
+            convert(tmp_path / "in.safetensors", out, to)
+        assert refusal.value.code == "fused-lokr"
+    else:
+        out = tmp_path / "out.safetensors"
+    report = convert(tmp_path / "in.safetensors", out, to, algorithm="lora")
+    assert report.max_error < 1e-6 and {r.change for r in report.rows} == {"rounded"}
+    verify(tmp_path / "in.safetensors", out)
+    verify(out, tmp_path / "in.safetensors")

@@ -213,6 +213,9 @@ def test_embeddings(dora: bool, tmp_path: Path) -> None:
     convert(tmp_path / "in", tmp_path / "out", "peft", base=base)
     assert tensors(tmp_path / "in") == tensors(tmp_path / "out")
     assert nets.apart(nets.peft_output(model, tmp_path / "out", x), wanted) < nets.TOLERANCE
+    full = {"algorithm": "lora", "rank": 12, "allow_lossy": True}
+    convert(tmp_path / "in", tmp_path / "plain", "peft", base=base, **full)
+    assert nets.apart(nets.peft_output(model, tmp_path / "plain", x), wanted) < nets.TOLERANCE
 
 
 @pytest.mark.parametrize(

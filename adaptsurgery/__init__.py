@@ -3,6 +3,7 @@
     import adaptsurgery
     adapter = adaptsurgery.load("style.safetensors")          # any layout, found by look-up
     adaptsurgery.convert("style.safetensors", "out", "peft")  # the same ΔW in another layout
+    adaptsurgery.merge("model/", ["style.safetensors"], "merged/")
 
 Importing this package is cheap: torch comes in with the first call that needs numbers.
 """
@@ -14,9 +15,14 @@ from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
     from adaptsurgery.jobs.adapter import Adapter, load
+    from adaptsurgery.jobs.combine import combine
     from adaptsurgery.jobs.convert import convert
+    from adaptsurgery.jobs.fold import fold, unfold
     from adaptsurgery.jobs.inspect import inspect
+    from adaptsurgery.jobs.merging.check import verify_merge
+    from adaptsurgery.jobs.merging.merge import merge, plan_merge, unmerge
     from adaptsurgery.jobs.report import Report
+    from adaptsurgery.jobs.resize import resize
     from adaptsurgery.jobs.verify import verify
     from adaptsurgery_formats.errors import SurgeryError
 
@@ -25,18 +31,34 @@ __all__ = [
     "Adapter",
     "Report",
     "SurgeryError",
+    "combine",
     "convert",
+    "fold",
     "inspect",
     "load",
+    "merge",
+    "plan_merge",
+    "resize",
+    "unfold",
+    "unmerge",
     "verify",
+    "verify_merge",
 ]
 
 # Public name → where it lives; submodules are attributes too.
 _HOMES = {
     "Adapter": "adaptsurgery.jobs.adapter",
     "load": "adaptsurgery.jobs.adapter",
+    "combine": "adaptsurgery.jobs.combine",
     "convert": "adaptsurgery.jobs.convert",
+    "fold": "adaptsurgery.jobs.fold",
+    "unfold": "adaptsurgery.jobs.fold",
     "inspect": "adaptsurgery.jobs.inspect",
+    "merge": "adaptsurgery.jobs.merging.merge",
+    "plan_merge": "adaptsurgery.jobs.merging.merge",
+    "unmerge": "adaptsurgery.jobs.merging.merge",
+    "verify_merge": "adaptsurgery.jobs.merging.check",
+    "resize": "adaptsurgery.jobs.resize",
     "verify": "adaptsurgery.jobs.verify",
     "Report": "adaptsurgery.jobs.report",
     "SurgeryError": "adaptsurgery_formats.errors",

@@ -138,7 +138,7 @@ class HRA(Rotation):
         return self if self.apply_gs else HRA(self.u.flip(1))
 
     def to_lora(self, weight: Tensor) -> LoRA:
-        """The LoRA of rank r that does to this canonical ``weight`` what R does: −(W·U·T)·Uᵀ.
+        """The LoRA of rank min(r, i·∏k) that does to this canonical ``weight`` what R does: −(W·U·T)·Uᵀ.
 
         With U = Q·S it is −(W·U·T·Sᵀ)·Qᵀ: near-equal pairs of columns, as PEFT starts them, nearly
         cancel in U·T·Uᵀ, and here they do so before anything is rounded to be stored. In float32 at

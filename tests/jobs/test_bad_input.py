@@ -640,7 +640,7 @@ def test_saving_an_adapter_over_its_own_file(desk: Desk) -> None:
     """Its tensors are read lazily: they would be of another file afterwards."""
     adapter = adaptsurgery.load(desk.file(pack(good())), desk.base)
     with pytest.raises(SurgeryError) as caught:
-        adapter.save(adapter.path, "lycoris", overwrite=True)
+        adapter.save(adapter.paths[0], "lycoris", overwrite=True)
     assert caught.value.code == "output-is-source"
 
 

@@ -15,6 +15,7 @@ from adaptsurgery.jobs.report import Report, Row
 from adaptsurgery.jobs.updates import base_weight, check_finite, update_of
 from adaptsurgery_formats import ModuleState
 from adaptsurgery_formats.errors import NameLookupError, SurgeryError
+from adaptsurgery_formats.names import Names
 from adaptsurgery_formats.tensors import same_bytes
 
 if TYPE_CHECKING:
@@ -94,14 +95,22 @@ def compare(a: Loaded, b: Loaded) -> Iterator[Row]:
             if place in other:
                 continue
             label, algorithm = modules[0].label, modules[0].algorithm
-            if all(map(_adds_nothing, modules)):
+            if _is_fused_part(modules[0], a.names) and all(map(_adds_nothing, modules)):
                 yield Row(label, algorithm, IDENTICAL, detail="adds nothing")
             else:
                 yield Row(label, algorithm, f"only in the {where}", 1.0)
 
 
+def _is_fused_part(module: ModuleState, names: Names | None) -> bool:
+    """Whether a module is one of several that the original repository stores as one."""
+    component = names.components.get(module.component) if names else None
+    if component is None or module.path not in component.native_of:
+        return False
+    return len({s.path for s in component.native[component.native_of[module.path]]}) > 1
+
+
 def _adds_nothing(module: ModuleState) -> bool:
-    """Whether ΔW is zero because a factor is: rows of a fused module that no part filled."""
+    """Whether ΔW is zero because a factor is, as in rows of a fused module that no part filled."""
     zeros = [not to_torch(t).any() for t in module.tensors.values()]
     if module.algorithm in ("lora", "loha", "lokr"):
         return any(zeros) and not {"magnitude", "up_bias"} & module.tensors.keys()

@@ -9,10 +9,11 @@ from adaptsurgery.checkpoint.bridge import from_torch, to_torch
 from adaptsurgery.checkpoint.finite import find_nonfinite
 from adaptsurgery.checkpoint.writer import non_finite_error
 from adaptsurgery.jobs.loading import Loaded
+from adaptsurgery.jobs.orientation import is_transposed, turned_by
 from adaptsurgery_formats import ModuleState, Tensor
 from adaptsurgery_formats.errors import InexactError, LayoutError, ValueRefused
 from adaptsurgery_formats.names import Component, Names
-from adaptsurgery_formats.state import ALPHA_OVER_R, SLOTS, UNSCALED, delta_shape, module_rank
+from adaptsurgery_formats.state import ALPHA_OVER_R, SLOTS, UNSCALED, module_rank
 from adaptsurgery_formats.tensors import concat_rows
 
 if TYPE_CHECKING:
@@ -26,17 +27,6 @@ def canonical_shape(module: ModuleState, names: Names | None) -> tuple[int, ...]
     component = names.components.get(module.component) if names else None
     shape = component.shape(module.path, module.naming) if component else None
     return shape[::-1] if shape is not None and is_transposed(module, shape) else shape
-
-
-def is_transposed(module: ModuleState, shape: tuple[int, ...]) -> bool:
-    """Whether a weight of this shape is stored (i, o): an embedding's, or one that fits only so."""
-    if len(shape) != 2 or module.algorithm == "norm":
-        return False
-    if module.algorithm == "hra":
-        return module.tensors["u"].shape[0] != shape[1]
-    if "diff" not in module.tensors and module.algorithm == "full":
-        return False
-    return module.kind == "embedding" or delta_shape(module) != shape
 
 
 def update_of(module: ModuleState, names: Names | None, where: str = "") -> Update:
@@ -120,12 +110,16 @@ def base_weight(loaded: Loaded, module: ModuleState) -> torch.Tensor:
         )
     component = loaded.names.components[module.component]
     home = module.component if module.component in loaded.base.parameters else ""
+    pieces_of = _pieces(module, component)
     pieces = [
         loaded.base.weight(home, name).rows(start, stop) if stop else loaded.base.weight(home, name)
-        for name, start, stop in _pieces(module, component)
+        for name, start, stop in pieces_of
     ]
     weight = to_torch(_joined(pieces))
-    return weight.t() if is_transposed(module, tuple(weight.shape)) else weight
+    name, parameters = pieces_of[0][0], loaded.base.parameters[home]
+    config = loaded.base.configs.get(home, {})
+    turned = turned_by(module, tuple(weight.shape), name, parameters, config)
+    return weight.t() if turned else weight
 
 
 def _joined(pieces: list[Tensor]) -> Tensor:

@@ -12,8 +12,8 @@ from typing import Any
 
 from adaptsurgery.checkpoint.base import Base, Located
 from adaptsurgery.jobs.merging.align import Aligned, Alignment, Lookup, best_alignments
-from adaptsurgery.jobs.merging.sites import Parameters, Piece, Site, bias_name, sites_of
-from adaptsurgery.jobs.updates import is_transposed
+from adaptsurgery.jobs.merging.sites import Piece, Site, bias_name, sites_of
+from adaptsurgery.jobs.orientation import turned_by
 from adaptsurgery_formats import AdapterState, ModuleState, Note
 from adaptsurgery_formats.errors import (
     InexactError,
@@ -533,45 +533,6 @@ def changes_weight(module: ModuleState) -> bool:
 
 def changes_bias(module: ModuleState) -> bool:
     return any(s in module.tensors for s in ("diff_b", "b_norm", "up_bias"))
-
-
-# transformers' models whose c_attn, c_proj, c_fc, q_attn are Conv1D: stored (in, out).
-_CONV1D_KINDS = ("gpt2", "imagegpt", "openai-gpt", "decision_transformer", "clvp")
-_CONV1D_NAMES = ("c_attn", "c_proj", "c_fc", "q_attn")
-
-
-def turned_by(
-    module: ModuleState,
-    shape: tuple[int, ...],
-    name: str,
-    parameters: Parameters,
-    config: Mapping[str, Any],
-) -> bool:
-    """Whether a weight of this stored shape is (i, o): by the shapes, and where it is square by
-    the model's class or by the layers beside it."""
-    if len(shape) != 2 or module.algorithm == "norm":
-        return False
-    if module.algorithm == "full":
-        return "diff" in module.tensors and module.tensors["diff"].shape != shape
-    if module.kind == "embedding" or shape[0] != shape[1]:
-        return is_transposed(module, shape)
-    stem, _, last = name.removesuffix(".weight").rpartition(".")
-    if last not in _CONV1D_NAMES:
-        return False
-    kind = str(config.get("model_type", ""))
-    if kind:
-        return kind in _CONV1D_KINDS
-    return _wide_beside(stem, parameters)
-
-
-def _wide_beside(stem: str, parameters: Parameters) -> bool:
-    """Whether c_attn or c_fc near a square weight, which widen, are stored (in, out)."""
-    block = stem.rpartition(".")[0]
-    for wide in (f"{stem}.c_attn", f"{stem}.c_fc", f"{block}.attn.c_attn", f"{block}.mlp.c_fc"):
-        at = parameters.get(f"{wide}.weight")
-        if at is not None and len(at.shape) == 2 and at.shape[0] != at.shape[1]:
-            return at.shape[1] > at.shape[0]
-    return False
 
 
 def _groups(state: AdapterState) -> dict[tuple[str, str], list[tuple[int, ModuleState]]]:

@@ -1,0 +1,67 @@
+"""Which way round a stored weight lies: (o, i), or (i, o) as transformers' Conv1D and embeddings."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from typing import Any, Protocol
+
+from adaptsurgery_formats import ModuleState
+from adaptsurgery_formats.state import delta_shape
+
+
+class _Shaped(Protocol):
+    @property
+    def shape(self) -> tuple[int, ...]: ...
+
+
+Parameters = Mapping[str, _Shaped]  # parameter name → what has its shape
+
+
+def is_transposed(module: ModuleState, shape: tuple[int, ...]) -> bool:
+    """Whether a weight of this shape is stored (i, o): an embedding's, or one that fits only so."""
+    if len(shape) != 2 or module.algorithm == "norm":
+        return False
+    if module.algorithm == "hra":
+        return module.tensors["u"].shape[0] != shape[1]
+    if "diff" not in module.tensors and module.algorithm == "full":
+        return False
+    return module.kind == "embedding" or delta_shape(module) != shape
+
+
+# transformers' models whose c_attn, c_proj, c_fc, q_attn are Conv1D: stored (in, out).
+_CONV1D_KINDS = ("gpt2", "imagegpt", "openai-gpt", "decision_transformer", "clvp")
+_CONV1D_NAMES = ("c_attn", "c_proj", "c_fc", "q_attn")
+
+
+def turned_by(
+    module: ModuleState,
+    shape: tuple[int, ...],
+    name: str,
+    parameters: Parameters,
+    config: Mapping[str, Any],
+) -> bool:
+    """Whether a weight of this stored shape is (i, o): by the shapes, and where it is square by
+    the model's class or by the layers beside it."""
+    if len(shape) != 2 or module.algorithm == "norm":
+        return False
+    if module.algorithm == "full":
+        return "diff" in module.tensors and module.tensors["diff"].shape != shape
+    if module.kind == "embedding" or shape[0] != shape[1]:
+        return is_transposed(module, shape)
+    stem, _, last = name.removesuffix(".weight").rpartition(".")
+    if last not in _CONV1D_NAMES:
+        return False
+    kind = str(config.get("model_type", ""))
+    if kind:
+        return kind in _CONV1D_KINDS
+    return _wide_beside(stem, parameters)
+
+
+def _wide_beside(stem: str, parameters: Parameters) -> bool:
+    """Whether c_attn or c_fc near a square weight, which widen, are stored (in, out)."""
+    block = stem.rpartition(".")[0]
+    for wide in (f"{stem}.c_attn", f"{stem}.c_fc", f"{block}.attn.c_attn", f"{block}.mlp.c_fc"):
+        at = parameters.get(f"{wide}.weight")
+        if at is not None and len(at.shape) == 2 and at.shape[0] != at.shape[1]:
+            return at.shape[1] > at.shape[0]
+    return False

@@ -48,9 +48,9 @@ def output(
         if directory:
             os.mkdir(temporary)
         yield temporary
-        _sync(temporary)
-        _put(temporary, target, overwrite)
-        _sync_folder(target.parent)
+        sync(temporary)
+        put(temporary, target, overwrite)
+        sync_folder(target.parent)
     except OSError as error:
         _remove(temporary)
         raise _said(error, temporary, target, needed) from error
@@ -206,7 +206,12 @@ def _matches(name: str, patterns: Collection[str]) -> bool:
     )
 
 
-def _put(temporary: Path, target: Path, overwrite: bool) -> None:
+def put(temporary: Path, target: Path, overwrite: bool) -> None:
+    """Rename a finished file or folder into place: in one step, or not at all.
+
+    Without ``overwrite`` FileExistsError where the target is there; with it an old folder is swapped
+    out and removed.
+    """
     if not overwrite:
         _rename_new(temporary, target)
     elif temporary.is_dir() and target.is_dir():
@@ -260,7 +265,7 @@ def _exchange(a: Path, b: Path) -> bool:
     return done == 0
 
 
-def _sync(path: Path) -> None:
+def sync(path: Path) -> None:
     """Force a file, or all that a folder holds, to disk."""
     if not path.is_dir():
         _sync_file(path)
@@ -269,7 +274,7 @@ def _sync(path: Path) -> None:
         for name in files:
             if not (Path(root) / name).is_symlink():
                 _sync_file(Path(root) / name)
-        _sync_folder(Path(root))
+        sync_folder(Path(root))
 
 
 def _sync_file(path: Path) -> None:
@@ -280,7 +285,8 @@ def _sync_file(path: Path) -> None:
         os.close(fd)
 
 
-def _sync_folder(path: Path) -> None:
+def sync_folder(path: Path) -> None:
+    """Force a folder's names to disk."""
     with suppress(OSError):  # some file systems cannot; the rename is done all the same
         _sync_file(path)
 

@@ -18,26 +18,33 @@ def run(jobs: Iterable[Callable[[Desk], object]], desk: Callable[[], Desk], work
 
     A worker calls its jobs with what ``desk`` made for it: its own scratch memory. Jobs are taken
     one at a time, so that a generator makes them as they are needed. The first error ends all work
-    and is raised here. Inside, torch computes on one thread a worker.
+    and is raised here; a return means that every job was done. Inside, torch computes on one thread
+    a worker.
     """
     line = _Line(iter(jobs))
     with _one_thread_each():
         if workers <= 1:
             line.work(desk)
         else:
-            threads = [threading.Thread(target=line.work, args=(desk,)) for _ in range(workers)]
-            try:
-                for thread in threads:
-                    thread.start()
-                for thread in threads:
-                    thread.join()
-            finally:  # Ctrl-C too ends the work before the files are closed
-                line.ended = True
-                for thread in threads:
-                    with suppress(RuntimeError):  # one that never started
-                        thread.join()
+            _in_threads(line, desk, workers)
     if line.errors:
         raise line.errors[0]
+    if not line.finished:
+        raise RuntimeError(f"a worker ended without a word; {line.done} of {line.taken} jobs done")
+
+
+def _in_threads(line: _Line[Desk], desk: Callable[[], Desk], workers: int) -> None:
+    threads = [threading.Thread(target=line.work, args=(desk,)) for _ in range(workers)]
+    try:
+        for thread in threads:
+            thread.start()
+        for thread in threads:
+            thread.join()
+    finally:  # Ctrl-C too ends the work before the files are closed
+        line.ended = True
+        for thread in threads:
+            with suppress(RuntimeError):  # one that never started
+                thread.join()
 
 
 class _Line(Generic[Desk]):
@@ -46,21 +53,32 @@ class _Line(Generic[Desk]):
     def __init__(self, jobs: Iterator[Callable[[Desk], object]]) -> None:
         self.jobs, self.lock = jobs, threading.Lock()
         self.errors: list[BaseException] = []
-        self.ended = False
+        self.taken = self.done = 0
+        self.empty = self.ended = False
+
+    @property
+    def finished(self) -> bool:
+        """Whether all jobs were taken, and all that were taken are done."""
+        return self.empty and self.done == self.taken
 
     def work(self, desk: Callable[[], Desk]) -> None:
-        _alone()
         try:
+            _alone()
             mine = desk()
-            while not self.ended:
-                with self.lock:
-                    job = None if self.ended else next(self.jobs, None)
-                if job is None:
-                    return
+            while (job := self._next()) is not None:
                 job(mine)
+                with self.lock:
+                    self.done += 1
         except BaseException as error:
             self.errors.append(error)
             self.ended = True
+
+    def _next(self) -> Callable[[Desk], object] | None:
+        with self.lock:
+            job = None if self.ended else next(self.jobs, None)
+            self.taken += job is not None
+            self.empty |= job is None and not self.ended
+            return job
 
 
 def _alone() -> None:

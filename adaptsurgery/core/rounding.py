@@ -5,23 +5,23 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-_HALVES = (torch.bfloat16, torch.float16)
-
 
 def round_into(target: Tensor, wide: Tensor) -> None:
     """Copy ``wide`` into ``target`` of the same shape, to the nearest number, ties to even.
 
-    torch rounds float64 to the 16-bit dtypes through float32, which is twice: about one number in
+    torch rounds float64 to the 16-bit dtypes (and float8) through float32, which is twice: about one number in
     10⁵ then ends on the wrong side. Here the way through float32 is rounded to odd, which leaves
     the last rounding all it needs (Boldo and Melquiond, IEEE Trans. Comput. 57, 2008).
     """
-    if wide.dtype == torch.float64 and target.dtype in _HALVES:
+    if wide.dtype == torch.float64 and target.dtype.itemsize < 4:
         wide = _odd_float32(wide)
     target.copy_(wide)
 
 
 def rounded(wide: Tensor, dtype: torch.dtype) -> Tensor:
-    """``wide`` in ``dtype``, rounded once."""
+    """``wide`` in ``dtype``, rounded once; itself where that is its own."""
+    if wide.dtype == dtype:
+        return wide
     target = torch.empty_like(wide, dtype=dtype)
     round_into(target, wide)
     return target

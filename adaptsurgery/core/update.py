@@ -22,6 +22,7 @@ from torch import Tensor
 
 from adaptsurgery.core.cost import Form, cheapest, folding
 from adaptsurgery.core.geometry import Layer
+from adaptsurgery.core.rounding import round_into, rounded
 from adaptsurgery_formats.errors import InexactError, ShapeError, ValueRefused
 
 U = TypeVar("U", bound="Update")
@@ -58,7 +59,7 @@ class Update(ABC):
         """
         wide = compute_dtype(weight, compute)
         with torch.no_grad():
-            return self.folded(weight.to(wide)).to(weight.dtype)
+            return rounded(self.folded(weight.to(wide)), weight.dtype)
 
     def unfold(self, weight: Tensor, *, compute: torch.dtype | None = None) -> Tensor:
         """W for a W': the inverse of ``fold``, up to the rounding of W's dtype."""
@@ -318,7 +319,7 @@ class Rotation(Update):
         """W·R or W·Rᵀ, a block of rows at a time."""
         self.check_fits(weight.shape)
         self.check_values()
-        wide = compute_dtype(weight, compute)
+        wide = compute_dtype(weight, compute, turned=True)
         with torch.no_grad():
             turn = self.turning(torch.empty(0, dtype=wide, device=weight.device), back)
         return by_rows(weight, wide, lambda block, start: turn(block))
@@ -372,7 +373,7 @@ class Renorm(Update):
     def fold(self, weight: Tensor, *, compute: torch.dtype | None = None) -> Tensor:
         wide = weight.to(compute_dtype(weight, compute))
         with torch.no_grad():
-            return self.renormed(self.inner.fold(wide)).to(weight.dtype)
+            return rounded(self.renormed(self.inner.fold(wide)), weight.dtype)
 
     def fold_bias(self, bias: Tensor | None, dtype: torch.dtype | None = None) -> Tensor | None:
         return self.inner.fold_bias(bias, dtype)
@@ -403,16 +404,16 @@ class Composition(Update):
         return wide.to(weight.dtype)
 
     def fold(self, weight: Tensor, *, compute: torch.dtype | None = None) -> Tensor:
-        out = weight.to(compute_dtype(weight, compute))
+        out = weight.to(compute_dtype(weight, compute, turned=bool(self.rotations)))
         for update in self._in_order():
             out = update.fold(out)
-        return out.to(weight.dtype)
+        return rounded(out, weight.dtype)
 
     def unfold(self, weight: Tensor, *, compute: torch.dtype | None = None) -> Tensor:
-        out = weight.to(compute_dtype(weight, compute))
+        out = weight.to(compute_dtype(weight, compute, turned=bool(self.rotations)))
         for update in reversed(self._in_order()):
             out = update.unfold(out)
-        return out.to(weight.dtype)
+        return rounded(out, weight.dtype)
 
     def fold_bias(self, bias: Tensor | None, dtype: torch.dtype | None = None) -> Tensor | None:
         for delta in self.additive:
@@ -487,7 +488,9 @@ def only_whole(update: U, weight: float) -> U:
     )
 
 
-def compute_dtype(weight: Tensor, compute: torch.dtype | None = None) -> torch.dtype:
+def compute_dtype(
+    weight: Tensor, compute: torch.dtype | None = None, *, turned: bool = False
+) -> torch.dtype:
     """What a weight is folded in: float32 at least. ValueRefused for a weight that is not floating."""
     if not weight.is_floating_point():
         raise ValueRefused(
@@ -495,7 +498,19 @@ def compute_dtype(weight: Tensor, compute: torch.dtype | None = None) -> torch.d
             next="dequantise it first",
             code="not-floating",
         )
-    least = torch.float64 if weight.dtype == torch.float64 else torch.float32
+    return wide_for(weight.dtype, compute, turned=turned)
+
+
+def wide_for(
+    stored: torch.dtype, compute: torch.dtype | None = None, *, turned: bool = False
+) -> torch.dtype:
+    """What numbers stored so are computed in: float32, or ``compute`` where that is wider.
+
+    float64 for float64, and for float16 that is ``turned``: a rotation sums over a whole row, and
+    with float32's 13 spare bits 3e-4 of the elements would be rounded to the wrong side.
+    """
+    double = stored == torch.float64 or (turned and stored == torch.float16)
+    least = torch.float64 if double else torch.float32
     return least if compute is None else torch.promote_types(compute, least)
 
 
@@ -518,7 +533,7 @@ def by_rows(weight: Tensor, wide: torch.dtype, change: Callable[[Tensor, int], T
         part = weight[start : start + step]
         block = buffer[: part.shape[0]]
         block.view(part.shape).copy_(part)
-        out[start : start + step].copy_(change(block, start).view(part.shape))
+        round_into(out[start : start + step], change(block, start).view(part.shape))
     return out
 
 

@@ -390,11 +390,9 @@ def _bare(module: ModuleState) -> ModuleState:
 def _as_they_are(terms: Sequence[_Term]) -> bool:
     """Whether a layer's terms are one adapter's, at weight 1: each algorithm once."""
     algorithms = [t.module.algorithm for t in terms]
-    low_and_dense = sum(_moves_weight(t.module) for t in terms)
+    moving = sum(_moves_weight(t.module) for t in terms)
     return (
-        len(set(algorithms)) == len(terms)
-        and low_and_dense <= 1
-        and all(t.weight == 1.0 for t in terms)
+        len(set(algorithms)) == len(terms) and moving <= 1 and all(t.weight == 1.0 for t in terms)
     )
 
 
@@ -502,22 +500,18 @@ def _of_one_hra_form(modules: list[ModuleState]) -> list[ModuleState]:
 
 
 def _padded(module: ModuleState, rank: int) -> ModuleState:
+    import torch
+
     from adaptsurgery.algorithms import HRA
 
     u = to_torch(module.tensors["u"])
     if module.options.get("apply_gs"):
         u = HRA(u.double(), True).reflections()
     last = u[:, -1:].expand(-1, rank - u.shape[1])
-    wide = stored(_torch_cat([u, last]).double(), [module.tensors["u"]])
+    wide = stored(torch.cat([u, last], dim=1).double(), [module.tensors["u"]])
     return replace(
         module, tensors={"u": wide}, rank=rank, options={**module.options, "apply_gs": False}
     )
-
-
-def _torch_cat(columns: list[torch.Tensor]) -> torch.Tensor:
-    import torch
-
-    return torch.cat(columns, dim=1)
 
 
 def _rotated_apart(chain: Sequence[ModuleState], result: ModuleState) -> float:

@@ -68,8 +68,8 @@ def load_state(
     groups = [read_files(place) for place in places]
     if len(groups) > 1:
         _name_components(groups)
-    state = _joined([_parse(files, layout) for files in groups])
-    _check_values(state)
+    state = _joined([parse_files(files, layout) for files in groups])
+    check_values(state)
     loaded = Loaded(state, places, files=[f for files in groups for f in files])
     if base is not None:
         loaded.names, loaded.base = names_of(base)
@@ -237,7 +237,11 @@ def _no_constant(name: str) -> float:
     raise ValueError(f"{name} is no JSON number")
 
 
-def _parse(files: list[AdapterFile], layout: str | None) -> AdapterState:
+def parse_files(files: list[AdapterFile], layout: str | None = None) -> AdapterState:
+    """The state that an adapter's files hold, in ``layout`` or the one that they are in.
+
+    Names stay as the files have them. Raises LayoutError where there is no such layout, or several.
+    """
     formats = {detect(f.tensors, f.where).name for f in files} if layout is None else {layout}
     if len(formats) > 1:
         raise LayoutError(
@@ -281,7 +285,7 @@ def format_named(name: str) -> Format:
     return FORMATS[name]
 
 
-def _check_values(state: AdapterState) -> None:
+def check_values(state: AdapterState) -> None:
     """Refuse what no adapter tensor may be: other dtypes than floats, and empty tensors."""
     for module in state.modules:
         for slot, tensor in module.tensors.items():

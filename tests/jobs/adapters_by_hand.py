@@ -12,9 +12,8 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
-from corpus import CONFIG, SHAPES, Raw, bfloat16, lokr, pack, unpack
+from corpus import CONFIG, SHAPES, Raw, bfloat16, loha_core, lokr, lora, pack, tucker, unpack, write
 from corpus import loha as loha_slots
-from corpus import loha_core, lora, tucker, write
 from plain_delta import changes
 
 Array = np.ndarray[Any, Any]
@@ -78,7 +77,10 @@ class ByHand:
                 "target_modules": sorted(self.paths), "decompose_factor": 2,
                 "lora_alpha" if self.algorithm == "lora" else "alpha": self.alpha, **self.extra,
             }  # fmt: skip
-            files = {CONFIG: json.dumps(config).encode(), "adapter_model.safetensors": pack(tensors)}
+            files = {
+                CONFIG: json.dumps(config).encode(),
+                "adapter_model.safetensors": pack(tensors),
+            }
             return write(files, folder)
         path = folder / "adapter.safetensors"
         path.write_bytes(pack(tensors))
@@ -93,7 +95,8 @@ class ByHand:
         name = PREFIX.get(self.layout, PEFT_PREFIX) + (path if dotted else path.replace(".", "_"))
         slots = self.slots(path)
         tensors = {
-            f"{name}.{spelled(s, self.algorithm, family)}": self._stored(t) for s, t in slots.items()
+            f"{name}.{spelled(s, self.algorithm, family)}": self._stored(t)
+            for s, t in slots.items()
         }
         if self.layout != "peft" and self.algorithm != "full":
             tensors[f"{name}.alpha"] = np.float32(self.alpha)

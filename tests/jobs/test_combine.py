@@ -64,7 +64,9 @@ def test_the_sum_law(base: Path, parts: list[tuple[ByHand, float]], to: str) -> 
             assert not out.exists()
             assert error.code in {"no-full", "zero-sum"}, error
             if error.code == "zero-sum":
-                assert all(np.allclose(c, 0, atol=1e-12) for c in weighted_sum(live(sources)).values())
+                assert all(
+                    np.allclose(c, 0, atol=1e-12) for c in weighted_sum(live(sources)).values()
+                )
             return
         wanted = weighted_sum(live(sources))
         found = changes(out)
@@ -116,7 +118,10 @@ def test_an_unknown_model_needs_no_base_in_its_own_layout(tmp_path: Path) -> Non
     report = combine([a, f"{b}=0.5"], tmp_path / "out.safetensors")
     written = tensors_of(tmp_path / "out.safetensors")
     assert len(report.rows) == 4 and report.max_error <= 1e-7
-    assert written["lora_te1_blk_0_fc_a.lora_down.weight"] == more["lora_te1_blk_0_fc_a.lora_down.weight"]
+    assert (
+        written["lora_te1_blk_0_fc_a.lora_down.weight"]
+        == more["lora_te1_blk_0_fc_a.lora_down.weight"]
+    )
     with pytest.raises(SurgeryError, match="base-needed"):
         combine([a, b], tmp_path / "peft", to="peft")
 
@@ -309,7 +314,10 @@ def test_replaced_parameters(tmp_path: Path, base: Path) -> None:
 def test_shapes_of_another_model(tmp_path: Path) -> None:
     a = kohya(tmp_path, "a", seed=1)
     name = "lora_unet_blk_0_fc_a"
-    other = {f"{name}.lora_up.weight": np.ones((7, 2), "f4"), f"{name}.lora_down.weight": np.ones((2, 8), "f4")}
+    other = {
+        f"{name}.lora_up.weight": np.ones((7, 2), "f4"),
+        f"{name}.lora_down.weight": np.ones((2, 8), "f4"),
+    }
     (tmp_path / "b.safetensors").write_bytes(pack(other))
     with pytest.raises(SurgeryError, match="bad-shape"):
         combine([a, tmp_path / "b.safetensors"], tmp_path / "out.safetensors")
@@ -343,7 +351,10 @@ def test_fused_and_split_names_meet(tmp_path: Path) -> None:
     combine([tmp_path / "one.safetensors", (tmp_path / "two.safetensors", 0.5)], out)
     up, down = (
         np.frombuffer(t.data, "<f4").reshape(t.shape).astype("f8")
-        for t in (tensors_of(out)[f"lora_unet_double_blocks_0_img_attn_qkv.lora_{s}.weight"] for s in ("up", "down"))
+        for t in (
+            tensors_of(out)[f"lora_unet_double_blocks_0_img_attn_qkv.lora_{s}.weight"]
+            for s in ("up", "down")
+        )
     )
     assert up.shape == (3 * h, 3)
     x = random.standard_normal(h)
@@ -352,5 +363,12 @@ def test_fused_and_split_names_meet(tmp_path: Path) -> None:
     for at, n in ((0, "q"), (2, "v")):
         f = split[f"transformer_blocks.0.attn.to_{n}"]
         y[at * h : (at + 1) * h] += 0.5 * f[0] @ (f[1] @ x)
-    scale = float(np.frombuffer(tensors_of(out)["lora_unet_double_blocks_0_img_attn_qkv.alpha"].data, "<f4")[0]) / 3
+    scale = (
+        float(
+            np.frombuffer(
+                tensors_of(out)["lora_unet_double_blocks_0_img_attn_qkv.alpha"].data, "<f4"
+            )[0]
+        )
+        / 3
+    )
     assert np.allclose(scale * up @ (down @ x), y, rtol=1e-5, atol=1e-4)

@@ -7,7 +7,7 @@ from collections.abc import Iterable, Sequence
 from pathlib import Path
 
 from adaptsurgery.checkpoint.hub import resolve
-from adaptsurgery.jobs.loading import _check_values, _parse, read_files
+from adaptsurgery.jobs.loading import check_values, parse_files, read_files
 from adaptsurgery.jobs.merging.match import Matched
 from adaptsurgery.jobs.merging.plan import AdapterInput, adapter_input
 from adaptsurgery_formats import AdapterState, Note
@@ -18,8 +18,8 @@ Named = str | os.PathLike[str] | tuple[str | os.PathLike[str], float]
 
 def parse_adapter(path: Path, layout: str | None = None) -> AdapterState:
     """The state of the adapter at a local path, under the names that its files use."""
-    state = _parse(read_files(path), layout)
-    _check_values(state)
+    state = parse_files(read_files(path), layout)
+    check_values(state)
     return state
 
 

@@ -308,12 +308,12 @@ def _finish(plan: MergePlan, place: _Place, out: Path, overwrite: bool) -> tuple
         if plan.folder:
             _complete(plan, content)
             _write_json(content / MANIFEST, manifest_of(plan, norms))
-            atomic._sync(content)
-            atomic._put(content, out, overwrite)
+            atomic.sync(content)
+            atomic.put(content, out, overwrite)
         else:
-            atomic._put(place.shard(0), out, overwrite)
+            atomic.put(place.shard(0), out, overwrite)
             _replace_json(manifest_path(out, False), manifest_of(plan, norms))
-        atomic._sync_folder(out.parent)
+        atomic.sync_folder(out.parent)
         shutil.rmtree(place.root, ignore_errors=True)
     return True, norms
 

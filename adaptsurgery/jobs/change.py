@@ -14,10 +14,10 @@ from typing import TYPE_CHECKING
 from adaptsurgery.checkpoint.bridge import to_torch
 from adaptsurgery.jobs.loading import Loaded
 from adaptsurgery.jobs.steps import stored
-from adaptsurgery.jobs.updates import base_weight, update_of
+from adaptsurgery.jobs.updates import base_weight, canonical_shape, update_of
 from adaptsurgery_formats import AdapterState, ModuleState
 from adaptsurgery_formats.errors import InexactError, LayoutError
-from adaptsurgery_formats.state import ALPHA_OVER_R, UNSCALED
+from adaptsurgery_formats.state import ALPHA_OVER_R, UNSCALED, kernel_of
 
 if TYPE_CHECKING:
     from adaptsurgery.algorithms import DoRA, Full, LoHa, LoKr, LoRA
@@ -48,7 +48,25 @@ def as_lora(
             errors[module.component, module.path] = error
     if errors and not allow_lossy:
         raise _lossy(errors, len(modules), loaded.state.where)
+    _note_kernels(loaded)
     return replace(loaded.state, modules=modules)
+
+
+def _note_kernels(loaded: Loaded) -> None:
+    """Say where flat factors were taken for a Linear's because no base shows the weight's shape."""
+    unknown = [
+        m.label
+        for m in loaded.state.modules
+        if m.algorithm in ("loha", "lokr")
+        and kernel_of(m) is None
+        and canonical_shape(m, loaded.names) is None
+    ]
+    if unknown:
+        loaded.state.note(
+            "kernel-unknown",
+            f"{unknown[0]} and {len(unknown) - 1} more" if unknown[1:] else unknown[0],
+            "written as a Linear's LoRA; --base MODEL if it is a convolution's",
+        )
 
 
 def _lossy(errors: dict[tuple[str, str], float], count: int, where: str) -> InexactError:

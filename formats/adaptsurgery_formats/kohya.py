@@ -121,6 +121,7 @@ def flat_name(module: ModuleState, names: Names | None) -> str:
     component = names.components.get(module.component) if names else None
     prefix = component.kohya_prefixes[0] if component else DEFAULT_PREFIX
     own = module.options.get("prefix", prefix)
+    own = own if claims(f"{own}_x") else prefix  # ComfyUI's prefixes are no concern of kohya's
     if component is None or not component.name or own in component.kohya_prefixes:
         # OneTrainer's lora_transformer goes with diffusers' names alone
         prefix = prefix if own == "lora_transformer" and module.naming == "native" else own

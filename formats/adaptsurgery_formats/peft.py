@@ -46,6 +46,7 @@ from adaptsurgery_formats.files import (
     Step,
 )
 from adaptsurgery_formats.kronecker import peft_decompose_factor, peft_factorization
+from adaptsurgery_formats.metadata import HASH_KEYS
 from adaptsurgery_formats.names import Component, Names
 from adaptsurgery_formats.patterns import Matcher
 from adaptsurgery_formats.state import (
@@ -58,7 +59,7 @@ from adaptsurgery_formats.state import (
     magnitude_axis,
     module_rank,
 )
-from adaptsurgery_formats.tensors import Tensor
+from adaptsurgery_formats.tensors import Literal, Tensor
 
 PREFIX = "base_model.model."
 # suffix → (algorithm, slot)
@@ -483,20 +484,32 @@ def _spell_component(name: str, state: AdapterState, names: Names | None) -> Ada
     modules = list(state.of(name))
     component = names.components.get(name) if names else None
     tensors: dict[str, Tensor] = {}
+    biased = any("up_bias" in m.tensors for m in modules)
     for module in modules:
         path = component.called(module.path) if component else module.path
+        module = _with_bias(module) if biased else module
         for suffix, tensor in _spell_module(module):
             tensors[f"{PREFIX}{path}.{suffix}"] = tensor
     saved = state.saved.get(name, {})
     tensors |= {PREFIX + key: tensor for key, tensor in saved.items()}
     template = state.config.get(name) or (state.config.get("") if len(state.config) == 1 else None)
     config = _config(modules, component, names, template, state.where)
-    metadata = {"format": "pt", **state.metadata}
+    kept = {k: v for k, v in state.metadata.items() if k not in HASH_KEYS}  # of another file
+    metadata = {"format": "pt", **kept}
     known = {META_COMPONENT: name, META_MODEL: state.model}
     known[META_ALPHA] = lycoris_keys.alpha_kind(modules)
     metadata |= {k: v for k, v in known.items() if v}
     folder = name if len(state.components) > 1 else ""
     return AdapterFile(tensors, metadata, config, folder)
+
+
+def _with_bias(module: ModuleState) -> ModuleState:
+    """lora_bias holds for all modules: one without a bias on lora_B gets zeros."""
+    up = module.tensors["up"]
+    if "up_bias" in module.tensors:
+        return module
+    zeros = Literal(bytes(up.nbytes // up.numel * up.shape[0]))
+    return module.with_tensors(up_bias=Tensor(up.dtype, (up.shape[0],), (zeros,)))
 
 
 def _spell_module(module: ModuleState) -> list[tuple[str, Tensor]]:

@@ -197,7 +197,10 @@ def write_config(wanted: Wanted, template: Mapping[str, Any] | None, where: str)
         if _agrees(template, wanted, where):
             return dict(template)
     else:
+        trained = (template or {}).get("bias", "none")
         template = {k: v for k, v in (template or {}).items() if k in _COMMON}
+        if trained != "none" and "bias" in FIELDS[algorithm]:
+            template["bias"] = "all"  # biases that were trained beside the adapter are in the file
     config = {**FIELDS[algorithm], **template, "peft_type": peft_type, **wanted.flags}
     config["target_modules"] = _targets(wanted)
     config |= {"exclude_modules": None, "layers_to_transform": None, "layers_pattern": None}

@@ -82,10 +82,12 @@ def to_native(modules: Sequence[ModuleState], component: Component) -> list[Modu
     """
     if not component.native:
         return list(modules)
-    groups: dict[str, dict[str, ModuleState]] = {}
+    # A layer may have a low-rank part and a bias's difference: each is put together by itself.
+    groups: dict[tuple[str, bool], dict[str, ModuleState]] = {}
     for module in modules:
         fused = module.naming == "native"
-        parts = groups.setdefault(module.path if fused else _native_path(component, module), {})
+        path = module.path if fused else _native_path(component, module)
+        parts = groups.setdefault((path, module.tensors.keys() == {"diff_b"}), {})
         if module.path in parts or (parts and fused) or "" in parts:
             raise LayoutError(
                 f"`{module.label}` is adapted twice",
@@ -95,7 +97,7 @@ def to_native(modules: Sequence[ModuleState], component: Component) -> list[Modu
         parts["" if fused else module.path] = module
     return [
         parts[""] if "" in parts else _fused(path, parts, component)
-        for path, parts in groups.items()
+        for (path, _), parts in groups.items()
     ]
 
 

@@ -23,6 +23,8 @@ from adaptsurgery.core.cost import Form, price
 from adaptsurgery.core.geometry import Layer
 from adaptsurgery.core.update import Delta
 
+HALF = 64 * 1024  # numbers of each half of Δ that are built at a time
+
 
 @dataclass(frozen=True, eq=False)
 class LoHa(Delta):
@@ -84,8 +86,15 @@ class LoHa(Delta):
         return (flat.w1_a @ flat.w1_b) * (flat.w2_a @ flat.w2_b)
 
     def add_rows_(self, block: Tensor, start: int, stop: int, factor: float) -> None:
-        first = self.w1_a[start:stop] @ self.w1_b
-        block.addcmul_(first, self.w2_a[start:stop] @ self.w2_b, value=factor)
+        """Some rows at a time: both halves of Δ stay in cache, in memory that is used again."""
+        step = max(1, min(HALF // max(block.shape[1], 1), stop - start))
+        halves = block.new_empty((2, step, block.shape[1]))
+        for at in range(start, stop, step):
+            rows = slice(at, min(at + step, stop))
+            first, second = halves[:, : rows.stop - at]
+            torch.mm(self.w1_a[rows], self.w1_b, out=first)
+            torch.mm(self.w2_a[rows], self.w2_b, out=second)
+            block[at - start : rows.stop - start].addcmul_(first, second, value=factor)
 
     def transposed(self) -> LoHa:
         flat = self.flat()

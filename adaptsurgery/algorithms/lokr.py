@@ -133,22 +133,20 @@ class LoKr(Delta):
         return kron(self.outer(), self.inner())
 
     def add_rows_(self, block: Tensor, start: int, stop: int, factor: float) -> None:
+        """One broadcast product for all whole rows of w1, one for each that is cut."""
         w1, w2 = self.w1, self.w2
         assert w1 is not None and w2 is not None
-        b, columns = w2.shape
-        first, last = start // b, -(-stop // b)
-        if start % b == 0 and stop % b == 0:
-            view = block.view(last - first, b, w1.shape[1], columns)
-            view.addcmul_(w1[first:last, None, :, None], w2[:, None, :], value=factor)
-            return
-        if last - first == 1:
-            inner = w2[start % b : start % b + stop - start, None, :]
-            block.view(-1, w1.shape[1], columns).addcmul_(w1[first, :, None], inner, value=factor)
-            return
-        row = torch.arange(start, stop, device=block.device)
-        left = w1[row // w2.shape[0]][:, :, None]
-        right = w2[row % w2.shape[0]][:, None, :]
-        block.view(-1, w1.shape[1], w2.shape[1]).addcmul_(left, right, value=factor)
+        (b, columns), c = w2.shape, w1.shape[1]
+        at = start
+        while at < stop:
+            row, within = divmod(at, b)
+            count = (stop - at) // b if not within else 0  # rows of w1 that are all here
+            end = at + count * b if count else min(stop, at - within + b)
+            inner = w2 if count else w2[within : within + end - at]
+            view = block[at - start : end - start].view(-1, len(inner), c, columns)
+            outer = w1[row : row + len(view), None, :, None]
+            view.addcmul_(outer, inner[:, None, :], value=factor)
+            at = end
 
     def transposed(self) -> LoKr:
         w1, w2 = self.outer().t().contiguous(), self.inner().t().contiguous()

@@ -220,8 +220,7 @@ class _Change:
     def __init__(self, plan: _Plan, key: str, entry: Entry, at: int) -> None:
         self.plan, self.key, self.at = plan, key, at
         self.stored, self.out = torch_dtype(entry.tensor.dtype), torch_dtype(entry.out.dtype)
-        self.compute = torch_dtype("F64" if "F64" in (plan.compute, entry.tensor.dtype) else "F32")
-        self.edit = entry.edit(self.compute) if entry.edit else None
+        self.edit, self.compute = self._edit(entry)
         shape = entry.tensor.shape or (1,)
         self.rows, self.columns = shape[0], math.prod(shape[1:])
         if self.edit is not None:
@@ -229,6 +228,17 @@ class _Change:
         self.tensor = entry.tensor.reshape(self.rows, self.columns)
         self.piece = max(1, PIECE // (self.columns * max(self.stored.itemsize, self.out.itemsize)))
         self.step = self.edit.unit if self.edit and self.edit.whole else self.piece
+
+    def _edit(self, entry: Entry) -> tuple[BlockEdit | None, torch.dtype]:
+        """The edit, if there is one, and the dtype that numbers pass through."""
+        from adaptsurgery.core.blocks import edit_for
+        from adaptsurgery.core.update import wide_for
+
+        asked = torch_dtype(self.plan.compute)
+        if entry.edit is None:
+            return None, wide_for(self.stored, asked)
+        edit = edit_for(entry.edit, self.stored, self.out, asked)
+        return edit, edit.compute
 
     def job(self, start: int, stop: int) -> Job:
         work = self._together if self.edit and self.edit.whole else self._apart
@@ -264,7 +274,8 @@ class _Change:
         for a, b in pieces:
             block, norms = wide[a - start : b - start], self._norms()
             if norms is not None:
-                norms.measure(self._read(desk, a, b), block)
+                few = min(b, a + self.edit.stride)
+                norms.measure(self._read(desk, a, few), block[: few - a], block.numel())
             target = desk.numbers("out", b - a, self.columns, self.out)
             settle(block, target, True, a)
             self._write(target, a, norms)

@@ -67,12 +67,13 @@ class _Commands(click.Group):
 @click.version_option(__version__, message="%(prog)s %(version)s")
 @click.pass_context
 def group(ctx: click.Context) -> None:
-    """Surgery on model adapters: LoRA, LoHa, LoKr and HRA, exactly or not at all.
+    """Surgery on adapters and checkpoints: LoRA, LoHa, LoKr and HRA, exactly or not at all.
 
     \b
     adaptsurgery inspect style.safetensors
     adaptsurgery convert style.safetensors --to peft -o style/
     adaptsurgery verify style.safetensors style/
+    adaptsurgery merge model/ style.safetensors=0.8 -o merged/
     """
     if ctx.invoked_subcommand is None:
         click.echo(ctx.get_help())

@@ -24,7 +24,7 @@ import torch
 from torch import Tensor
 
 from adaptsurgery.core.rounding import round_into
-from adaptsurgery.core.update import Delta, Renorm, Rotation, Update, compose, parts_of
+from adaptsurgery.core.update import Delta, Renorm, Rotation, Update, compose, parts_of, wide_for
 from adaptsurgery_formats.errors import InexactError, ShapeError, ValueRefused
 
 HALF = 65504.0**2  # a float16 is at most this, squared
@@ -80,11 +80,21 @@ class BlockEdit:
     """What a list of places does to a stored tensor seen as ``rows`` × ``columns``.
 
     ``unit`` is the number of rows that have to come together: 1 where every row changes by itself,
-    all rows (of an expert) where not. ``edit_of`` builds it.
+    all rows (of an expert) where not. ``compute`` is the dtype of the blocks, ``turns`` says whether
+    a rotation is among the updates. ``edit_of`` builds it.
     """
 
-    def __init__(self, rows: int, columns: int, unit: int, steps: Sequence[Step]) -> None:
+    def __init__(
+        self,
+        rows: int,
+        columns: int,
+        unit: int,
+        steps: Sequence[Step],
+        compute: torch.dtype,
+        turns: bool,
+    ) -> None:
         self.rows, self.columns, self.unit = rows, columns, unit
+        self.compute, self.turns = compute, turns
         self.steps = tuple(steps)
         self.stride = stride_of(columns)
 
@@ -97,11 +107,13 @@ class BlockEdit:
     def apply(self, block: Tensor, start: int = 0) -> None:
         """Change rows [start, start + n) of the tensor, given as ``block`` (n, columns), in place.
 
-        The block has the dtype that the edit was built for. ``start`` and n are multiples of
-        ``unit``. A large block is gone through in pieces that stay in cache.
+        The block has the dtype ``compute``. ``start`` and n are multiples of ``unit``. A single
+        step takes the block as it is; several go through it in pieces that stay in cache.
         """
         steps = self.between(start, start + block.shape[0])
-        if any(step.whole for step in steps):
+        if len(steps) == 1:
+            run_steps(steps, (block,), start)
+        elif any(step.whole for step in steps):
             for step in steps:
                 pieces = (block,) if step.whole else torch.split(block, self.stride)
                 run_steps([step], pieces, start)
@@ -160,7 +172,25 @@ def edit_of(
     renewed = [ready.renorm(place, u) for place, u in found if isinstance(u, Renorm)]
     steps = [*added, *reversed(turned)] if inverse else [*turned, *added, *renewed]
     unit = rows // shape[0] if stacked else rows
-    return BlockEdit(rows, columns, unit if any(s.whole for s in steps) else 1, steps)
+    unit = unit if any(s.whole for s in steps) else 1
+    return BlockEdit(rows, columns, unit, steps, compute, bool(turned))
+
+
+def edit_for(
+    build: Callable[[torch.dtype], BlockEdit],
+    source: torch.dtype,
+    target: torch.dtype,
+    compute: torch.dtype,
+) -> BlockEdit:
+    """The edit that ``build`` makes for a dtype, in the one that ``core.update.wide_for`` wants.
+
+    ``source`` and ``target`` are what the tensor is stored in before and after, and ``compute`` is
+    what was asked for, at least.
+    """
+    wide = torch.promote_types(wide_for(source, compute), wide_for(target))
+    edit = build(wide)
+    needed = wide_for(target, wide, turned=edit.turns)
+    return edit if needed == wide else build(needed)
 
 
 def check_places(
@@ -332,29 +362,38 @@ class _Building:
 
 @dataclass
 class Norms:
-    """Squared norms, summed piece by piece: of W, of W', and of W' − W before it is rounded."""
+    """The norms of W, of W', and of W' − W before it is rounded, from blocks spread over a tensor.
 
-    before: float = 0.0
+    Measuring a number costs as much as changing it, so that a block (of ``BLOCK`` numbers) of every
+    piece is measured, and stands for the piece. A tensor of one block is measured whole.
+    """
+
+    before: float = 0.0  # squares, of the numbers measured
     after: float = 0.0
     change: float = 0.0
+    measured: int = 0
+    numbers: int = 0
 
     def __iadd__(self, other: Norms) -> Norms:
-        self.before += other.before
-        self.after += other.after
-        self.change += other.change
+        for name, value in vars(other).items():
+            setattr(self, name, getattr(self, name) + value)
         return self
 
-    def measure(self, before: Tensor, after: Tensor) -> None:
-        """Add a piece of W and the same piece of W', in the compute dtype."""
-        change = (after - before).flatten()
-        wide, new = before.to(after.dtype).flatten(), after.flatten()
-        self.before += float(wide.dot(wide))
+    def measure(self, before: Tensor, after: Tensor, numbers: int) -> None:
+        """Add a block of W and the same block of W', standing for ``numbers`` numbers."""
+        change, new = (after - before).flatten(), after.flatten()
+        old = before.to(after.dtype).flatten()
+        self.before += float(old.dot(old))
         self.after += float(new.dot(new))
         self.change += float(change.dot(change))
+        self.measured += new.numel()
+        self.numbers += numbers
 
     def as_dict(self) -> dict[str, float]:
-        """The norms themselves."""
-        return {name: math.sqrt(square) for name, square in vars(self).items()}
+        """The norms themselves, of all numbers."""
+        share = self.numbers / max(self.measured, 1)
+        squares = {"before": self.before, "after": self.after, "change": self.change}
+        return {name: math.sqrt(square * share) for name, square in squares.items()}
 
 
 @torch.no_grad()
@@ -370,7 +409,7 @@ def change_rows(
 
     For edits that are not ``whole``; None only rounds. Both may be the same memory. ``scratch``
     (at least ``edit.stride``, columns) has the compute dtype, and what it holds stays in cache.
-    Raises ValueRefused "non-finite".
+    ``norms`` gets the first block. Raises ValueRefused "non-finite".
     """
     stop = start + source.shape[0]
     steps = [] if edit is None else edit.between(start, stop)
@@ -380,7 +419,8 @@ def change_rows(
         block.copy_(part)
         run_steps(steps, (block,), start)
         if norms is not None:
-            norms.measure(part, block)
+            norms.measure(part, block, source.numel())
+            norms = None
         settle(block, here, edit is not None, start)
         start += stride
 

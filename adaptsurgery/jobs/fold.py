@@ -7,6 +7,7 @@ the first number changes.
 
 from __future__ import annotations
 
+import math
 import os
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field, fields, is_dataclass
@@ -19,7 +20,15 @@ from torch import Tensor, nn
 from adaptsurgery.algorithms.full import Difference, Norm
 from adaptsurgery.checkpoint.bridge import to_torch
 from adaptsurgery.checkpoint.pool import about, run
-from adaptsurgery.core.blocks import BlockEdit, Place, change_rows, check_places, edit_of, settle
+from adaptsurgery.core.blocks import (
+    BlockEdit,
+    Place,
+    change_rows,
+    check_places,
+    edit_for,
+    edit_of,
+    settle,
+)
 from adaptsurgery.core.geometry import Layer
 from adaptsurgery.core.update import Delta, Renorm, Update, parts_of
 from adaptsurgery.jobs.adapter import Adapter, load
@@ -36,7 +45,7 @@ from adaptsurgery_formats.errors import (
 Adapters = Adapter | Mapping[str, Update] | str | os.PathLike[str]
 Weighted = Adapters | Sequence[Adapters | tuple[Adapters, float]]
 Job = Callable[[object], None]
-PIECE = 1 << 20  # numbers changed in one job
+PIECE = 1 << 21  # numbers changed in one job
 _FLOATING = (torch.float64, torch.float32, torch.bfloat16, torch.float16)
 
 
@@ -250,15 +259,21 @@ class _Work:
         """One job a piece of a tensor."""
         for site in self.sites.values():
             stored = site.stored
-            wide = torch.promote_types(self.compute, stored.dtype)
-            edit = edit_of(site.places, site.shape, wide, stored.device, inverse=self.inverse)
+            with about(site.name):
+                edit = self._edit(site, stored)
             if not stored.is_contiguous():
-                yield partial(_as_copy, site.name, edit, stored, wide)
+                yield partial(_as_copy, site.name, edit, stored)
                 continue
             matrix = stored.view(edit.rows, edit.columns)
             step = edit.unit if edit.whole else max(1, PIECE // max(edit.columns, 1))
             for start in range(0, edit.rows, step):
-                yield partial(_in_place, site.name, edit, matrix[start : start + step], start, wide)
+                yield partial(_in_place, site.name, edit, matrix[start : start + step], start)
+
+    def _edit(self, site: _Site, stored: Tensor) -> BlockEdit:
+        build = partial(
+            edit_of, site.places, site.shape, device=stored.device, inverse=self.inverse
+        )
+        return edit_for(lambda wide: build(compute=wide), stored.dtype, stored.dtype, self.compute)
 
     def replace_saved(self) -> None:
         for name, tensor in self.saved:
@@ -267,26 +282,24 @@ class _Work:
             self.report.rows.append(Row(name, "saved", "replaced"))
 
 
-def _in_place(
-    name: str, edit: BlockEdit, rows: Tensor, start: int, wide: torch.dtype, _: object
-) -> None:
+def _in_place(name: str, edit: BlockEdit, rows: Tensor, start: int, _: object) -> None:
     with about(name):
-        if rows.dtype == wide:
+        if rows.dtype == edit.compute:
             edit.apply(rows, start)
         elif edit.whole:
-            changed = rows.to(wide)
+            changed = rows.to(edit.compute)
             edit.apply(changed, start)
             settle(changed, rows, True, start)
         else:
             stride = min(rows.shape[0], edit.stride)
-            scratch = torch.empty((stride, edit.columns), dtype=wide, device=rows.device)
+            scratch = torch.empty((stride, edit.columns), dtype=edit.compute, device=rows.device)
             change_rows(edit, rows, rows, start, scratch)
 
 
-def _as_copy(name: str, edit: BlockEdit, stored: Tensor, wide: torch.dtype, _: object) -> None:
+def _as_copy(name: str, edit: BlockEdit, stored: Tensor, _: object) -> None:
     """A weight whose rows do not follow one another (channels last)."""
     with about(name):
-        changed = stored.to(wide).contiguous().view(edit.rows, edit.columns)
+        changed = stored.to(edit.compute).contiguous().view(edit.rows, edit.columns)
         edit.apply(changed)
         out = torch.empty(changed.shape, dtype=stored.dtype, device=stored.device)
         settle(changed, out, True)
@@ -329,7 +342,7 @@ def _check_stored(stored: Tensor, shape: tuple[int, ...]) -> None:
 def _check_finite(part: Update) -> None:
     delta = part.inner if isinstance(part, Renorm) else part
     for tensor in delta.tensors().values() if isinstance(delta, Delta) else ():
-        if not bool(tensor.isfinite().all()):
+        if not math.isfinite(float(tensor.sum())) and not bool(tensor.isfinite().all()):
             raise ValueRefused(f"its {delta.name} is not finite", code="non-finite")
 
 

@@ -23,6 +23,7 @@ from adaptsurgery_formats.errors import (
     ValueRefused,
     nearest,
 )
+from adaptsurgery_formats.files import META_PREFIX
 from adaptsurgery_formats.names import TABLES, Names, names_of_base, table
 from adaptsurgery_formats.resolve import require_resolved, resolve, resolve_by_tables
 from adaptsurgery_formats.tensors import FLOAT_DTYPES, Tensor
@@ -242,7 +243,11 @@ def parse_files(files: list[AdapterFile], layout: str | None = None) -> AdapterS
 
     Names stay as the files have them. Raises LayoutError where there is no such layout, or several.
     """
-    formats = {detect(f.tensors, f.where).name for f in files} if layout is None else {layout}
+    formats = (
+        {detect(f.tensors, f.where, f.metadata.get(META_PREFIX, "")).name for f in files}
+        if layout is None
+        else {layout}
+    )
     if len(formats) > 1:
         raise LayoutError(
             f"the folder's files are in different layouts: {', '.join(sorted(formats))}",

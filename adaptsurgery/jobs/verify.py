@@ -27,6 +27,7 @@ if TYPE_CHECKING:
 
 IDENTICAL, ROUNDED, LOSSY = "identical", "rounded", "lossy"
 SAME = (IDENTICAL, ROUNDED)
+_ROUNDING = 2.0**-48  # of ‖W‖: float64's, over the sums of a few thousand terms
 _BLOCK = 1 << 22  # numbers of ΔW held at a time
 
 
@@ -164,7 +165,7 @@ def distance(mine: list[ModuleState], theirs: list[ModuleState], a: Loaded, b: L
         for side, loaded in ((mine[0], a), (theirs[0], b)):
             check_finite(side, loaded.state.where)
         return _lora_distance(mine[0], theirs[0])
-    (first, size), (second, other) = _change(mine, a), _change(theirs, b)
+    (first, size, noise), (second, other, more) = _change(mine, a), _change(theirs, b)
     if size != other:
         return math.inf
     step = max(1, _BLOCK // max(1, size[1]))
@@ -176,9 +177,9 @@ def distance(mine: list[ModuleState], theirs: list[ModuleState], a: Loaded, b: L
         total += float(block.square().sum())
     difference, norm = _bias_distance(mine, theirs, a, b)
     apart, total = apart + difference, total + norm
-    if not total:
-        return 0.0 if not apart else math.inf
-    return math.sqrt(apart / total)
+    if math.sqrt(apart) <= noise + more:
+        return 0.0
+    return math.sqrt(apart / total) if total else math.inf
 
 
 def _is_flat_lora(module: ModuleState) -> bool:
@@ -213,14 +214,18 @@ def _product_norm(up: torch.Tensor, down: torch.Tensor) -> float:
     return float((left @ right.t()).norm())
 
 
-def _change(modules: list[ModuleState], loaded: Loaded) -> tuple[Rows, tuple[int, int]]:
-    """What the modules add to a weight as a matrix (o, i·∏k), by blocks of rows, and its size."""
+def _change(modules: list[ModuleState], loaded: Loaded) -> tuple[Rows, tuple[int, int], float]:
+    """What the modules add to a weight as a matrix (o, i·∏k), by blocks of rows, and its size.
+
+    Also how much of it may be float64's rounding: W' − W of a rotation is no better than W itself,
+    and an HRA that starts as the identity is all rounding.
+    """
     import torch
 
     from adaptsurgery.core.update import Delta, Update
 
     blocks: list[Rows] = []
-    size = (0, 0)
+    size, noise = (0, 0), 0.0
     for module in modules:
         update: Update = update_of(module, loaded.names, loaded.state.where)
         if isinstance(update, Delta):
@@ -229,13 +234,14 @@ def _change(modules: list[ModuleState], loaded: Loaded) -> tuple[Rows, tuple[int
             continue
         weight = base_weight(loaded, module).double()
         moved = (update.fold(weight) - weight).flatten(1)
+        noise += _ROUNDING * float(weight.norm())
         blocks.append(lambda start, stop, moved=moved: moved[start:stop])  # type: ignore[misc]
         size = (moved.shape[0], moved.shape[1])
 
     def rows(start: int, stop: int) -> torch.Tensor:
         return torch.stack([block(start, stop) for block in blocks]).sum(0)
 
-    return rows, size
+    return rows, size, noise
 
 
 def _delta_rows(update: Delta) -> Rows:

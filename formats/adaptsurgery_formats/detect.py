@@ -6,11 +6,10 @@ from collections.abc import Collection
 
 from adaptsurgery_formats import FORMATS, Format
 from adaptsurgery_formats.errors import LayoutError
-from adaptsurgery_formats.lycoris_keys import SUFFIXES
 
 
-def detect(keys: Collection[str], where: str) -> Format:
-    """The layout that claims the keys.
+def detect(keys: Collection[str], where: str, prefix: str = "") -> Format:
+    """The layout that claims the keys; ``prefix`` is what the metadata say goes before flat names.
 
     Raises LayoutError: "empty-adapter", "mixed-layouts" where two layouts each claim some,
     "unknown-layout" where none claims any. Keys that no layout claims are left to its parser.
@@ -33,10 +32,10 @@ def detect(keys: Collection[str], where: str) -> Format:
         )
     if first:
         return FORMATS[next(iter(first))]
+    if prefix and all(key.startswith(f"{prefix}_") for key in keys):
+        return FORMATS["lycoris"]
     if not stray:
         raise LayoutError("there are no tensors in it", where=where, code="empty-adapter")
-    if all(_is_flat(key) for key in keys):
-        return FORMATS["lycoris"]  # under a prefix of its own
     raise LayoutError(
         "no known adapter layout has such keys",
         where=where,
@@ -46,13 +45,9 @@ def detect(keys: Collection[str], where: str) -> Format:
     )
 
 
-def _is_flat(key: str) -> bool:
-    """Whether a key is a flat name and one of LyCORIS's suffixes."""
-    name, _, suffix = key.partition(".")
-    return suffix in SUFFIXES and "_" in name
-
-
 def _hint(key: str) -> str:
+    if "_" in key.partition(".")[0]:
+        return ". LyCORIS's names under another prefix: --from lycoris --base MODEL"
     if key.endswith((".weight", ".bias")) and "lora" not in key:
         return ". This looks like a model's own checkpoint, not an adapter"
     return ""

@@ -36,6 +36,7 @@ from adaptsurgery_formats.state import (
     ModuleState,
     check_complete,
     check_shapes,
+    delta_shape,
     module_rank,
 )
 from adaptsurgery_formats.tensors import FLOAT_DTYPES, Tensor, scalar
@@ -121,10 +122,24 @@ def parse_group(
         )  # fmt: skip
     owner = low_rank[0] if low_rank else next(iter(by_algorithm))
     keys = tuple(f"{name}.{s}" for s in tensors)
-    return [
+    modules = [
         _module(name, algorithm, slots, shared if algorithm == owner else {}, keys, where)
         for algorithm, slots in by_algorithm.items()
     ]
+    _check_together(modules, where)
+    return modules
+
+
+def _check_together(modules: list[ModuleState], where: str) -> None:
+    """Raise ShapeError unless what stands for one layer is for a weight of one shape."""
+    sizes = {delta_shape(m) for m in modules if m.tensors.keys() != {"diff_b"}}
+    outputs = {delta_shape(m)[0] for m in modules}
+    if len(sizes) > 1 or len(outputs) > 1:
+        raise ShapeError(
+            f"`{modules[0].path}` has parts for weights of different shapes",
+            where=where,
+            seen=", ".join(f"{m.algorithm} {delta_shape(m)}" for m in modules),
+        )
 
 
 def _module(

@@ -38,22 +38,16 @@ def resolve(state: AdapterState, names: Names) -> AdapterState:
 
 def _stripped(modules: list[ModuleState], names: Names) -> list[ModuleState]:
     """Modules whose prefix is not known, without the shortest one that leaves names of the model."""
-    strange = [m for m in modules if m.options.get("any_prefix")]
-    if not strange:
+    if not all(m.options.get("any_prefix") for m in modules):
         return modules
-    first = strange[0].path
+    first = modules[0].path
     for at in (i + 1 for i, letter in enumerate(first) if letter == "_"):
         prefix = first[:at]
-        if not all(m.path.startswith(prefix) for m in strange):
+        if not all(m.path.startswith(prefix) for m in modules):
             break
-        bare = [m.changed(path=m.path.removeprefix(prefix), options={}) for m in strange]
+        bare = [m.changed(path=m.path.removeprefix(prefix)) for m in modules]
         if all(_places(m, names) for m in bare):
-            kept = {m.path: m.options for m in strange}
-            options = [
-                {k: v for k, v in kept[m.path].items() if k != "any_prefix"} for m in strange
-            ]
-            bare = [m.changed(options=o) for m, o in zip(bare, options)]
-            return [m for m in modules if not m.options.get("any_prefix")] + bare
+            return bare
     return modules
 
 

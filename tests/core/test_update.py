@@ -14,6 +14,7 @@ from torch import Tensor
 
 from adaptsurgery.algorithms import HRA, DoRA, LoRA, build
 from adaptsurgery.core.cost import Form
+from adaptsurgery.core.rounding import rounded
 from adaptsurgery.core.update import Composition, compose
 from adaptsurgery_formats.errors import InexactError, ShapeError, ValueRefused
 
@@ -101,6 +102,21 @@ def test_a_composition_rounds_once() -> None:
     step = LoRA(torch.full((2, 1), 0.0015), torch.ones(1, 2))
     assert torch.equal(step.fold(weight), weight)
     assert not torch.equal(compose([step] * 3).fold(weight), weight)
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16], ids=str)
+def test_a_fold_in_float64_is_rounded_once(dtype: torch.dtype) -> None:
+    """Through float32 about one number in 10⁵ would end on the wrong side."""
+    torch.manual_seed(0)
+    weight = torch.randn(512, 512).to(dtype)
+    lora, hra = LoRA(torch.randn(512, 2), torch.randn(2, 512), scale=0.01), HRA(torch.randn(512, 2))
+    for update in (lora, hra, DoRA(lora, torch.rand(512, 1)), compose([hra, lora])):
+        seen = update.fold(weight, compute=torch.float64)
+        assert torch.equal(seen, rounded(update.fold(weight.double()), dtype))
+    just_above_half = torch.tensor([[2.0**-8 + 2.0**-40]]).double()
+    one = torch.ones(1, 1, dtype=torch.bfloat16)
+    full = build("full", {"diff": just_above_half})
+    assert float(full.fold(one, compute=torch.float64)) == 1.0 + 2.0**-7
 
 
 def test_rotations_keep_their_order() -> None:

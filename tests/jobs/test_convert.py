@@ -59,7 +59,10 @@ def test_a_prefix_of_its_own_goes_out_and_comes_back(
 
 def test_a_foreign_prefix_is_found_by_look_up(base: Path, tmp_path: Path) -> None:
     save_file(_lora("some_net_blocks_1_fc_b", 6, 5), tmp_path / "x.safetensors")
-    adapter = adaptsurgery.load(tmp_path / "x.safetensors", base=base)
+    with pytest.raises(LayoutError) as error:
+        adaptsurgery.load(tmp_path / "x.safetensors", base=base)
+    assert error.value.code == "unknown-layout" and "--from lycoris" in error.value.next
+    adapter = adaptsurgery.load(tmp_path / "x.safetensors", base=base, layout="lycoris")
     assert list(adapter) == ["blocks.1.fc_b"]
 
 

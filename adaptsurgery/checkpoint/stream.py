@@ -95,7 +95,7 @@ def write_stream(
         run(jobs, _Desk, workers)
         if sync:
             target.sync()
-    return plan.norms
+    return plan.norms()
 
 
 def _check(key: str, entry: Entry) -> None:
@@ -143,7 +143,15 @@ class _Plan:
     def __init__(self, target: _Target, sources: _Sources, compute: str, measured: bool) -> None:
         self.target, self.sources = target, sources
         self.compute, self.measured = compute, measured
-        self.norms: dict[str, Norms] = {}
+        self.pieces: list[tuple[int, str, Norms]] = []
+
+    def norms(self) -> dict[str, Norms]:
+        """The norms of every tensor, summed in the order of its bytes: the same in every run."""
+        found: dict[str, Norms] = {}
+        for _, key, norms in sorted(self.pieces, key=lambda piece: piece[0]):
+            sums = found.setdefault(key, type(norms)())
+            sums += norms
+        return found
 
     def jobs(self, entries: Mapping[str, Entry], at: int) -> Iterator[Job]:
         """One job a piece; adjacent bytes that only move are one run, whoever they belong to."""
@@ -311,9 +319,7 @@ class _Change:
         data = memoryview(target.reshape(-1).view(torch.uint8).numpy())  # type: ignore[arg-type]
         self.plan.target.write(data, self.at + start * row)
         if norms is not None:
-            with self.plan.target.lock:
-                sums = self.plan.norms.setdefault(self.key, type(norms)())
-                sums += norms
+            self.plan.pieces.append((self.at + start * row, self.key, norms))
 
 
 def _lent(part: Part) -> Buffer:

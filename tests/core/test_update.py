@@ -113,7 +113,7 @@ def test_a_fold_in_float64_is_rounded_once(dtype: torch.dtype) -> None:
     for update in (lora, hra, DoRA(lora, torch.rand(512, 1)), compose([hra, lora])):
         seen = update.fold(weight, compute=torch.float64)
         assert torch.equal(seen, rounded(update.fold(weight.double()), dtype))
-    just_above_half = torch.tensor([[2.0**-8 + 2.0**-40]]).double()
+    just_above_half = torch.tensor([[2.0**-8 + 2.0**-40]], dtype=torch.float64)
     one = torch.ones(1, 1, dtype=torch.bfloat16)
     full = build("full", {"diff": just_above_half})
     assert float(full.fold(one, compute=torch.float64)) == 1.0 + 2.0**-7

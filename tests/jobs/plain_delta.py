@@ -179,6 +179,8 @@ def _parts(
     elif "magnitude" in slots:
         parts[f"{flat}:magnitude"] = slots["magnitude"].reshape(-1, 1)
     bias = scale * slots["up_bias"] if "up_bias" in slots else slots.get("diff_b", np.zeros(0))
+    if not np.any(bias):
+        bias = np.zeros(0)  # a bias of zeros and none at all do the same
     parts[flat] = np.concatenate([np.ravel(total), bias]).reshape(-1, 1)
     for name in ("w_norm", "b_norm"):
         parts |= {f"{flat}:{name}": slots[name].reshape(-1, 1)} if name in slots else {}

@@ -7,9 +7,12 @@ Beside OUT, while the work goes on::
         norms/       ‖W‖ and ‖W' − W‖ of each finished shard's tensors
         locks/       one per shard: several processes may work on one plan
         work/        shards that are being written
+        landing.json what is about to become OUT, by its inode
 
 The name follows from the plan, so that the next run of the same work finds what a killed one has
-done. Nothing below OUT's own name changes before the last step, a rename.
+done. Nothing below OUT's own name changes before the last step, a rename. A run that is killed right
+after it has OUT's inode noted: the next one knows its own output, and that ``files`` now holds what
+OUT was before.
 """
 
 from __future__ import annotations
@@ -52,6 +55,8 @@ def check_plan(plan: MergePlan, out: Path, *, overwrite: bool, needed: bool = Fa
     Raises FileError: what ``atomic.check_output`` raises, ``output-is-base``, ``input-changed``.
     """
     _check_apart(plan, out)
+    if _Place(plan, out).landed(out):
+        return
     atomic.check_output(
         out,
         overwrite=overwrite,
@@ -85,7 +90,10 @@ def run_plan(
     index, count = part
     try:
         with place.tidy(alone=count == 1):
-            place.make()
+            place.make(out)
+            if place.landed(out):
+                with place.lock("finish"):
+                    return True, _close(plan, place, out)
             for number in range(index, len(plan.jobs), count):
                 runner.job(number)
             return _finish(plan, place, out, overwrite)
@@ -122,10 +130,33 @@ class _Place:
         self.plan = plan
         self.root = out.parent / f".adaptsurgery-{plan.digest[:16]}.partial"
         self.files = self.root / "files"
+        self.landing = self.root / "landing.json"
+        self.content = self.files if plan.folder else self.shard(0)
 
-    def make(self) -> None:
+    def make(self, out: Path) -> None:
+        """The folders; empty where ``files`` is left of a run that had come to its end."""
+        if self.landing.exists() and not self.landed(out) and not self._noted(self.content):
+            shutil.rmtree(self.root, ignore_errors=True)
         for name in ("files", "norms", "locks", "work"):
             (self.root / name).mkdir(parents=True, exist_ok=True)
+
+    def land(self, out: Path, overwrite: bool) -> None:
+        """Note what becomes the output, and rename it."""
+        told = os.stat(self.content)
+        _replace_json(self.landing, {"device": told.st_dev, "inode": told.st_ino})
+        atomic.put(self.content, out, overwrite)
+
+    def landed(self, out: Path) -> bool:
+        """Whether the output is this plan's own, put there by a run that was killed right after."""
+        return self._noted(out)
+
+    def _noted(self, path: Path) -> bool:
+        try:
+            noted = json.loads(self.landing.read_text("utf-8"))
+            told = os.lstat(path)
+        except (OSError, ValueError):
+            return False
+        return bool(noted == {"device": told.st_dev, "inode": told.st_ino})
 
     def shard(self, number: int) -> Path:
         return self.files / (self.plan.jobs[number].name or "output.safetensors")
@@ -304,18 +335,24 @@ def _finish(plan: MergePlan, place: _Place, out: Path, overwrite: bool) -> tuple
             return False, norms
         _check_inputs(plan)
         _check_sizes(plan, place)
-        content = place.files
         if plan.folder:
-            _complete(plan, content)
-            _write_json(content / MANIFEST, manifest_of(plan, norms))
-            atomic.sync(content)
-            atomic.put(content, out, overwrite)
-        else:
-            atomic.put(place.shard(0), out, overwrite)
-            _replace_json(manifest_path(out, False), manifest_of(plan, norms))
-        atomic.sync_folder(out.parent)
-        shutil.rmtree(place.root, ignore_errors=True)
-    return True, norms
+            _complete(plan, place.files)
+            _write_json(place.files / MANIFEST, manifest_of(plan, norms))
+            atomic.sync(place.files)
+        else:  # so that a file never stands beside another one's manifest
+            manifest_path(out, False).unlink(missing_ok=True)
+        place.land(out, overwrite)
+        return True, _close(plan, place, out)
+
+
+def _close(plan: MergePlan, place: _Place, out: Path) -> Norms:
+    """What comes after the rename: a file's manifest, and the partial output removed."""
+    norms = _all_norms(plan, place)
+    if not plan.folder:
+        _replace_json(manifest_path(out, False), manifest_of(plan, norms))
+    atomic.sync_folder(out.parent)
+    shutil.rmtree(place.root, ignore_errors=True)
+    return norms
 
 
 def _all_norms(plan: MergePlan, place: _Place) -> Norms:

@@ -282,8 +282,7 @@ class _Change:
         for a, b in pieces:
             block, norms = wide[a - start : b - start], self._norms()
             if norms is not None:
-                few = min(b, a + self.edit.stride)
-                norms.measure(self._read(desk, a, few), block[: few - a], block.numel())
+                norms.measure(self._read(desk, a, b), block, block.numel())
             target = desk.numbers("out", b - a, self.columns, self.out)
             settle(block, target, True, a)
             self._write(target, a, norms)

@@ -67,7 +67,7 @@ _COMMON = (
         help="Cut the work into N parts; the last one done completes OUT.",
     ),
     click.option(
-        "--norms/--no-norms", default=True, help="Record each layer's norms (a third more work)."
+        "--norms/--no-norms", default=True, help="Record each layer's norms in the manifest."
     ),
     click.option("-q", "--quiet", is_flag=True, help="Print nothing but errors."),
 )  # fmt: skip

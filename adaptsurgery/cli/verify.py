@@ -15,33 +15,73 @@ if TYPE_CHECKING:
 
 @click.command()
 @click.argument("first", metavar="A")
-@click.argument("second", metavar="B")
+@click.argument("second", metavar="[B]", required=False)
 @click.option(
     "--base",
     metavar="BASE",
     help="The model that both are for: a safetensors file, a folder, a Hub name, or sd15, sd2, "
     "sdxl, flux. With weights, it also lets HRA and DoRA be held against other algorithms.",
 )
+@click.option(
+    "--adapter",
+    "adapters",
+    multiple=True,
+    metavar="ADAPTER[=WEIGHT]",
+    help="A is a checkpoint, merged from --base and this; once for each adapter, in merge's order.",
+)
+@click.option("--inverse", is_flag=True, help="With --adapter: A was unmerged from --base.")
+@click.option("--allow-unmatched", is_flag=True, help="With --adapter: as merge was given it.")
 @output.json_option
-def command(first: str, second: str, base: str | None, as_json: bool) -> None:
-    """Tell whether adapters A and B are the same update.
+def command(
+    first: str,
+    second: str | None,
+    base: str | None,
+    adapters: tuple[str, ...],
+    inverse: bool,
+    allow_unmatched: bool,
+    as_json: bool,
+) -> None:
+    """Tell whether adapters A and B are the same update, or what a checkpoint A was merged from.
 
     \b
     adaptsurgery verify style.safetensors style/
     adaptsurgery verify loha.safetensors lora/ --base sdxl --json
+    adaptsurgery verify merged/ --base model/ --adapter style.safetensors=0.8
 
-    They may be in different layouts. Every module's ΔW is compared; exit code 1 where they differ by more than rounding.
+    Adapters may be in different layouts; every module's ΔW is compared. Of a merged checkpoint every
+    tensor is, with what base and adapters give in float64. Exit code 1 where anything differs by more
+    than rounding.
     """
+    _check_usage(second, base, adapters, inverse or allow_unmatched)
     from adaptsurgery.jobs.verify import VerificationError, verify
 
     try:
-        report = verify(first, second, base=base)
+        if second is not None:
+            report = verify(first, second, base=base)
+        else:
+            from adaptsurgery.jobs.merging.check import verify_merge
+
+            report = verify_merge(
+                first, base or "", adapters, allow_unmatched=allow_unmatched, inverse=inverse
+            )
     except VerificationError as error:
         if error.report is None:
             raise
         _tell(error.report, error, as_json)
         raise click.exceptions.Exit(1) from None
     _tell(report, None, as_json)
+
+
+def _check_usage(
+    second: str | None, base: str | None, adapters: tuple[str, ...], of_merge: bool
+) -> None:
+    """Two adapters, or a checkpoint with its base and adapters."""
+    if second is None and not adapters:
+        raise click.UsageError("B is missing: another adapter, or --base and --adapter for a merge")
+    if second is not None and (adapters or of_merge):
+        raise click.UsageError("B is for adapters; a merged checkpoint has --base and --adapter")
+    if adapters and base is None:
+        raise click.UsageError("--adapter needs --base, the checkpoint that A was merged from")
 
 
 def _tell(report: Report, error: SurgeryError | None, as_json: bool) -> None:

@@ -29,6 +29,7 @@ from adaptsurgery_formats.errors import InexactError, ShapeError, ValueRefused
 
 HALF = 65504.0**2  # a float16 is at most this, squared
 BLOCK = 64 * 1024  # numbers changed at a time: with its scratch, what stays in a core's cache
+SAMPLE = BLOCK // 2  # numbers of a piece whose norms are measured
 
 
 @dataclass(frozen=True, eq=False)
@@ -362,10 +363,10 @@ class _Building:
 
 @dataclass
 class Norms:
-    """The norms of W, of W', and of W' − W before it is rounded, from blocks spread over a tensor.
+    """The norms of W, of W', and of W' − W before it is rounded, from samples all over a tensor.
 
-    Measuring a number costs as much as changing it, so that a block (of ``BLOCK`` numbers) of every
-    piece is measured, and stands for the piece. A tensor of one block is measured whole.
+    Measuring a number costs as much as changing it, so that ``SAMPLE`` numbers of every piece are
+    measured, and stand for the piece. A tensor of no more than that is measured whole.
     """
 
     before: float = 0.0  # squares, of the numbers measured
@@ -380,9 +381,10 @@ class Norms:
         return self
 
     def measure(self, before: Tensor, after: Tensor, numbers: int) -> None:
-        """Add a block of W and the same block of W', standing for ``numbers`` numbers."""
-        change, new = (after - before).flatten(), after.flatten()
-        old = before.to(after.dtype).flatten()
+        """Add rows of W and the same rows of W', whose first stand for ``numbers`` numbers."""
+        few = max(1, SAMPLE // max(after.shape[1], 1))
+        old, new = before[:few].to(after.dtype).flatten(), after[:few].flatten()
+        change = new - old
         self.before += float(old.dot(old))
         self.after += float(new.dot(new))
         self.change += float(change.dot(change))

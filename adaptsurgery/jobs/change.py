@@ -7,20 +7,21 @@ approximated. Truncation is optimal (Eckart–Young) and its error is reported p
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections import Counter
+from collections.abc import Callable, Sequence
 from dataclasses import replace
 from typing import TYPE_CHECKING
 
-from adaptsurgery.checkpoint.bridge import to_torch
 from adaptsurgery.jobs.loading import Loaded
-from adaptsurgery.jobs.steps import stored
+from adaptsurgery.jobs.lowrank import in_place_of, is_low_rank, low_rank_update
 from adaptsurgery.jobs.updates import base_weight, canonical_shape, update_of
 from adaptsurgery_formats import AdapterState, ModuleState
 from adaptsurgery_formats.errors import InexactError, LayoutError
-from adaptsurgery_formats.state import ALPHA_OVER_R, UNSCALED, kernel_of
+from adaptsurgery_formats.state import UNSCALED, kernel_of
+from adaptsurgery_formats.tensors import DTYPE_BYTES
 
 if TYPE_CHECKING:
-    from adaptsurgery.algorithms import DoRA, Full, LoHa, LoKr, LoRA
+    from adaptsurgery.algorithms import LoHa, LoKr, LoRA
 
 EXACT = 1e-6  # relative error of ΔW up to which a rewriting counts as float32 rounding
 
@@ -49,6 +50,7 @@ def as_lora(
     if errors and not allow_lossy:
         raise _lossy(errors, len(modules), loaded.state.where)
     _note_kernels(loaded)
+    _note_dtypes(loaded, modules)
     return replace(loaded.state, modules=modules)
 
 
@@ -93,8 +95,9 @@ def _as_lora(
     plain = module.algorithm == "lora" and "magnitude" not in module.tensors
     if plain and not module.tucker and (rank is None or (module.rank or 0) <= rank):
         return [module], 0.0
-    lora, error = _lora_of(module, loaded, rank)
-    changed = [_state_of(lora, module)]
+    lora, error = _nearest(module, loaded, rank)
+    factors = [t for s, t in module.tensors.items() if s not in ("magnitude", "up_bias")]
+    changed = [in_place_of(module, lora, factors)]
     if "diff_b" in module.tensors:
         bias = {"diff_b": module.tensors["diff_b"]}
         changed.append(replace(module, tensors=bias, alpha=None, rule=UNSCALED, rank=None))
@@ -106,70 +109,60 @@ def _is_matrix(module: ModuleState) -> bool:
     return "diff" in module.tensors and len(module.tensors["diff"].shape) > 1
 
 
-def _lora_of(module: ModuleState, loaded: Loaded, rank: int | None) -> tuple[LoRA, float]:
+def _nearest(module: ModuleState, loaded: Loaded, rank: int | None) -> tuple[LoRA, float]:
     """The module's nearest LoRA in float64, and its relative error; 0 where it is exact."""
     import torch
 
-    from adaptsurgery.algorithms import HRA, DoRA, Full, LoHa, LoKr, LoRA
+    from adaptsurgery.algorithms import HRA, DoRA, Full
 
-    update = update_of(module, loaded.names, loaded.state.where)
+    names, where = loaded.names, loaded.state.where
+    if is_low_rank(module):
+        return _cut(low_rank_update(module, names, where), rank)
+    update = update_of(module.with_tensors(diff_b=None), names, where)
     if isinstance(update, HRA):
         return _cut(update.to_lora(base_weight(loaded, module).double()), rank)
-    if isinstance(update, (LoRA, LoHa, LoKr)):
-        return _cut(update.cast(torch.float64), rank)
-    assert isinstance(update, (DoRA, Full))
-    return _dense_as_lora(module, loaded, update, rank)
+    if rank is None:
+        raise _rank_needed(module, where)
+    if isinstance(update, DoRA):
+        wide = replace(update, inner=update.inner.cast(torch.float64))
+        return wide.truncated(base_weight(loaded, module), rank, torch.float64)
+    assert isinstance(update, Full)
+    return update.cast(torch.float64).truncated(rank)
 
 
 def _cut(delta: LoRA | LoHa | LoKr, rank: int | None) -> tuple[LoRA, float]:
     """The exact LoRA, or the nearest of ``rank`` where the exact one's is higher."""
     exact = delta.to_lora()
-    if rank is None or exact.rank <= rank:
-        return exact, 0.0
-    found = delta.truncated(rank)
-    return found.lora, found.error
+    return (exact, 0.0) if rank is None or exact.rank <= rank else delta.truncated(rank)
 
 
-def _dense_as_lora(
-    module: ModuleState, loaded: Loaded, update: DoRA | Full, rank: int | None
-) -> tuple[LoRA, float]:
-    """The nearest LoRA of a change of full rank; DoRA's is (W+sΔ)·m/‖W+sΔ‖ − W."""
-    from adaptsurgery.algorithms import DoRA, LoRA
-    from adaptsurgery.core.linalg import optimal_lora
-
-    if rank is None:
-        raise LayoutError(
-            f"`{module.label}`: a {'DoRA' if isinstance(update, DoRA) else 'dense difference'} "
-            "has full rank, so a LoRA of it needs one",
-            where=loaded.state.where,
-            next="--rank N --allow-lossy",
-            code="rank-needed",
-        )
-    if isinstance(update, DoRA):
-        weight = base_weight(loaded, module).double()
-        change = update.fold(weight) - weight
-    else:
-        change = to_torch(module.tensors["diff"]).double()
-    shape = tuple(change.shape)
-    found = optimal_lora(change.flatten(1), rank)
-    return LoRA.of_factors(found.up, found.down, shape), found.error
-
-
-def _state_of(lora: LoRA, module: ModuleState) -> ModuleState:
-    """A float64 LoRA as a module in the place of another, its scale said by alpha."""
-    sources = [t for s, t in module.tensors.items() if s != "magnitude"]
-    flat = lora.flat()
-    tensors = {"up": stored(flat.up.double(), sources), "down": stored(flat.down.double(), sources)}
-    if "up_bias" in module.tensors:
-        tensors["up_bias"] = module.tensors["up_bias"]
-    alpha = flat.scale * flat.rank
-    return replace(
-        module,
-        algorithm="lora",
-        tensors=tensors,
-        alpha=alpha,
-        rule=ALPHA_OVER_R,
-        rank=flat.rank,
-        options={},
-        kind=module.kind if module.algorithm == "lora" else "",
+def _rank_needed(module: ModuleState, where: str) -> LayoutError:
+    kind = "DoRA" if "magnitude" in module.tensors else "dense difference"
+    return LayoutError(
+        f"`{module.label}`: a {kind} has full rank, so a LoRA of it needs one",
+        where=where,
+        next="--rank N --allow-lossy",
+        code="rank-needed",
     )
+
+
+def _note_dtypes(loaded: Loaded, modules: Sequence[ModuleState]) -> None:
+    """Say how many modules are stored wider than their source."""
+    before = {(m.component, m.path, m.algorithm == "norm"): m for m in loaded.state.modules}
+    wider = Counter(
+        grown
+        for m in modules
+        if (grown := _grown(before[m.component, m.path, m.algorithm == "norm"], m))
+    )
+    for (was, now), count in wider.items():
+        text = f"{count} modules are stored in {now}: {was} does not hold their factors exactly"
+        loaded.state.note("dtype", loaded.state.where, text)
+
+
+def _grown(before: ModuleState, after: ModuleState) -> tuple[str, str] | None:
+    """The widest dtypes of a module's factors before and after, where the latter is wider."""
+    was, now = (
+        max((t.dtype for s, t in m.tensors.items() if s != "magnitude"), key=DTYPE_BYTES.__getitem__)
+        for m in (before, after)
+    )
+    return (was, now) if DTYPE_BYTES[now] > DTYPE_BYTES[was] else None

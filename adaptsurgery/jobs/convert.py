@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import os
+import shutil
 from collections.abc import Callable, Sequence
 from dataclasses import replace
 from functools import partial
@@ -25,7 +26,8 @@ from adaptsurgery_formats.resolve import kohya_component, resolve
 from adaptsurgery_formats.tensors import total_bytes
 
 # What an existing PEFT folder may hold and still be replaced.
-_OURS = (CONFIG, WEIGHTS, "README.md", f"*/{CONFIG}", f"*/{WEIGHTS}", "*/README.md")
+CARD = "README.md"
+_OURS = (CONFIG, WEIGHTS, CARD, f"*/{CONFIG}", f"*/{WEIGHTS}", f"*/{CARD}")
 Progress = Callable[[int, int], None]
 
 
@@ -133,8 +135,14 @@ def _check_paths(
         )
     for source in sources:
         _keep_apart(source, out, becomes_part=folder)
-    if not dry_run:
-        check_output(out, overwrite=overwrite, directory=folder, replaceable=_OURS)
+    if not folder and (out.suffix in (".bin", ".pt", ".pth", ".ckpt") or str(out).endswith("/")):
+        raise FileError(
+            "this layout is one safetensors file",
+            where=str(out),
+            next="-o FILE.safetensors",
+            code="bad-name",
+        )
+    check_output(out, overwrite=overwrite, directory=folder, replaceable=_OURS)
 
 
 def _keep_apart(read: str | os.PathLike[str], out: Path, becomes_part: bool) -> None:
@@ -162,6 +170,14 @@ def _set_prefix(loaded: Loaded, prefix: str, target: Format) -> None:
         raise LayoutError(
             f"`{prefix}` cannot go before {target.title}'s names",
             next="letters, digits and underscores, for --to kohya or --to lycoris",
+            code="bad-prefix",
+        )
+    if prefix and len(loaded.state.components) > 1:
+        raise LayoutError(
+            "one prefix cannot tell several components apart",
+            where=loaded.state.where,
+            seen=", ".join(loaded.state.components),
+            next="leave --prefix out, or convert the components one by one",
             code="bad-prefix",
         )
     if prefix and loaded.names is not None and loaded.names.model:
@@ -277,6 +293,9 @@ def _write(
             at.parent.mkdir(exist_ok=True)
             _add_hashes(file, hashes)
             write_safetensors(at, file.tensors, file.metadata, progress=tell)
+            card = out / file.component / CARD
+            if folder and card.is_file():  # the output's own model card stays
+                shutil.copy2(card, at.parent / CARD)
             if file.config is not None:
                 text = json.dumps(file.config, indent=2, sort_keys=True)
                 (at.parent / CONFIG).write_text(text, "utf-8")

@@ -6,17 +6,19 @@ import os
 import re
 from collections import Counter
 from collections.abc import Iterable
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import Any
 
 from adaptsurgery.jobs.loading import Loaded, load_state
-from adaptsurgery.jobs.renaming import renamed
+from adaptsurgery.jobs.renaming import Levelled, fold_step, names_for, renamed
 from adaptsurgery_formats import FORMATS, WRITABLE, AdapterFile, AdapterState, Format, ModuleState
 from adaptsurgery_formats.errors import SurgeryError
 from adaptsurgery_formats.metadata import HASH_KEYS, sshs_hashes
+from adaptsurgery_formats.names import Names
 from adaptsurgery_formats.state import magnitude_axis
 
 Data = dict[str, Any]
+_Named = tuple[Names | None, AdapterState, list[str]]
 
 
 @dataclass
@@ -235,21 +237,35 @@ def _convertible(loaded: Loaded) -> dict[str, Data]:
         why = "its flat names need --base MODEL to be told apart"
         others = dict.fromkeys(WRITABLE, _refused("base-needed", why))
     else:
-        named: dict[str | None, AdapterState] = {}  # two layouts may write the same names
+        named: dict[str | None, _Named] = {}  # two layouts may write the same names
         others = {name: _planned(loaded, FORMATS[name], named) for name in WRITABLE}
     own = {loaded.state.layout: _EXACT} if loaded.state.layout in WRITABLE else {}
     return others | own
 
 
-def _planned(loaded: Loaded, target: Format, named: dict[str | None, AdapterState]) -> Data:
+def _planned(loaded: Loaded, target: Format, named: dict[str | None, _Named]) -> Data:
     try:
         if target.naming not in named:
-            named[target.naming] = renamed(loaded.state, loaded.names, target)
-        plan = target.plan(named[target.naming], loaded.names)
+            named[target.naming] = _renamed(loaded, target)
+        names, state, folds = named[target.naming]
+        plan = target.plan(state, names)
     except SurgeryError as error:
         return _refused(error.code, error.what)
-    steps = list(dict.fromkeys(step.step for step in plan))
+    steps = list(dict.fromkeys([*folds, *(step.step for step in plan)]))
     return {"how": "rewritten", "steps": steps} if steps else _EXACT
+
+
+def _renamed(loaded: Loaded, target: Format) -> _Named:
+    """The names that convert would find, the state in them, and what is folded on the way."""
+    folds: list[str] = []
+
+    def noted(levelled: Levelled) -> list[ModuleState]:
+        folds.append(fold_step(levelled[0][0]))
+        return [module for module, _ in levelled]
+
+    bare = replace(loaded.state, prefix="")  # a prefix stays behind with its layout
+    names, state = names_for(bare, loaded.names, target)
+    return names, renamed(state, names, target, noted), folds
 
 
 _EXACT: Data = {"how": "exact", "steps": []}

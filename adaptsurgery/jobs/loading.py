@@ -25,7 +25,12 @@ from adaptsurgery_formats.errors import (
 )
 from adaptsurgery_formats.files import META_PREFIX
 from adaptsurgery_formats.names import TABLES, Names, names_of_base, table
-from adaptsurgery_formats.resolve import require_resolved, resolve, resolve_by_tables
+from adaptsurgery_formats.resolve import (
+    refuse_twice,
+    require_resolved,
+    resolve,
+    resolve_by_tables,
+)
 from adaptsurgery_formats.tensors import FLOAT_DTYPES, Tensor
 
 if TYPE_CHECKING:
@@ -70,6 +75,8 @@ def load_state(
     if len(groups) > 1:
         _name_components(groups)
     state = _joined([parse_files(files, layout) for files in groups])
+    if len(groups) > 1:
+        refuse_twice(state.modules, state.where)
     check_values(state)
     loaded = Loaded(state, places, files=[f for files in groups for f in files])
     if base is not None:
@@ -115,12 +122,21 @@ def _joined(states: Sequence[AdapterState]) -> AdapterState:
             first,
             modules=[*first.modules, *other.modules],
             saved={**first.saved, **other.saved},
-            metadata={**other.metadata, **first.metadata},
+            metadata=_one_metadata(first, other),
             config={**first.config, **other.config},
             model=model,
             notes=[*first.notes, *other.notes],
         )
     return first
+
+
+def _one_metadata(first: AdapterState, other: AdapterState) -> dict[str, str]:
+    """Both files' metadata; where they differ the first one's, with a note."""
+    both = first.metadata.keys() & other.metadata.keys()
+    differ = sorted(k for k in both if first.metadata[k] != other.metadata[k])
+    if differ:
+        other.note("metadata-differs", other.where, f"the first file's kept: {', '.join(differ)}")
+    return {**other.metadata, **first.metadata}
 
 
 def _local_path(spec: str) -> Path:
@@ -175,6 +191,14 @@ def _read_folder(folder: Path) -> list[AdapterFile]:
     if (folder / CONFIG).is_file():
         return [_read_peft(folder, "")]
     parts = sorted(p.parent for p in folder.glob(f"*/{CONFIG}"))
+    if any(not _COMPONENT.fullmatch(part.name) for part in parts):
+        raise FileError(
+            "this folder holds several adapters",
+            where=str(folder),
+            seen=", ".join(part.name for part in parts[:6]),
+            next="name one; a pipeline's parts are called unet, transformer, text_encoder, …",
+            code="several-adapters",
+        )
     if parts:
         return [_read_peft(part, part.name) for part in parts]
     alone = sorted(folder.glob("*.safetensors"))
@@ -298,7 +322,7 @@ def check_values(state: AdapterState) -> None:
                 raise _refused(tensor, _key_of(module, slot), state.where)
     for tensors in state.saved.values():
         for key, tensor in tensors.items():
-            if tensor.dtype not in FLOAT_DTYPES or 0 in tensor.shape:
+            if 0 in tensor.shape:  # of any dtype: a batch norm counts in integers
                 raise _refused(tensor, key, state.where)
 
 

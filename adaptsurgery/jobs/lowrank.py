@@ -12,8 +12,9 @@ from dataclasses import replace
 from typing import TYPE_CHECKING
 
 from adaptsurgery.jobs.loading import Loaded, load_state
+from adaptsurgery.jobs.steps import stored
 from adaptsurgery.jobs.updates import update_of
-from adaptsurgery_formats import AdapterState, Format, ModuleState
+from adaptsurgery_formats import AdapterState, Format, ModuleState, Tensor
 from adaptsurgery_formats.errors import InexactError, LayoutError, NameLookupError, SurgeryError
 from adaptsurgery_formats.names import Component, Names, to_diffusers, to_native
 from adaptsurgery_formats.resolve import kohya_component, resolve
@@ -22,7 +23,7 @@ from adaptsurgery_formats.state import ALPHA_OVER_R, delta_shape, kernel_of
 if TYPE_CHECKING:
     import torch
 
-    from adaptsurgery.algorithms import LoRA
+    from adaptsurgery.algorithms import LoHa, LoKr, LoRA
 
 LOW_RANK = ("lora", "loha", "lokr")
 OWN = "the adapters' own names"
@@ -220,27 +221,35 @@ def _renamed(
 
 
 def plain_lora(module: ModuleState, names: Names | None, where: str) -> ModuleState:
-    """A low-rank module as a LoRA of scale 1 in float32."""
-    import torch
-
-    from adaptsurgery.checkpoint.bridge import from_torch
-
+    """A low-rank module as a LoRA of scale 1 in float32, or float64 where a factor is."""
     form = lora_form(module, names, where)
-    wide = torch.float64 if any(t.dtype == "F64" for t in module.tensors.values()) else None
-    store = wide or torch.float32
-    tensors = {
-        "up": from_torch((form.up * form.scale).to(store).contiguous()),
-        "down": from_torch(form.down.to(store).contiguous()),
-    }
+    bias = None if form.up_bias is None else form.up_bias * form.scale
+    plain = replace(form, up=form.up * form.scale, up_bias=bias, scale=1.0)
+    return in_place_of(module, plain, [t for t in module.tensors.values() if t.dtype == "F64"])
+
+
+def in_place_of(module: ModuleState, lora: LoRA, like: Sequence[Tensor]) -> ModuleState:
+    """A float64 LoRA as a module in the place of another: its scale said by alpha, its factors
+    ``stored`` as those they are ``like``."""
+    flat = lora.flat()
+    tensors = {"up": stored(flat.up.double(), like), "down": stored(flat.down.double(), like)}
+    if flat.up_bias is not None:
+        own = module.tensors.get("up_bias")
+        tensors["up_bias"] = stored(flat.up_bias.double(), [own] if own else like)
     return replace(
-        module, algorithm="lora", tensors=tensors, alpha=float(form.rank), rank=form.rank,
+        module, algorithm="lora", tensors=tensors, alpha=flat.scale * flat.rank, rank=flat.rank,
         rule=ALPHA_OVER_R, options=prefix_of(module),
+        kind=module.kind if module.algorithm == "lora" else "",
     )  # fmt: skip
 
 
 def prefix_of(module: ModuleState) -> dict[str, object]:
-    """The options of a module that outlive its factors: the kohya prefix that it was read under."""
-    return {k: v for k, v in module.options.items() if k == "prefix"}
+    """The options of a module that outlive its factors: the kohya prefix that it was read under,
+    how the file's alphas are stored, and which way round the weight is."""
+    return {k: v for k, v in module.options.items() if k in _LASTING}
+
+
+_LASTING = ("prefix", "alpha_kind", "fan_in_fan_out")
 
 
 # LoRA forms, and what they are apart
@@ -252,14 +261,19 @@ def is_low_rank(module: ModuleState) -> bool:
 
 
 def lora_form(module: ModuleState, names: Names | None, where: str) -> LoRA:
-    """The flat LoRA in float64 that a LoRA, LoHa or LoKr is exactly; its bias is left out."""
+    """The flat LoRA in float64 that a LoRA, LoHa or LoKr is exactly."""
+    return low_rank_update(module, names, where).to_lora()
+
+
+def low_rank_update(module: ModuleState, names: Names | None, where: str) -> LoRA | LoHa | LoKr:
+    """A LoRA, LoHa or LoKr in float64; of a DoRA, what it goes around."""
     import torch
 
     from adaptsurgery.algorithms import LoHa, LoKr, LoRA
 
-    update = update_of(module.with_tensors(magnitude=None, up_bias=None), names, where)
+    update = update_of(module.with_tensors(magnitude=None), names, where)
     assert isinstance(update, (LoRA, LoHa, LoKr))
-    return update.cast(torch.float64).to_lora()
+    return update.cast(torch.float64)
 
 
 def norm_of(up: torch.Tensor, down: torch.Tensor) -> float:

@@ -6,7 +6,7 @@ from collections.abc import Mapping
 from typing import Any, Protocol
 
 from adaptsurgery_formats import ModuleState
-from adaptsurgery_formats.state import delta_shape
+from adaptsurgery_formats.state import CONV1D_NAMES, delta_shape, may_be_transposed
 
 
 class _Shaped(Protocol):
@@ -19,7 +19,7 @@ Parameters = Mapping[str, _Shaped]  # parameter name → what has its shape
 
 def is_transposed(module: ModuleState, shape: tuple[int, ...]) -> bool:
     """Whether a weight of this shape is stored (i, o): an embedding's, or one that fits only so."""
-    if len(shape) != 2 or module.algorithm == "norm":
+    if len(shape) != 2 or module.algorithm == "norm" or not may_be_transposed(module):
         return False
     if module.algorithm == "hra":
         return module.tensors["u"].shape[0] != shape[1]
@@ -30,7 +30,6 @@ def is_transposed(module: ModuleState, shape: tuple[int, ...]) -> bool:
 
 # transformers' models whose c_attn, c_proj, c_fc, q_attn are Conv1D: stored (in, out).
 _CONV1D_KINDS = ("gpt2", "imagegpt", "openai-gpt", "decision_transformer", "clvp")
-_CONV1D_NAMES = ("c_attn", "c_proj", "c_fc", "q_attn")
 
 
 def turned_by(
@@ -42,14 +41,14 @@ def turned_by(
 ) -> bool:
     """Whether a weight of this stored shape is (i, o): by the shapes, and where it is square by
     the model's class or by the layers beside it."""
-    if len(shape) != 2 or module.algorithm == "norm":
+    if len(shape) != 2 or module.algorithm == "norm" or not may_be_transposed(module):
         return False
     if module.algorithm == "full":
         return "diff" in module.tensors and module.tensors["diff"].shape != shape
     if module.kind == "embedding" or shape[0] != shape[1]:
         return is_transposed(module, shape)
     stem, _, last = name.removesuffix(".weight").rpartition(".")
-    if last not in _CONV1D_NAMES:
+    if last not in CONV1D_NAMES:
         return False
     kind = str(config.get("model_type", ""))
     if kind:

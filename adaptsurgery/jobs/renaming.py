@@ -2,18 +2,48 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable, Sequence
 from dataclasses import replace
+from functools import partial
 
 from adaptsurgery_formats import AdapterState, Format, ModuleState
 from adaptsurgery_formats.errors import InexactError, refuse_together
 from adaptsurgery_formats.names import Component, Names, to_diffusers, to_native
+from adaptsurgery_formats.names.renaming import same_scale
+from adaptsurgery_formats.resolve import kohya_component
+from adaptsurgery_formats.state import ALPHA_OVER_R
+
+# The row factor of the algorithms whose parts can be put at one scale.
+_SCALED = {"lora": "up", "loha": "w1_a"}
+Parts = Sequence[ModuleState]
+Levelled = Sequence[tuple[ModuleState, float]]  # a module at a new scale, and old / new
 
 
-def renamed(state: AdapterState, names: Names | None, target: Format) -> AdapterState:
+def names_for(
+    state: AdapterState, names: Names | None, target: Format
+) -> tuple[Names | None, AdapterState]:
+    """The names to write a target with: of an adapter without a base, kohya's need a model's.
+
+    None where no bundled model has its modules; NameLookupError ("ambiguous-model") for several.
+    """
+    if names is not None or target.name != "kohya" or state.prefix:
+        return names, state
+    return kohya_component(state) or (None, state)
+
+
+def renamed(
+    state: AdapterState,
+    names: Names | None,
+    target: Format,
+    multiply: Callable[[Levelled], Parts] | None = None,
+) -> AdapterState:
     """The state in the target's naming: fused modules are split, or split ones fused.
 
-    Raises InexactError where a fused LoKr cannot be cut or parts cannot be fused.
+    Parts of different scales are put at one; ``multiply`` folds the ratios into their tensors, and
+    may be a stand-in where shapes are all that matters. Raises InexactError where a fused LoKr
+    cannot be cut or parts cannot be fused.
     """
+    multiply = multiply or partial(_multiplied, state)
     if names is None:
         return state
     modules: list[ModuleState] = []
@@ -23,7 +53,7 @@ def renamed(state: AdapterState, names: Names | None, target: Format) -> Adapter
         if component is None:
             modules += part
         elif _naming(component, target) == "native":
-            modules += to_native(part, component)
+            modules += to_native(_at_one_scale(part, component, multiply), component)
         else:
             modules += _split(part, component, state.where)
     return replace(state, modules=modules)
@@ -47,6 +77,63 @@ def _naming(component: Component, target: Format) -> str:
     if target.naming is None:
         return component.kohya_naming
     return "native" if component.stored == "native" else target.naming
+
+
+def _at_one_scale(
+    part: Parts, component: Component, multiply: Callable[[Levelled], Parts]
+) -> list[ModuleState]:
+    """The modules, those that make up one native module all at one scale."""
+    groups: dict[str, list[ModuleState]] = {}
+    for module in part:
+        if module.naming != "native" and module.algorithm in _SCALED:
+            groups.setdefault(_native_path(module, component), []).append(module)
+    changed: dict[int, ModuleState] = {}
+    for path, group in groups.items():
+        if path and len({m.algorithm for m in group}) == 1 and not same_scale(group):
+            changed |= zip(map(id, group), multiply(_levelled(group)))
+    return [changed.get(id(module), module) for module in part]
+
+
+def _levelled(group: Parts) -> list[tuple[ModuleState, float]]:
+    """Each at the scale that is farthest from 0, and what its row factor is to be multiplied by."""
+    common = max((m.scale for m in group), key=abs)
+    return [(_at_scale(m, common), m.scale / common) for m in group]
+
+
+def _at_scale(module: ModuleState, scale: float) -> ModuleState:
+    if module.scale == scale:
+        return module
+    rank = module.rank or 1
+    return module.changed(alpha=scale * rank, rank=rank, rule=ALPHA_OVER_R)
+
+
+def _multiplied(state: AdapterState, levelled: Levelled) -> list[ModuleState]:
+    """The ratios folded into the row factors, which keep their one dtype or all become float32."""
+    from adaptsurgery.checkpoint.bridge import to_torch
+    from adaptsurgery.jobs.steps import stored, widened
+
+    before = [module for module, _ in levelled]
+    modules = before
+    for slot in (_SCALED[before[0].algorithm], "up_bias"):
+        wide = {
+            n: (m.tensors[slot], to_torch(m.tensors[slot]).double() * ratio)
+            for n, (m, ratio) in enumerate(levelled)
+            if slot in m.tensors
+        }
+        folded = {n: stored(product, [own]) for n, (own, product) in wide.items()}
+        if len({t.dtype for t in folded.values()}) > 1:
+            folded = {n: stored(product, []) for n, (_, product) in wide.items()}
+        modules = [
+            m.with_tensors(**{slot: folded[n]}) if n in folded else m for n, m in enumerate(modules)
+        ]
+    step = fold_step(before[0])
+    for old, new in zip(before, modules):
+        state.note("rewritten", new.label, step + widened(old, new))
+    return modules
+
+
+def fold_step(module: ModuleState) -> str:
+    return f"fold the scale into {_SCALED[module.algorithm]}"
 
 
 Whole = frozenset[tuple[str, str]]  # native modules, by component and path, that are not cut

@@ -11,28 +11,51 @@ from dataclasses import replace
 from typing import TYPE_CHECKING
 
 from adaptsurgery.checkpoint.bridge import dtype_name, from_torch, to_torch
+from adaptsurgery.jobs.updates import canonical_shape
 from adaptsurgery_formats import AdapterState, ModuleState, Step, Tensor
-from adaptsurgery_formats.errors import ValueRefused
+from adaptsurgery_formats.errors import InexactError, ValueRefused
 from adaptsurgery_formats.files import FLATTEN_TUCKER, FOLD_MID, FOLD_SCALE, JOIN_W1, JOIN_W2
-from adaptsurgery_formats.state import ALPHA_OVER_R
+from adaptsurgery_formats.names import Names
+from adaptsurgery_formats.state import ALPHA_OVER_R, kernel_of
 
 if TYPE_CHECKING:
     import torch
 
+Kernel = tuple[int, ...]  # the weight's kernel dims, () of a Linear
 
-def carry_out(state: AdapterState, steps: Sequence[Step]) -> AdapterState:
-    """The state with each step done; a module may need several."""
+
+def carry_out(
+    state: AdapterState, steps: Sequence[Step], names: Names | None = None
+) -> AdapterState:
+    """The state with each step done; a module may need several.
+
+    ``names`` show the kernels that flat factors hide. Raises InexactError ("peft-conv1d-lokr").
+    """
     todo: dict[tuple[str, str, str], list[str]] = {}
     for step in steps:
         m = step.module
         todo.setdefault((m.component, m.path, m.algorithm), []).append(step.step)
     modules = []
     for module in state.modules:
+        kernel = _kernel(module, names)
         for step_name in todo.get((module.component, module.path, module.algorithm), ()):
-            module = _STEPS[step_name](module)
-            state.note("rewritten", module.label, step_name)
+            before, module = module, _STEPS[step_name](module, kernel)
+            state.note("rewritten", module.label, step_name + widened(before, module))
         modules.append(module)
     return replace(state, modules=modules)
+
+
+def _kernel(module: ModuleState, names: Names | None) -> tuple[int, ...]:
+    shape = canonical_shape(module, names)
+    return shape[2:] if shape is not None else kernel_of(module) or ()
+
+
+def widened(before: ModuleState, after: ModuleState) -> str:
+    """" (F32)" where new tensors have a dtype that none of those they replace had, else ""."""
+    old = {t.dtype for slot, t in before.tensors.items() if after.tensors.get(slot) is not t}
+    new = {t.dtype for slot, t in after.tensors.items() if before.tensors.get(slot) is not t}
+    grown = ", ".join(sorted(new - old))
+    return f" ({grown})" if grown else ""
 
 
 def stored(tensor: torch.Tensor, like: Sequence[Tensor]) -> Tensor:
@@ -65,7 +88,7 @@ def _wide(module: ModuleState) -> dict[str, torch.Tensor]:
     return {s: to_torch(t).double() for s, t in module.tensors.items() if s != "magnitude"}
 
 
-def _fold_mid(module: ModuleState) -> ModuleState:
+def _fold_mid(module: ModuleState, kernel: Kernel) -> ModuleState:
     from adaptsurgery.algorithms import LoRA
 
     slots = _wide(module)
@@ -74,7 +97,7 @@ def _fold_mid(module: ModuleState) -> ModuleState:
     return module.with_tensors(mid=None, down=stored(flat.down, sources))
 
 
-def _flatten_tucker(module: ModuleState) -> ModuleState:
+def _flatten_tucker(module: ModuleState, kernel: Kernel) -> ModuleState:
     from adaptsurgery.algorithms import LoHa, LoKr
 
     slots = _wide(module)
@@ -106,7 +129,7 @@ def _plain(module: ModuleState) -> ModuleState:
     return replace(module, options=options)
 
 
-def _fold_scale(module: ModuleState) -> ModuleState:
+def _fold_scale(module: ModuleState, kernel: Kernel) -> ModuleState:
     w1 = module.tensors["w1"]
     scaled = stored(to_torch(w1).double() * module.scale, [w1])
     rank = module.rank or 1
@@ -114,22 +137,31 @@ def _fold_scale(module: ModuleState) -> ModuleState:
     return one.with_tensors(w1=scaled)
 
 
-def _join(factor: str) -> Callable[[ModuleState], ModuleState]:
-    def join(module: ModuleState) -> ModuleState:
-        a, b = module.tensors[f"{factor}_a"], module.tensors[f"{factor}_b"]
-        left, right = to_torch(a).double(), to_torch(b).double()
-        product = (left @ right.flatten(1)).reshape(left.shape[0], *right.shape[1:])
-        whole = stored(product, [a, b])
-        changes: dict[str, Tensor | None] = {f"{factor}_a": None, f"{factor}_b": None}
-        return module.with_tensors(**changes, **{factor: whole})
-
-    return join
+def _join_w1(module: ModuleState, kernel: Kernel) -> ModuleState:
+    a, b = module.tensors["w1_a"], module.tensors["w1_b"]
+    whole = stored(to_torch(a).double() @ to_torch(b).double(), [a, b])
+    return module.with_tensors(w1_a=None, w1_b=None, w1=whole)
 
 
-_STEPS: dict[str, Callable[[ModuleState], ModuleState]] = {
+def _join_w2(module: ModuleState, kernel: Kernel) -> ModuleState:
+    """w2 (b, d, *k) = w2_a (b, r) · w2_b (r, d·∏k), for PEFT, which scrambles it in a Conv1d."""
+    if len(kernel) == 1:
+        raise InexactError(
+            f"`{module.label}`: PEFT scrambles a Conv1d LoKr with a full w2",
+            seen=f"kernel {list(kernel)}",
+            next="--as lora is exact",
+            code="peft-conv1d-lokr",
+        )
+    a, b = module.tensors["w2_a"], module.tensors["w2_b"]
+    product = to_torch(a).double() @ to_torch(b).double().flatten(1)
+    whole = stored(product.reshape(a.shape[0], -1, *kernel), [a, b])
+    return module.with_tensors(w2_a=None, w2_b=None, w2=whole)
+
+
+_STEPS: dict[str, Callable[[ModuleState, Kernel], ModuleState]] = {
     FOLD_MID: _fold_mid,
     FLATTEN_TUCKER: _flatten_tucker,
     FOLD_SCALE: _fold_scale,
-    JOIN_W1: _join("w1"),
-    JOIN_W2: _join("w2"),
+    JOIN_W1: _join_w1,
+    JOIN_W2: _join_w2,
 }

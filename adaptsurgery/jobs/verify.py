@@ -5,17 +5,18 @@ from __future__ import annotations
 import math
 import os
 from collections.abc import Callable, Iterator
+from dataclasses import replace
 from typing import TYPE_CHECKING
 
 from adaptsurgery.checkpoint.bridge import to_torch
 from adaptsurgery.jobs.change import EXACT
 from adaptsurgery.jobs.loading import Loaded, load_state
+from adaptsurgery.jobs.lowrank import LOW_RANK
 from adaptsurgery.jobs.renaming import comparable, uncut
 from adaptsurgery.jobs.report import Report, Row
 from adaptsurgery.jobs.updates import base_weight, check_finite, update_of
-from adaptsurgery_formats import ModuleState
+from adaptsurgery_formats import AdapterState, ModuleState
 from adaptsurgery_formats.errors import NameLookupError, SurgeryError
-from adaptsurgery_formats.names import Names
 from adaptsurgery_formats.tensors import same_bytes
 
 if TYPE_CHECKING:
@@ -46,12 +47,13 @@ def verify(
 ) -> Report:
     """Compare two adapter files by their ΔW, whatever their layouts and algorithms.
 
-    Raises VerificationError ("not-equal") unless both adapt the same modules and every ΔW agrees
-    to 1e-6 of its norm; a base is needed for names that no bundled table has, and where an HRA or
+    Raises VerificationError ("not-equal") unless every ΔW agrees to 1e-6 of its norm, a module that
+    only one of them has being zero there; a base is needed for names that no bundled table has, and where an HRA or
     a DoRA is held against another algorithm.
     """
     a, b = load_state(first, base=base), load_state(second, base=base)
     _share_names(a, b)
+    _share_component(a, b)
     report = Report("verify", rows=list(compare(a, b)), notes=[*a.state.notes, *b.state.notes])
     wrong = [r for r in report.rows if r.change not in SAME]
     if not wrong:
@@ -82,6 +84,24 @@ def _share_names(a: Loaded, b: Loaded) -> None:
             one.names, one.base = other.names, other.base
 
 
+def _share_component(a: Loaded, b: Loaded) -> None:
+    """Let the one unnamed model of an adapter without names be the other's one component."""
+    for one, other in ((a, b), (b, a)):
+        mine, theirs = one.state.components, other.state.components
+        if one.names is None and len(mine) == len(theirs) == 1 and "" in (mine[0], theirs[0]):
+            one.state = _under(one.state, theirs[0])
+
+
+def _under(state: AdapterState, component: str) -> AdapterState:
+    """A state of one component under another name of it."""
+    saved = [held for held in state.saved.values() if held]
+    return replace(
+        state,
+        modules=[m.changed(component=component) for m in state.modules],
+        saved=dict.fromkeys([component], saved[0]) if saved else {},
+    )
+
+
 def compare(a: Loaded, b: Loaded) -> Iterator[Row]:
     """One row per module that either adapter has; raises where replaced parameters differ."""
     whole = uncut(a.state, a.names) | uncut(b.state, b.names)
@@ -96,26 +116,20 @@ def compare(a: Loaded, b: Loaded) -> Iterator[Row]:
             if place in other:
                 continue
             label, algorithm = modules[0].label, modules[0].algorithm
-            if _is_fused_part(modules[0], a.names) and all(map(_adds_nothing, modules)):
+            if all(map(_adds_nothing, modules)):
                 yield Row(label, algorithm, IDENTICAL, detail="adds nothing")
             else:
                 yield Row(label, algorithm, f"only in the {where}", 1.0)
 
 
-def _is_fused_part(module: ModuleState, names: Names | None) -> bool:
-    """Whether a module is one of several that the original repository stores as one."""
-    component = names.components.get(module.component) if names else None
-    if component is None or module.path not in component.native_of:
-        return False
-    return len({s.path for s in component.native[component.native_of[module.path]]}) > 1
-
-
 def _adds_nothing(module: ModuleState) -> bool:
-    """Whether ΔW is zero because a factor is, as in rows of a fused module that no part filled."""
-    zeros = [not to_torch(t).any() for t in module.tensors.values()]
-    if module.algorithm in ("lora", "loha", "lokr"):
-        return any(zeros) and not {"magnitude", "up_bias"} & module.tensors.keys()
-    return all(zeros) and module.algorithm in ("full", "norm")
+    """Whether ΔW is exactly zero because a factor is, or the scale."""
+    zero = {slot: not to_torch(t).any() for slot, t in module.tensors.items()}
+    if module.algorithm in ("full", "norm"):
+        return all(zero.values())
+    if module.algorithm not in LOW_RANK or "magnitude" in zero:
+        return False
+    return module.scale == 0 or (zero.pop("up_bias", True) and any(zero.values()))
 
 
 def _by_place(modules: list[ModuleState]) -> dict[tuple[str, str], list[ModuleState]]:
@@ -266,11 +280,13 @@ def _bias_distance(
 
 
 def _bias(modules: list[ModuleState], loaded: Loaded) -> torch.Tensor | None:
-    from adaptsurgery.core.update import Delta
+    from adaptsurgery.core.update import Delta, Renorm
 
     found = None
     for module in modules:
         update = update_of(module, loaded.names, loaded.state.where)
+        if isinstance(update, Renorm):
+            update = update.inner
         if isinstance(update, Delta) and (shift := update.bias_delta()) is not None:
             part = update.scale * shift.double()
             found = part if found is None else found + part

@@ -36,10 +36,13 @@ def parse(files: Sequence[AdapterFile]) -> AdapterState:
     (file,) = files
     tensors = dotted.shaped_magnitudes(file.tensors)
     modules = []
+    three = any(key.startswith("text_encoders.clip_g.") for key in tensors)
     for module in lycoris_keys.parse_names(tensors, file.where, dotted.SUFFIXES):
         prefix = next((p for p in _PREFIXES if module.path.startswith(p)), "")
         options = {**module.options, "prefix": prefix.rstrip(".")}
         path, component = module.path.removeprefix(prefix), _PREFIXES.get(prefix, "")
+        if three and ".t5xxl." in prefix:
+            component = "text_encoder_3"  # SD3's; Flux has CLIP-L and T5 alone
         modules.append(
             replace(module, path=path, component=component, naming="dotted", options=options)
         )

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import re
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any
@@ -33,6 +34,22 @@ class AdapterFile:
     config: dict[str, Any] | None = None
     component: str = ""
     where: str = ""
+
+
+_COMPONENT = re.compile(r"[A-Za-z]\w{0,63}", re.ASCII)
+
+
+def carried_component(metadata: Mapping[str, str], where: str) -> str:
+    """The component that an earlier conversion put into the metadata; it names a folder, so no path."""
+    component = metadata.get(META_COMPONENT, "")
+    if component and not _COMPONENT.fullmatch(component):
+        raise LayoutError(
+            f"metadata {META_COMPONENT} is no component's name",
+            where=where,
+            seen=component,
+            code="bad-name",
+        )
+    return component
 
 
 def carried_config(metadata: dict[str, str], where: str) -> dict[str, Any]:

@@ -30,13 +30,11 @@ from adaptsurgery_formats.files import (
     carried_config,
 )
 from adaptsurgery_formats.metadata import describe_network
-from adaptsurgery_formats.names import Names, flatten
+from adaptsurgery_formats.names import Component, Names, flatten, from_modules
 from adaptsurgery_formats.state import AdapterState, ModuleState
 from adaptsurgery_formats.tensors import Tensor
 
 _PREFIX = re.compile(r"(lora_unet|lora_te[123]?|lora_transformer|lora_prior_unet)_(?=[A-Za-z0-9])")
-# Where a base has no table of its own: the prefix that a component's name stands for.
-DEFAULT_PREFIX = "lora_unet"
 
 
 def claims(key: str) -> bool:
@@ -93,10 +91,13 @@ def spell(state: AdapterState, names: Names | None) -> list[AdapterFile]:
     """One file; every module under its component's prefix."""
     tensors: dict[str, Tensor] = {}
     keep = state.layout == "kohya"
+    known = names.components if names else {}
+    # a model of no table: the prefixes that the components' names stand for
+    others = from_modules({name: {} for name in state.components}, state.where).components
     for module in state.modules:
-        name = (
-            f"{state.prefix}_{flatten(module.path)}" if state.prefix else flat_name(module, names)
-        )
+        component = known.get(module.component) or others[module.component]
+        prefix = state.prefix or _prefix(module, component, module.component in known)
+        name = f"{prefix}_{flatten(module.path)}"
         spelled = lycoris_keys.spell_module(module, name, keep)
         for key, tensor in spelled.items():
             if key in tensors:
@@ -116,16 +117,16 @@ def spell(state: AdapterState, names: Names | None) -> list[AdapterFile]:
     return [AdapterFile(tensors, metadata)]
 
 
-def flat_name(module: ModuleState, names: Names | None) -> str:
-    """The prefix and flattened path that kohya writes for a module."""
-    component = names.components.get(module.component) if names else None
-    prefix = component.kohya_prefixes[0] if component else DEFAULT_PREFIX
-    own = module.options.get("prefix", prefix)
-    own = own if claims(f"{own}_x") else prefix  # ComfyUI's prefixes are no concern of kohya's
-    if component is None or not component.name or own in component.kohya_prefixes:
-        # OneTrainer's lora_transformer goes with diffusers' names alone
-        prefix = prefix if own == "lora_transformer" and module.naming == "native" else own
-    return f"{prefix}_{flatten(module.path)}"
+def _prefix(module: ModuleState, component: Component, known: bool) -> str:
+    """The prefix that kohya writes for a module: the source's own where the component has it."""
+    own = module.options.get("prefix", "")
+    if not claims(f"{own}_x"):  # ComfyUI's are no concern of kohya's
+        return component.kohya_prefixes[0]
+    if known and component.name and own not in component.kohya_prefixes:
+        return component.kohya_prefixes[0]
+    # OneTrainer's lora_transformer goes with diffusers' names alone
+    native = own == "lora_transformer" and module.naming == "native"
+    return component.kohya_prefixes[0] if native else own
 
 
 FORMAT = Format(

@@ -26,6 +26,7 @@ from adaptsurgery_formats.files import (
     AdapterFile,
     Format,
     Step,
+    carried_component,
     carried_config,
 )
 from adaptsurgery_formats.kronecker import lycoris_loads
@@ -45,7 +46,8 @@ def parse(files: Sequence[AdapterFile]) -> AdapterState:
     """One file's modules under their flat names."""
     (file,) = files
     metadata = dict(file.metadata)
-    component = metadata.pop(META_COMPONENT, "")
+    component = carried_component(metadata, file.where)
+    metadata.pop(META_COMPONENT, None)
     own = metadata.pop(META_PREFIX, "")
     model = metadata.pop(META_MODEL, "")
     config = carried_config(metadata, file.where)

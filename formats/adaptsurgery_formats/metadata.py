@@ -35,6 +35,8 @@ def describe_network(state: AdapterState, metadata: Mapping[str, str]) -> dict[s
     kept["ss_network_dim"] = _common(m.rank for m in low_rank)
     kept["ss_network_alpha"] = _common(_alpha(m) for m in low_rank)
     args = _arguments(kept.get("ss_network_args", ""))
+    if args is None:  # not for us to understand: as it was
+        return kept
     if plain:
         args.pop("algo", None)
     else:
@@ -60,12 +62,12 @@ def _common(values: Iterable[float | None]) -> str:
     return str(int(value)) if value == int(value) else repr(value)
 
 
-def _arguments(text: str) -> dict[str, object]:
+def _arguments(text: str) -> dict[str, object] | None:
     try:
         args = json.loads(text) if text else {}
     except (ValueError, RecursionError):
-        return {}
-    return args if isinstance(args, dict) else {}
+        return None
+    return args if isinstance(args, dict) else None
 
 
 def sshs_hashes(

@@ -44,6 +44,7 @@ from adaptsurgery_formats.files import (
     AdapterFile,
     Format,
     Step,
+    carried_component,
 )
 from adaptsurgery_formats.kronecker import peft_decompose_factor, peft_factorization
 from adaptsurgery_formats.metadata import HASH_KEYS
@@ -102,7 +103,7 @@ def _parse_folder(file: AdapterFile, state: AdapterState) -> None:
     if unknown:
         state.note("unknown-config-field", file.where, f"kept, not read: {', '.join(unknown)}")
     metadata = dict(file.metadata)
-    component = file.component or metadata.get(META_COMPONENT, "")
+    component = file.component or carried_component(metadata, file.where)
     state.model = metadata.get(META_MODEL, state.model)
     for key in (META_COMPONENT, META_MODEL, META_ALPHA):
         metadata.pop(key, None)
@@ -141,14 +142,16 @@ def _grouped(file: AdapterFile) -> tuple[dict[str, dict[str, Tensor]], dict[str,
 def _is_saved(name: str, config: dict[str, Any]) -> bool:
     """Whether a parameter is one that PEFT saves whole: modules_to_save, biases, embeddings."""
     path, _, parameter = name.rpartition(".")
-    if parameter not in ("weight", "bias") or any(mark in path for mark in _OTHERS):
+    if any(mark in name for mark in _OTHERS):
+        return False
+    wanted = config.get("modules_to_save") or []
+    if any(f".{path}.".find(f".{w}.") >= 0 for w in wanted):
+        return True
+    if parameter not in ("weight", "bias"):
         return False
     if path.endswith(".base_layer"):  # an adapted embedding whose table was resized
         return True
     if config.get("bias", "none") != "none" and parameter == "bias":
-        return True
-    wanted = config.get("modules_to_save") or []
-    if any(f".{path}.".find(f".{w}.") >= 0 for w in wanted):
         return True
     return path.rpartition(".")[2] in (
         "embed_tokens",
@@ -217,6 +220,8 @@ def _canonical_magnitude(magnitude: Tensor) -> Tensor:
 
 
 def _options(algorithm: str, slots: dict[str, Tensor], config: dict[str, Any]) -> dict[str, Any]:
+    if algorithm == "lora" and config.get("fan_in_fan_out"):
+        return {"fan_in_fan_out": True}
     if algorithm == "hra":
         return {"apply_gs": bool(config.get("apply_GS"))}
     options: dict[str, Any] = {}
@@ -251,14 +256,33 @@ def _check_module(module: ModuleState, file: AdapterFile) -> None:
             next="mend r or rank_pattern in adapter_config.json, or take the file it belongs to",
             code="config-disagrees",
         )
-    if bool((file.config or {}).get("use_dora")) != ("magnitude" in module.tensors):
-        if module.algorithm == "lora":
-            raise LayoutError(
-                f"`{module.label}`: use_dora and the tensors disagree",
-                where=file.where,
-                seen=", ".join(module.keys),
-                code="config-disagrees",
-            )
+    for name in _disagreements(module, file.config or {}):
+        raise LayoutError(
+            f"`{module.label}`: {name} and the tensors disagree",
+            where=file.where,
+            seen=f"{name} = {(file.config or {}).get(name)!r}; {', '.join(module.keys)}",
+            next="PEFT would not load these tensors; mend adapter_config.json",
+            code="config-disagrees",
+        )
+
+
+def _disagreements(module: ModuleState, config: dict[str, Any]) -> list[str]:
+    """The config's flags under which PEFT would not make the tensors that the module has."""
+    t, wrong = module.tensors, []
+    if module.algorithm == "lora":
+        shown = {"use_dora": "magnitude" in t, "lora_bias": "up_bias" in t}
+        return [name for name, there in shown.items() if bool(config.get(name)) != there]
+    if ("t1" in t or "t2" in t) and not config.get("use_effective_conv2d"):
+        wrong.append("use_effective_conv2d")
+    if module.algorithm == "lokr":
+        if "w1_a" in t and not config.get("decompose_both"):
+            wrong.append("decompose_both")
+        factor = config.get("decompose_factor", -1)
+        (a, b), (c, d), _ = lokr_shapes(module)
+        cuts = [(a, b)] + ([(c, d)] if "w2" in t or "t2" in t else [])  # else d may hide a kernel
+        if any(peft_factorization(m * n, factor) != (m, n) for m, n in cuts):
+            wrong.append("decompose_factor")
+    return wrong
 
 
 # --- writing -------------------------------------------------------------------------------------
@@ -328,12 +352,17 @@ def _shape(module: ModuleState, names: Names | None) -> tuple[int, ...] | None:
     return component.shape(module.path, module.naming) if component else None
 
 
+_AS_LORA = ("no-conv3d", "peft-conv1d-lokr")
+
+
 def _refusal(module: ModuleState, names: Names | None, where: str) -> InexactError | None:
     """Why PEFT cannot hold a module, whatever the others are; None where it can."""
     code, what = _unheld(module, _shape(module, names))
     if not code:
         return None
-    remedy = "--as lora is exact for LoHa and LoKr; around a DoRA it needs --base and --rank"
+    remedy = "--as lora is exact" if code in _AS_LORA else "merge it into the base instead"
+    if "magnitude" in module.tensors:
+        remedy = "--as lora --base BASE --rank N --allow-lossy"
     return InexactError(f"`{module.label}`: {what}", where=where, next=remedy, code=code)
 
 
@@ -374,6 +403,8 @@ def _plan_lora(modules: Sequence[ModuleState], names: Names | None, where: str) 
 
 def _plan_loha(modules: Sequence[ModuleState], names: Names | None, where: str) -> list[Step]:
     tucker = [m for m in modules if "t1" in m.tensors]
+    if not tucker:
+        return []
     mixed = any("t1" not in m.tensors and _has_kernel(m, names, where) for m in modules)
     pointwise = [m for m in tucker if not any(k != 1 for k in kernel_of(m) or ())]
     return [Step(m, FLATTEN_TUCKER) for m in (tucker if mixed else pointwise)]
@@ -439,7 +470,15 @@ def _decompose_both(cut: Sequence[_Lokr]) -> bool:
     """Whether one decompose_both stores every w1 as it is here; False also where none is factored."""
     if not any("w1_a" in c.module.tensors for c in cut):
         return False
-    return all(("w1_a" in c.module.tensors) == (2 * c.rank(True) < c.widest[0]) for c in cut)
+    return all(_w1_as_stored(c) for c in cut)
+
+
+def _w1_as_stored(cut: _Lokr) -> bool:
+    """Whether decompose_both stores a module's w1 as it is: in two factors of the module's rank."""
+    t, rank = cut.module.tensors, cut.rank(True)
+    if 2 * rank >= cut.widest[0]:
+        return "w1" in t
+    return "w1_b" in t and t["w1_b"].shape[0] == rank
 
 
 def _factor(cut: Sequence[_Lokr], where: str) -> int:
@@ -477,7 +516,29 @@ _PLANS: dict[str, _Plan] = {
 
 def spell(state: AdapterState, names: Names | None) -> list[AdapterFile]:
     """One file with its config per component."""
+    if len(state.components) > 1 and "" in state.components:
+        raise LayoutError(
+            "modules of an unnamed model beside those of named components",
+            where=state.where,
+            seen=", ".join(f"`{c}`" for c in state.components),
+            next="--base MODEL, which names them all",
+            code="base-needed",
+        )
+    _note_classic_names(state, names)
     return [_spell_component(c, state, names) for c in state.components]
+
+
+def _note_classic_names(state: AdapterState, names: Names | None) -> None:
+    """transformers 5's CLIPTextModel lacks the `text_model.` that these names begin with."""
+    for name in state.components:
+        component = names.components.get(name) if names else None
+        if component and component.aliases and not component.own and not component.stored:
+            state.note(
+                "text-model-prefix",
+                name,
+                "under the names of transformers 4; for a CLIPTextModel of transformers 5, "
+                "which drops `text_model.`, pass --base with that model",
+            )
 
 
 def _spell_component(name: str, state: AdapterState, names: Names | None) -> AdapterFile:

@@ -33,7 +33,7 @@ _LYCORIS = {"rank_dropout": 0.0, "module_dropout": 0.0, "init_weights": True}
 FIELDS: dict[str, dict[str, Any]] = {
     "lora": _COMMON | _PATTERNS | {
         "r": 8, "lora_alpha": 8, "lora_dropout": 0.0, "fan_in_fan_out": False, "bias": "none",
-        "use_rslora": False, "use_dora": False, "init_lora_weights": True,
+        "use_rslora": False, "use_dora": False, "lora_bias": False, "init_lora_weights": True,
     },
     "loha": _COMMON | _PATTERNS | _LYCORIS | {"r": 8, "alpha": 8, "use_effective_conv2d": False},
     "lokr": _COMMON | _PATTERNS | _LYCORIS | {
@@ -52,7 +52,7 @@ _NEUTRAL: dict[str, tuple[Any, ...]] = {
 # Fields that only steer training or loading.
 _IGNORED = {
     "loftq_config", "eva_config", "corda_config", "lora_ga_config", "megatron_config",
-    "megatron_core", "qalora_group_size", "lora_bias", "runtime_config", "ensure_weight_tying",
+    "megatron_core", "qalora_group_size", "runtime_config", "ensure_weight_tying",
 }  # fmt: skip
 # Initial values that leave the base as it is; PiSSA, OLoRA, CorDA, LoftQ and others change it.
 _PLAIN_INITS = (True, False, "gaussian", "eva", "orthogonal", "lycoris", None)
@@ -109,7 +109,7 @@ def _types(algorithm: str) -> dict[str, Any]:
         tests[alpha_field(algorithm)] = _is_number
         tests["rank_pattern"] = lambda v: _is_pattern(v, _is_rank)
         tests["alpha_pattern"] = lambda v: _is_pattern(v, _is_number)
-    for name in ("use_rslora", "use_dora", "fan_in_fan_out"):
+    for name in ("use_rslora", "use_dora", "fan_in_fan_out", "lora_bias"):
         tests[name] = lambda v: v is None or isinstance(v, bool)
     for name in ("use_effective_conv2d", "decompose_both", "apply_GS"):
         tests[name] = lambda v: v is None or isinstance(v, bool)

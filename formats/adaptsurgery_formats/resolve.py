@@ -20,7 +20,13 @@ from adaptsurgery_formats.errors import (
     nearest,
 )
 from adaptsurgery_formats.names import TABLES, Component, Names, table
-from adaptsurgery_formats.state import AdapterState, ModuleState, delta_shape, kernel_of
+from adaptsurgery_formats.state import (
+    AdapterState,
+    ModuleState,
+    delta_shape,
+    kernel_of,
+    may_be_transposed,
+)
 from adaptsurgery_formats.tensors import Tensor
 
 
@@ -31,7 +37,7 @@ def resolve(state: AdapterState, names: Names) -> AdapterState:
     and ShapeError where the adapter does not fit the weight.
     """
     modules = [_resolve_module(m, names, state.where) for m in _stripped(state.modules, names)]
-    _refuse_twice(modules, state.where)
+    refuse_twice(modules, state.where)
     saved = _resolve_saved(state, names, modules)
     return replace(state, modules=modules, saved=saved, model=names.model)
 
@@ -221,7 +227,7 @@ def _lookup_error(
     )
 
 
-def _refuse_twice(modules: list[ModuleState], where: str) -> None:
+def refuse_twice(modules: list[ModuleState], where: str) -> None:
     """Two entries for one module, in two spellings or two namings, would be read by nobody alike."""
     seen: dict[tuple[str, str, str], ModuleState] = {}
     for module in modules:
@@ -266,13 +272,15 @@ def fit(module: ModuleState, shape: tuple[int, ...], where: str) -> ModuleState:
     if not shape:
         raise ShapeError(f"`{module.label}`: the base's weight is one number", where=where)
     out, columns = delta_shape(module)
-    o, i = shape[0], math.prod(shape[1:])
+    ways = [(shape[0], math.prod(shape[1:]))]
+    if len(shape) == 2 and may_be_transposed(module):
+        ways.append((shape[1], shape[0]))
     if module.algorithm == "hra":
-        fits = columns in ((i, shape[0]) if len(shape) == 2 else (i,))
+        fits = columns in [i for _, i in ways]
     elif module.algorithm == "full" and "diff" not in module.tensors:
-        fits = out == o
+        fits = out in [o for o, _ in ways]
     else:
-        fits = (out, columns) == (o, i) or (len(shape) == 2 and (out, columns) == (i, o))
+        fits = (out, columns) in ways
     if "magnitude" in module.tensors:  # transposed weights have their inputs first
         fits = fits and module.tensors["magnitude"].numel in (out, *shape[:2])
     if not fits or not _kernel_fits(module, shape):
@@ -302,6 +310,9 @@ def _kernel_fits(module: ModuleState, shape: tuple[int, ...]) -> bool:
     kernel = kernel_of(module)
     if kernel is None:
         return True
+    if len(kernel) == len(shape) - 2:
+        return kernel == shape[2:]
+    # a linear's factors for a 1×1 convolution, or PEFT's core (r, r, k, 1) for a Conv1d
     bare = tuple(k for k in kernel if k != 1)
     return bare == tuple(k for k in shape[2:] if k != 1)
 

@@ -123,9 +123,9 @@ class ModuleState:
 
 def magnitude_axis(module: ModuleState) -> str:
     """ "out" where a DoRA's norm is taken per output row, "in" where per input."""
-    shape = module.tensors["magnitude"].shape
+    magnitude = module.tensors["magnitude"]
     out, _ = delta_shape(module)
-    return "out" if shape[0] == out else "in"
+    return "out" if magnitude.shape[0] == magnitude.numel == out else "in"
 
 
 @dataclass(frozen=True)
@@ -168,6 +168,17 @@ class AdapterState:
 
     def note(self, code: str, where: str, text: str) -> None:
         self.notes.append(Note(code, where, text))
+
+
+# transformers' Conv1D layers (GPT-2 and its kin) go by these names; their weight is stored (i, o).
+CONV1D_NAMES = ("c_attn", "c_proj", "c_fc", "q_attn")
+
+
+def may_be_transposed(module: ModuleState) -> bool:
+    """Whether there is a sign that the module's weight is stored (i, o), other than its shape."""
+    if module.kind == "embedding" or module.options.get("fan_in_fan_out"):
+        return True
+    return module.path.rpartition(".")[2] in CONV1D_NAMES
 
 
 def check_complete(module: ModuleState, where: str) -> None:

@@ -24,7 +24,6 @@ from adaptsurgery_formats.names import (
     names_of_base,
     recognise,
     table,
-    unflatten,
 )
 from adaptsurgery_formats.names.tables import expand
 
@@ -71,7 +70,6 @@ def test_every_name_flattens_and_comes_back(model, name):
     wanted += [("native", p) for p in component.native]
     for naming, path in wanted:
         assert component.find(flatten(path)) == [(naming, path)]
-        assert unflatten(table(model), name, flatten(path), "f") == (naming, path)
         assert component.locate(path) == (naming, path)
         assert component.shape(path, naming)
 

@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import copy
+import subprocess
+import sys
 from pathlib import Path
 from typing import Any
 
@@ -206,3 +208,38 @@ def test_peft_state_and_ours_agree_on_names() -> None:
     adapted = peft.get_peft_model(llama(), peft.LoraConfig(target_modules=["q_proj"]))
     key = next(iter(get_peft_model_state_dict(adapted)))
     assert key.startswith("base_model.model.model.layers.0.self_attn.q_proj.")
+
+
+PEAK = """
+import sys, torch
+from torch import nn
+from adaptsurgery.algorithms import build
+from adaptsurgery.jobs.fold import fold
+torch.set_num_threads(1)
+def shapes(name, n):
+    half = {"w1_a": (n, 8), "w1_b": (8, n), "w2_a": (n, 8), "w2_b": (8, n)}
+    return {"lora": {"up": (n, 8), "down": (8, n)}, "loha": half, "hra": {"u": (n, 8)},
+            "lokr": {"w1": (8, 8), "w2_a": (n // 8, 8), "w2_b": (8, n // 8)}}[name]
+def told(name):
+    lines = open("/proc/self/status").read().splitlines()
+    return next(int(line.split()[1]) for line in lines if line.startswith(name))
+dtype = getattr(torch, sys.argv[1])
+net = nn.ModuleDict({"big": nn.Linear(4096, 4096, False, dtype=dtype), "small": nn.Linear(64, 64, False, dtype=dtype)})
+for name in ("lora", "loha", "lokr", "hra"):
+    big, small = ({k: torch.randn(s) * 0.01 for k, s in shapes(name, n).items()} for n in (4096, 64))
+    fold(net, {"small": build(name, small)}, workers=1)
+    with open("/proc/self/clear_refs", "w") as file:
+        file.write("5")  # the peak begins anew
+    before = told("VmRSS")
+    fold(net, {"big": build(name, big)}, workers=1)
+    print(told("VmHWM") - before)
+"""
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
+def test_memory_beyond_the_weights_is_a_few_megabytes(dtype: str) -> None:
+    """Weights of 64 MB: a copy of one, or a ΔW, would be seen."""
+    done = subprocess.run([sys.executable, "-c", PEAK, dtype], capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr
+    assert max(map(int, done.stdout.split())) < 16_000, done.stdout

@@ -4,8 +4,10 @@
     python tools/bench/merging.py memory [--layers 24] [--rounds 3] [--threads 1]
 
 Every round runs all contestants one after the other; medians are printed as ratios. Files lie on a
-memory file system (--folder), so that the disk is not measured. The wall time and the CPU seconds
-of the work alone, after imports; the peak memory is of a process of its own.
+memory file system (--folder), so that the disk is not measured. Wall time and CPU seconds of the
+work alone (``adaptsurgery.merge`` in this process, with and without norms), of the whole command,
+and with --framework, once, of from_pretrained + PEFT + merge_and_unload + save_pretrained in a
+process of its own. The peak memory is that of a process that merges once.
 """
 
 from __future__ import annotations
@@ -24,13 +26,11 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from safetensors.torch import load_file, save_file
+from safetensors.torch import save_file
 from torch import Tensor, nn
 
+import adaptsurgery
 from adaptsurgery.algorithms import build
-from adaptsurgery.checkpoint.safetensors import read_safetensors
-from adaptsurgery.checkpoint.stream import Entry, write_stream
-from adaptsurgery.core.blocks import Place, edit_of
 from adaptsurgery.core.update import Update
 from adaptsurgery.jobs.fold import fold, unfold
 
@@ -146,30 +146,15 @@ def _shape_of(key: str) -> tuple[int, int]:
     return shapes(int(key.split(".")[2]))[key]
 
 
-def merge_streams(base: Path, adapter: Path, out: Path, workers: int) -> None:
-    """The engine alone, with entries built by hand."""
-    name = adapter.name[:4].strip()
-    held = load_file(adapter / "adapter_model.safetensors")
-    grouped: dict[str, dict[str, Tensor]] = {}
-    for key, tensor in held.items():
-        path, _, slot = (
-            key.removesuffix(".weight").removeprefix("base_model.model.").rpartition(".")
-        )
-        grouped.setdefault(f"{path}.weight", {})[slot] = tensor
-    out.mkdir()
-    for file in sorted(base.iterdir()):
-        if file.suffix != ".safetensors":
-            shutil.copy2(file, out)
-            continue
-        read = read_safetensors(file)
-        entries = {key: Entry(tensor) for key, tensor in read.tensors.items()}
-        for key in entries.keys() & grouped.keys():
-            entries[key] = _edited(read.tensors[key], update(name, grouped[key]))
-        write_stream(out / file.name, entries, read.metadata, workers=workers)
+def merge_here(base: Path, adapter: Path, out: Path, workers: int, norms: bool = True) -> None:
+    """The work alone: torch is imported already."""
+    adaptsurgery.merge(base, str(adapter), out, workers=workers, norms=norms)
 
 
-def _edited(tensor: Any, change: Update) -> Entry:
-    return Entry(tensor, lambda compute: edit_of([Place(change)], tensor.shape, compute))
+def merge_command(base: Path, adapter: Path, out: Path, workers: int) -> None:
+    """The whole command, with the start of Python and torch."""
+    command = [sys.executable, "-m", "adaptsurgery", "merge", base, adapter, "-o", out, "-q"]
+    subprocess.run([*command, "--workers", str(workers)], check=True)
 
 
 def update(name: str, slots: dict[str, Tensor]) -> Update:
@@ -194,30 +179,39 @@ def files(given: argparse.Namespace) -> None:
     try:
         make_base(base, given.gigabytes)
         make_adapters(base, adapters)
+        routes: dict[str, Callable[[Path], object]] = {
+            "work": lambda a: merge_here(base, a, out, given.workers),
+            "no norms": lambda a: merge_here(base, a, out, given.workers, norms=False),
+            "command": lambda a: merge_command(base, a, out, given.workers),
+        }
         costs: dict[str, list[Cost]] = {}
         for _ in range(given.rounds):
             _note(costs, "cp -r", out, lambda: subprocess.run(["cp", "-r", base, out], check=True))
-            for name in CONTESTANTS:
-                adapter = adapters / name
-                _note(costs, name, out, lambda: merge_streams(base, adapter, out, given.workers))  # noqa: B023
-        found = medians(costs)
+            for name in given.only or CONTESTANTS:
+                for route, work in routes.items():
+                    _note(costs, f"{name}, {route}", out, lambda: work(adapters / name))  # noqa: B023
+        for name in (given.only or CONTESTANTS) if given.framework else ():
+            one = lambda: _peak("framework", base, adapters / name, 1, out)  # noqa: B023, E731
+            costs[f"{name}, framework"] = [timed(one)]
+        peaks = {
+            f"{name}, {route}": _peak(which, base, adapters / name, given.workers, out)
+            for name in given.only or CONTESTANTS
+            for route, which in (("work", "ours"), ("framework", "framework"))
+            if f"{name}, {route}" in costs
+        }
         size = sum(f.stat().st_size for f in base.iterdir()) / 1e9
         print(f"{size:.2f} GB of bfloat16; {given.rounds} rounds; {given.workers} workers")
-        wall, cpu = found["cp -r"]
-        print(f"{'cp -r':24}wall {wall:6.2f} s        cpu {cpu:6.2f} s")
-        for name in CONTESTANTS:
-            peak = _peak("engine", base, adapters / name, out, given.workers)
-            w, c = found[name]
-            print(
-                f"{name:24}wall {w / wall:5.2f} × cp    cpu {c / cpu:5.2f} × cp    peak {peak:5.0f} MB"
-            )
-        for name in CONTESTANTS if given.framework else ():
-            took = timed(lambda: _peak("framework", base, adapters / name, out, 1))  # noqa: B023
-            print(
-                f"{'framework, ' + name:24}wall {took[0] / wall:5.2f} × cp    cpu {took[1] / cpu:5.2f} × cp"
-            )
+        _print_files(medians(costs), peaks)
     finally:
         shutil.rmtree(room, ignore_errors=True)
+
+
+def _print_files(found: dict[str, Cost], peaks: dict[str, float]) -> None:
+    wall, cpu = found.pop("cp -r")
+    print(f"{'cp -r':24}wall {wall:6.2f} s        cpu {cpu:6.2f} s")
+    for name, (w, c) in found.items():
+        peak = f"    peak {peaks[name]:5.0f} MB" if name in peaks else ""
+        print(f"{name:24}wall {w / wall:5.2f} × cp    cpu {c / cpu:5.2f} × cp{peak}")
 
 
 def _note(costs: dict[str, list[Cost]], name: str, out: Path, work: Callable[[], object]) -> None:
@@ -225,7 +219,7 @@ def _note(costs: dict[str, list[Cost]], name: str, out: Path, work: Callable[[],
     shutil.rmtree(out)
 
 
-def _peak(route: str, base: Path, adapter: Path, out: Path, workers: int) -> float:
+def _peak(route: str, base: Path, adapter: Path, workers: int, out: Path) -> float:
     """The peak memory in MB of a process that merges once."""
     command = [sys.executable, __file__, "once", route, base, adapter, out, str(workers)]
     done = subprocess.run(command, check=True, capture_output=True, text=True)
@@ -235,10 +229,10 @@ def _peak(route: str, base: Path, adapter: Path, out: Path, workers: int) -> flo
 
 def once(given: argparse.Namespace) -> None:
     base, adapter, out = Path(given.base), Path(given.adapter), Path(given.out)
-    if given.route == "engine":
-        merge_streams(base, adapter, out, int(given.workers))
-    else:
+    if given.route == "framework":
         merge_framework(base, adapter, out)
+    else:
+        merge_here(base, adapter, out, int(given.workers))
     # Not getrusage: that counts the memory of the process that started this one.
     lines = Path("/proc/self/status").read_text().splitlines()
     print(next(int(line.split()[1]) / 1024 for line in lines if line.startswith("VmHWM")))
@@ -333,6 +327,7 @@ def main() -> None:
     of_files.add_argument("--workers", type=int, default=2)
     of_files.add_argument("--folder", default="/dev/shm")
     of_files.add_argument("--framework", action="store_true")
+    of_files.add_argument("--only", action="append", choices=CONTESTANTS)
     of_files.set_defaults(run=files)
     in_memory = jobs.add_parser("memory")
     in_memory.add_argument("--layers", type=int, default=24)

@@ -13,7 +13,7 @@ from adaptsurgery.jobs.merging.adapters import Named, check_replaced, read_adapt
 from adaptsurgery.jobs.merging.manifest import manifest_path
 from adaptsurgery.jobs.merging.match import match
 from adaptsurgery.jobs.merging.plan import MergePlan, Options, build_plan, check_options
-from adaptsurgery.jobs.merging.run import Norms, Progress, check_part, check_plan, run_plan
+from adaptsurgery.jobs.merging.run import Norms, Progress, abandoned, check_part, check_plan, run_plan
 from adaptsurgery.jobs.merging.tying import settle_ties
 from adaptsurgery.jobs.report import Report, Row
 from adaptsurgery_formats import AdapterState, Note
@@ -48,7 +48,8 @@ def merge(
     ``"path=0.8"`` or ``(path, 0.8)`` where it has a weight. ``dtype`` ("auto", "fp32", "bf16",
     "fp16") is what float tensors are stored in, ``compute`` ("fp32", "fp64") what they are folded
     in. ``shard_index`` of ``num_shards`` does a part of the shards; whoever is last completes the
-    output. ``norms`` False leaves ‖W‖ and ‖W' − W‖ out of the manifest. A run that was killed is taken up where it stopped.
+    output. ``norms`` False leaves ‖W‖ and ‖W' − W‖ (measured on blocks of each tensor) out of the
+    manifest. A run that was killed is taken up where it stopped.
 
     Raises SurgeryError for anything that cannot be done exactly: what, where, seen, next.
     """
@@ -119,6 +120,9 @@ def _run(
     plan, states = _planned(base, adapters, options, allow_unmatched, dry_run)
     check_plan(plan, out, overwrite=overwrite, needed=not dry_run)
     report = _report(plan, states, workers)
+    for root in abandoned(plan, out):
+        text = "left by another merge that was killed; it goes on where it stopped, or remove this"
+        report.notes.append(Note("abandoned", str(root), text))
     if dry_run:
         return report
     complete, norms = run_plan(
@@ -238,8 +242,10 @@ def _tell_norms(report: Report, plan: MergePlan, norms: Norms) -> None:
             row.detail = f"‖ΔW‖/‖W‖ {found['change'] / found['before']:.3g}"
     still = [t.key for t in plan.edited if t.key in norms and not norms[t.key].get("change")]
     if still:
-        text = f"{len(still)} tensors came out unchanged, `{still[0]}` first: a zero adapter, or "
-        text += "a change below the rounding of the stored dtype"
+        text = (
+            f"{len(still)} tensors are unchanged wherever they were measured, `{still[0]}` first: "
+        )
+        text += "an adapter of zeros?"
         report.notes.append(Note("unchanged", plan.base, text))
 
 

@@ -80,8 +80,8 @@ def run_plan(
     """Carry out every n-th job of a plan from the i-th on, (i, n) = ``part``.
 
     Whoever finishes the last of all jobs puts the output in its place. Returns whether that was
-    done, and the norms of all finished tensors (unless ``norms`` is False: they cost a third more
-    arithmetic). ``states`` are the adapters, if they are parsed.
+    done, and the norms of all finished tensors, unless ``norms`` is False. ``states`` are the
+    adapters, if they are parsed.
     """
     check_plan(plan, out, overwrite=overwrite, needed=True)
     _check_inputs(plan)
@@ -204,6 +204,26 @@ class _Place:
             if alone and (hopeless or not started):
                 shutil.rmtree(self.root, ignore_errors=True)
             raise
+
+
+def abandoned(plan: MergePlan, out: Path) -> list[Path]:
+    """What killed runs of other plans have left beside the output, if nobody works on it now."""
+    mine = _Place(plan, out).root
+    found = sorted(out.parent.glob(".adaptsurgery-*.partial"))
+    return [root for root in found if root != mine and not _busy(root)]
+
+
+def _busy(root: Path) -> bool:
+    """Whether a process holds one of a partial output's locks."""
+    import fcntl
+
+    for path in (root / "locks").glob("*"):
+        with suppress(FileNotFoundError), open(path, "rb+") as file:
+            try:
+                fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+            except OSError:
+                return True
+    return False
 
 
 def _finished(plan: MergePlan, out: Path) -> int:

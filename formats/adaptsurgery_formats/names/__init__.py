@@ -13,7 +13,6 @@ from adaptsurgery_formats.names.tables import (
     names_of_base,
     recognise,
     table,
-    unflatten,
 )
 
 __all__ = [
@@ -28,5 +27,4 @@ __all__ = [
     "table",
     "to_diffusers",
     "to_native",
-    "unflatten",
 ]

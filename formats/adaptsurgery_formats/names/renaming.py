@@ -13,6 +13,7 @@ Backwards the parts' right factors must be one and the same; only LoRA can stack
 
 from __future__ import annotations
 
+import math
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
 
@@ -252,11 +253,11 @@ def _check_alike(present: Sequence[ModuleState], segments: Sequence[Segment]) ->
         kinds = sorted({f"{t.dtype} of {len(t.shape)} dimensions" for t in stored})
         if len(kinds) > 1:
             raise _mixed(first, segments, f"its parts' {slot} are {' and '.join(kinds)}")
-    if len({p.scale for p in present}) > 1:
+    if not same_scale(present):
         raise InexactError(
             f"`{first.label}` and the modules it is stored with have different scales",
             seen=", ".join(f"`{p.path}` {p.scale:g}" for p in present),
-            next="give them equal alpha/rank, or " + AS_LORA,
+            next=_equal_scales(first),
             code="fused-scales",
         )
     for part in present:
@@ -267,6 +268,18 @@ def _check_alike(present: Sequence[ModuleState], segments: Sequence[Segment]) ->
     normed = sum("magnitude" in part.tensors for part in present)
     if normed and normed < count:
         raise _mixed(first, segments, f"{normed} of the {count} have a DoRA magnitude")
+
+
+def same_scale(modules: Sequence[ModuleState]) -> bool:
+    """Whether all have one scale, up to float64's rounding of alpha/rank."""
+    return all(math.isclose(m.scale, modules[0].scale, rel_tol=1e-15) for m in modules)
+
+
+def _equal_scales(module: ModuleState) -> str:
+    """How parts of different scales can be fused; the jobs do it for LoRA and LoHa unasked."""
+    slot = {"lora": "up", "loha": "w1_a"}.get(module.algorithm)
+    fold = f"multiply the scales' ratios into {slot}" if slot else "give them equal alpha/rank"
+    return f"{fold}, or {AS_LORA}"
 
 
 def _with_one_right_factor(

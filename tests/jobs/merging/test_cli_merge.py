@@ -48,3 +48,28 @@ def test_refusals(
     assert run(["merge", base, "-o", "out"]) == 2
     assert run(["merge", base, adapter, "-o", "out", "--max-shard-size", "huge"]) == 2
     assert run(["merge", base, adapter, "-o", "out", "--shard-index", "2"]) == 2
+
+
+def test_a_merged_checkpoint_is_verified(
+    inputs: tuple[str, str], tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    base, adapter = inputs
+    out, back = str(tmp_path / "out.safetensors"), str(tmp_path / "back.safetensors")
+    assert run(["merge", base, f"{adapter}=0.5", "-o", out, "-q"]) == 0
+    assert run(["verify", out, "--base", base, "--adapter", f"{adapter}=0.5", "--json"]) == 0
+    told = json.loads(capsys.readouterr().out)
+    assert told["ok"] and told["facts"] == {"tensors": 1, "edited": 1}
+    assert run(["verify", out, "--base", base, "--adapter", f"{adapter}=0.6"]) == 1
+    assert "`a.fc.weight` is not what base and adapters give" in capsys.readouterr().err
+    assert run(["unmerge", out, f"{adapter}=0.5", "-o", back, "-q"]) == 0
+    undone = ["verify", back, "--base", out, "--adapter", f"{adapter}=0.5", "--inverse"]
+    assert run(undone) == 0
+    assert "1 edited" in capsys.readouterr().out
+
+
+@pytest.mark.parametrize(
+    "arguments",
+    [["a"], ["a", "b", "--adapter", "c"], ["a", "b", "--inverse"], ["a", "--adapter", "c"]],
+)
+def test_verify_takes_two_adapters_or_a_checkpoint(arguments: list[str]) -> None:
+    assert run(["verify", *arguments]) == 2

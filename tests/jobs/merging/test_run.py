@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import fcntl
 import json
 import os
 import signal
@@ -244,6 +245,59 @@ def test_a_kill_leaves_the_old_output_and_the_rerun_completes(after: float, tmp_
     assert ended or all(torch.equal(now[n], old[n]) for n in names)
     merge(base, adapter, out, overwrite=True)
     assert verify_merge(out, base, adapter).rows and not left_behind(tmp_path)
+
+
+@pytest.mark.parametrize("overwrite", [False, True])
+@pytest.mark.parametrize("folder", [False, True])
+def test_a_kill_right_after_the_rename_is_mended(
+    folder: bool, overwrite: bool, tmp_path: Path
+) -> None:
+    """The partial output then holds the old one, or nothing; it must not come back."""
+    base = write_base(tmp_path / "base")
+    adapter = write_adapter(tmp_path / "a.safetensors", range(LAYERS if folder else 2))
+    base = base if folder else base / "model-00001-of-00003.safetensors"
+    out = tmp_path / ("out" if folder else "out.safetensors")
+    if overwrite:
+        merge(base, f"{adapter}=3", out)
+    code = (
+        "import os; from adaptsurgery.jobs.merging import merge, run\n"
+        "run._close = lambda *_: os._exit(9)\n"
+        f"merge.merge({str(base)!r}, [{str(adapter)!r}], {str(out)!r}, overwrite={overwrite})"
+    )
+    assert subprocess.run([sys.executable, "-c", code]).returncode == 9
+    assert left_behind(tmp_path) and verify_merge(out, base, adapter).rows
+    report = merge(base, adapter, out, overwrite=overwrite)
+    assert report.facts["complete"] and not left_behind(tmp_path)
+    told = verify_merge(out, base, adapter)
+    assert told.rows and not told.notes and Path(report.outputs[1]).is_file()
+
+
+def test_what_other_merges_left_is_named(inputs: tuple[Path, Path], tmp_path: Path) -> None:
+    base, adapter = inputs
+    merge(base, f"{adapter}=2", tmp_path / "out", shard_index=0, num_shards=3)
+    (partial,) = left_behind(tmp_path)
+    report = merge(base, adapter, tmp_path / "out")
+    assert [n.where for n in report.notes if n.code == "abandoned"] == [str(tmp_path / partial)]
+    with open(tmp_path / partial / "locks" / "0", "rb") as file:
+        fcntl.flock(file, fcntl.LOCK_EX)  # somebody works on it
+        report = merge(base, adapter, tmp_path / "out", overwrite=True)
+    assert not report.notes
+    merge(base, f"{adapter}=2", tmp_path / "out", overwrite=True)
+    assert not left_behind(tmp_path)
+
+
+def test_what_is_left_of_an_output_that_went_elsewhere_is_not_used(tmp_path: Path) -> None:
+    base, adapter = write_base(tmp_path / "base"), write_adapter(tmp_path / "a.safetensors")
+    merge(base, f"{adapter}=3", tmp_path / "out")
+    code = (
+        "import os; from adaptsurgery.jobs.merging import merge, run\n"
+        "run._close = lambda *_: os._exit(9)\n"
+        f"merge.merge({str(base)!r}, [{str(adapter)!r}], {str(tmp_path / 'out')!r}, overwrite=True)"
+    )
+    subprocess.run([sys.executable, "-c", code])
+    (tmp_path / "out").rename(tmp_path / "mine")
+    merge(base, adapter, tmp_path / "out")
+    assert verify_merge(tmp_path / "out", base, adapter).rows and not left_behind(tmp_path)
 
 
 # Refusals

@@ -11,6 +11,8 @@ Importing this package is cheap: torch comes in with the first call that needs n
 from __future__ import annotations
 
 import importlib
+from collections.abc import Callable
+from types import ModuleType
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
@@ -45,7 +47,7 @@ __all__ = [
     "verify_merge",
 ]
 
-# Public name → where it lives; submodules are attributes too.
+# Public name → where it lives; submodules are attributes too, at every level.
 _HOMES = {
     "Adapter": "adaptsurgery.jobs.adapter",
     "load": "adaptsurgery.jobs.adapter",
@@ -64,6 +66,21 @@ _HOMES = {
     "SurgeryError": "adaptsurgery_formats.errors",
 }
 _ROOMS = ("algorithms", "checkpoint", "cli", "core", "jobs")
+
+
+def submodules(package: str) -> Callable[[str], ModuleType]:
+    """A package's ``__getattr__``: each of its submodules is imported when it is first touched."""
+
+    def find(name: str) -> ModuleType:
+        path = f"{package}.{name}"
+        try:
+            return importlib.import_module(path)
+        except ModuleNotFoundError as error:
+            if error.name != path:
+                raise
+        raise AttributeError(f"module {package!r} has no attribute {name!r}")
+
+    return find
 
 
 def __getattr__(name: str) -> Any:

@@ -86,7 +86,8 @@ def test_nothing_imports_upward(path: Path) -> None:
         if target is None:
             continue
         own_version = room in ("cli", "jobs") and module == "adaptsurgery.__version__"
-        assert target in allowed or own_version, f"{path.name} ({room}) imports {module}"
+        lazy = path.name == "__init__.py" and module == "adaptsurgery.submodules"
+        assert target in allowed or own_version or lazy, f"{path.name} ({room}) imports {module}"
         if room in ERRORS_ONLY and target == "formats":
             assert module.startswith("adaptsurgery_formats.errors."), f"{path.name}: {module}"
 

@@ -23,7 +23,7 @@ from adaptsurgery.core.cost import Form, price
 from adaptsurgery.core.geometry import Layer
 from adaptsurgery.core.update import Delta
 
-HALF = 64 * 1024  # numbers of each half of Δ that are built at a time
+HALF = 128 * 1024  # numbers of each half of Δ that are built at a time
 
 
 @dataclass(frozen=True, eq=False)

@@ -10,3 +10,7 @@ Nothing here imports torch or numpy until a number has to be computed:
 - ``hub``: ``org/name`` turned into a local path
 - ``bridge``, ``pickles``: to torch and from it
 """
+
+from adaptsurgery import submodules
+
+__getattr__ = submodules(__name__)

@@ -28,8 +28,8 @@ from adaptsurgery.core.update import Delta, Renorm, Rotation, Update, compose, p
 from adaptsurgery_formats.errors import InexactError, ShapeError, ValueRefused
 
 HALF = 65504.0**2  # a float16 is at most this, squared
-BLOCK = 64 * 1024  # numbers changed at a time: with its scratch, what stays in a core's cache
-SAMPLE = BLOCK // 2  # numbers of a piece whose norms are measured
+BLOCK = 256 * 1024  # numbers changed at a time: few calls, and a block stays in a core's cache
+SAMPLE = 32 * 1024  # numbers of a piece whose norms are measured
 
 
 @dataclass(frozen=True, eq=False)

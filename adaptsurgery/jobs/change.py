@@ -8,7 +8,7 @@ approximated. Truncation is optimal (Eckart–Young) and its error is reported p
 from __future__ import annotations
 
 from collections import Counter
-from collections.abc import Callable, Sequence
+from collections.abc import Callable
 from dataclasses import replace
 from typing import TYPE_CHECKING
 
@@ -41,16 +41,18 @@ def as_lora(
     """
     errors: dict[tuple[str, str], float] = {}
     modules: list[ModuleState] = []
+    grown: Counter[tuple[str, str]] = Counter()
     for module in loaded.state.modules:
         progress(module.label)
         changed, error = _as_lora(module, loaded, rank)
         modules += changed
+        grown.update(_grown(module, changed[0]))
         if not error <= EXACT:
             errors[module.component, module.path] = error
     if errors and not allow_lossy:
         raise _lossy(errors, len(modules), loaded.state.where)
     _note_kernels(loaded)
-    _note_dtypes(loaded, modules)
+    _note_dtypes(loaded, grown)
     return replace(loaded.state, modules=modules)
 
 
@@ -146,23 +148,19 @@ def _rank_needed(module: ModuleState, where: str) -> LayoutError:
     )
 
 
-def _note_dtypes(loaded: Loaded, modules: Sequence[ModuleState]) -> None:
+def _note_dtypes(loaded: Loaded, grown: Counter[tuple[str, str]]) -> None:
     """Say how many modules are stored wider than their source."""
-    before = {(m.component, m.path, m.algorithm == "norm"): m for m in loaded.state.modules}
-    wider = Counter(
-        grown
-        for m in modules
-        if (grown := _grown(before[m.component, m.path, m.algorithm == "norm"], m))
-    )
-    for (was, now), count in wider.items():
+    for (was, now), count in grown.items():
         text = f"{count} modules are stored in {now}: {was} does not hold their factors exactly"
         loaded.state.note("dtype", loaded.state.where, text)
 
 
-def _grown(before: ModuleState, after: ModuleState) -> tuple[str, str] | None:
-    """The widest dtypes of a module's factors before and after, where the latter is wider."""
+def _grown(before: ModuleState, after: ModuleState) -> list[tuple[str, str]]:
+    """The widest dtypes of a module's factors before and after, if the latter is wider."""
     was, now = (
-        max((t.dtype for s, t in m.tensors.items() if s != "magnitude"), key=DTYPE_BYTES.__getitem__)
+        max(
+            (t.dtype for s, t in m.tensors.items() if s != "magnitude"), key=DTYPE_BYTES.__getitem__
+        )
         for m in (before, after)
     )
-    return (was, now) if DTYPE_BYTES[now] > DTYPE_BYTES[was] else None
+    return [(was, now)] if DTYPE_BYTES[now] > DTYPE_BYTES[was] else []

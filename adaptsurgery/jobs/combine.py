@@ -22,7 +22,7 @@ from typing import TYPE_CHECKING, Any
 from adaptsurgery.checkpoint.bridge import from_torch, to_torch, torch_dtype
 from adaptsurgery.jobs import lowrank
 from adaptsurgery.jobs.change import EXACT, as_lora
-from adaptsurgery.jobs.convert import Progress, _check_paths, _writable, write_adapter
+from adaptsurgery.jobs.convert import Progress, check_paths, writable, write_adapter
 from adaptsurgery.jobs.loading import Loaded
 from adaptsurgery.jobs.lowrank import Spec, in_naming, is_low_rank, lora_form, prefix_of
 from adaptsurgery.jobs.merging.adapters import Named, split_weight
@@ -79,9 +79,9 @@ def combine(
             "no adapter was named", next="A[=WEIGHT] B[=WEIGHT] …", code="no-adapter"
         )
     loaded = lowrank.load_together([name for name, _ in named], base=base, to=to)
-    target = _writable(to or loaded[0].state.layout)
+    target = writable(to or loaded[0].state.layout)
     for one in loaded:
-        _check_paths(one.paths, Path(out), target, overwrite, dry_run)
+        check_paths(one.paths, out, target, overwrite)
     parts = [_Part(one, weight, target) for one, (_, weight) in zip(loaded, named)]
     sum_ = _Sum([part for part in parts if part.weight], loaded[0], target)
     result = sum_.result(allow_zero, parts[0])

@@ -60,13 +60,13 @@ def convert(
 
     Raises SurgeryError for any input that cannot be converted exactly: what, where, seen, next.
     """
-    target = _writable(to)
+    target = writable(to)
     if algorithm not in (None, "lora"):
         raise LayoutError(f"--as {algorithm} is not offered", next="--as lora", code="no-such-form")
     if rank is not None and algorithm is None:
         raise LayoutError("--rank goes with --as lora", code="rank-without-as")
     sources = [source] if isinstance(source, (str, os.PathLike)) else list(source)
-    _check_paths(sources, Path(out), target, overwrite, dry_run)
+    check_paths(sources, out, target, overwrite)
     loaded = load_state(sources, base=base, layout=layout)
     _set_prefix(loaded, prefix.rstrip("_"), target)
     return write_adapter(
@@ -93,7 +93,7 @@ def write_adapter(
     progress: Progress | None = None,
 ) -> Report:
     """A loaded adapter in a layout, after a change of its algorithm if one is asked for."""
-    target = _writable(to)
+    target = writable(to)
     assert target.spell is not None
     for path in loaded.paths:
         _keep_apart(path, out, becomes_part=target.name == "peft")
@@ -111,7 +111,7 @@ def write_adapter(
     return report
 
 
-def _writable(name: str) -> Format:
+def writable(name: str) -> Format:
     target = format_named(name)
     if target.spell is None:
         raise LayoutError(
@@ -122,10 +122,11 @@ def _writable(name: str) -> Format:
     return target
 
 
-def _check_paths(
-    sources: Sequence[AnyPath], out: Path, target: Format, overwrite: bool, dry_run: bool
+def check_paths(
+    sources: Sequence[AnyPath], written: AnyPath, target: Format, overwrite: bool
 ) -> None:
     """Refuse an output that is the source, or that cannot be written, before any work is done."""
+    out = Path(written)
     folder = target.name == "peft"
     if "\0" in str(out):
         raise FileError("no file can have such a name", where=str(out), code="bad-name")
@@ -135,11 +136,12 @@ def _check_paths(
         )
     for source in sources:
         _keep_apart(source, out, becomes_part=folder)
-    if not folder and (out.suffix in (".bin", ".pt", ".pth", ".ckpt") or str(out).endswith("/")):
+    pickled = out.suffix in (".bin", ".pt", ".pth", ".ckpt")
+    if not folder and (pickled or os.fspath(written).endswith(os.sep)):
         raise FileError(
             "this layout is one safetensors file",
             where=str(out),
-            next="-o FILE.safetensors",
+            next=f"-o {out.with_suffix('.safetensors')}",
             code="bad-name",
         )
     check_output(out, overwrite=overwrite, directory=folder, replaceable=_OURS)

@@ -6,7 +6,7 @@ from collections.abc import Callable, Sequence
 from dataclasses import replace
 from functools import partial
 
-from adaptsurgery_formats import AdapterState, Format, ModuleState
+from adaptsurgery_formats import AdapterState, Format, ModuleState, Tensor
 from adaptsurgery_formats.errors import InexactError, refuse_together
 from adaptsurgery_formats.names import Component, Names, to_diffusers, to_native
 from adaptsurgery_formats.names.renaming import same_scale
@@ -109,30 +109,36 @@ def _at_scale(module: ModuleState, scale: float) -> ModuleState:
 
 def _multiplied(state: AdapterState, levelled: Levelled) -> list[ModuleState]:
     """The ratios folded into the row factors, which keep their one dtype or all become float32."""
-    from adaptsurgery.checkpoint.bridge import to_torch
-    from adaptsurgery.jobs.steps import stored, widened
+    from adaptsurgery.jobs.steps import widened
 
-    before = [module for module, _ in levelled]
-    modules = before
-    for slot in (_SCALED[before[0].algorithm], "up_bias"):
-        wide = {
-            n: (m.tensors[slot], to_torch(m.tensors[slot]).double() * ratio)
-            for n, (m, ratio) in enumerate(levelled)
-            if slot in m.tensors
-        }
-        folded = {n: stored(product, [own]) for n, (own, product) in wide.items()}
-        if len({t.dtype for t in folded.values()}) > 1:
-            folded = {n: stored(product, []) for n, (_, product) in wide.items()}
-        modules = [
-            m.with_tensors(**{slot: folded[n]}) if n in folded else m for n, m in enumerate(modules)
-        ]
-    step = fold_step(before[0])
-    for old, new in zip(before, modules):
-        state.note("rewritten", new.label, step + widened(old, new))
+    modules = [module for module, _ in levelled]
+    ratios = [ratio for _, ratio in levelled]
+    for slot in (_SCALED[modules[0].algorithm], "up_bias"):
+        modules = _slot_multiplied(modules, ratios, slot)
+    for (old, _), new in zip(levelled, modules):
+        if new is not old:
+            state.note("rewritten", new.label, fold_step(new) + widened(old, new))
     return modules
 
 
+def _slot_multiplied(modules: Parts, ratios: Sequence[float], slot: str) -> list[ModuleState]:
+    from adaptsurgery.checkpoint.bridge import to_torch
+    from adaptsurgery.jobs.steps import stored
+
+    def product(n: int, like: list[Tensor]) -> Tensor:
+        return stored(to_torch(modules[n].tensors[slot]).double() * ratios[n], like)
+
+    own = {n: m.tensors[slot] for n, m in enumerate(modules) if slot in m.tensors}
+    changed = {n: product(n, [t]) for n, t in own.items() if ratios[n] != 1}
+    if len({t.dtype for t in (own | changed).values()}) > 1:
+        changed = {n: product(n, []) for n in own}
+    return [
+        m.with_tensors(**{slot: changed[n]}) if n in changed else m for n, m in enumerate(modules)
+    ]
+
+
 def fold_step(module: ModuleState) -> str:
+    """What a report calls it."""
     return f"fold the scale into {_SCALED[module.algorithm]}"
 
 

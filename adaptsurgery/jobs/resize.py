@@ -17,7 +17,7 @@ from typing import TYPE_CHECKING
 from adaptsurgery.checkpoint.bridge import from_torch, torch_dtype
 from adaptsurgery.jobs import lowrank
 from adaptsurgery.jobs.change import EXACT
-from adaptsurgery.jobs.convert import Progress, _check_paths, _writable, write_adapter
+from adaptsurgery.jobs.convert import Progress, check_paths, writable, write_adapter
 from adaptsurgery.jobs.loading import Loaded
 from adaptsurgery.jobs.lowrank import Spec, in_naming, lora_form, prefix_of
 from adaptsurgery.jobs.report import Report, Row
@@ -60,8 +60,8 @@ def resize(
     """
     goal = _Goal(rank, energy)
     (loaded,) = lowrank.load_together([source], base=base, to=to, layout=layout)
-    target = _writable(to or loaded.state.layout)
-    _check_paths(loaded.paths, Path(out), target, overwrite, dry_run)
+    target = writable(to or loaded.state.layout)
+    check_paths(loaded.paths, out, target, overwrite)
     state = in_naming(loaded.state, loaded.names, target)
     cuts = [_cut(module, loaded, goal) for module in state.modules]
     _note_changes(loaded, cuts)

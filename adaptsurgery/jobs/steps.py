@@ -51,7 +51,7 @@ def _kernel(module: ModuleState, names: Names | None) -> tuple[int, ...]:
 
 
 def widened(before: ModuleState, after: ModuleState) -> str:
-    """" (F32)" where new tensors have a dtype that none of those they replace had, else ""."""
+    """ " (F32)" where new tensors have a dtype that none of those they replace had, else ""."""
     old = {t.dtype for slot, t in before.tensors.items() if after.tensors.get(slot) is not t}
     new = {t.dtype for slot, t in after.tensors.items() if before.tensors.get(slot) is not t}
     grown = ", ".join(sorted(new - old))

@@ -152,7 +152,7 @@ def test_verify_tells_different_adapters(command: Command, tmp_path: Path) -> No
     write_kohya(fewer)
     told = command("verify", first, fewer)
     assert told.code == 1
-    assert "only in the second" in told.out and "modules differ" in told.out
+    assert "only in the first" in told.out and "modules differ" in told.out
 
 
 def _random(path: Path, name: str, seed: int) -> Path:

@@ -11,3 +11,7 @@
 
 Up to ``plan`` nothing imports torch.
 """
+
+from adaptsurgery import submodules
+
+__getattr__ = submodules(__name__)

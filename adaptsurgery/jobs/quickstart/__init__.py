@@ -6,6 +6,9 @@
 - ``given``: a model of the user's
 """
 
+from adaptsurgery import submodules
 from adaptsurgery.jobs.quickstart.run import quickstart
 
 __all__ = ["quickstart"]
+
+__getattr__ = submodules(__name__)

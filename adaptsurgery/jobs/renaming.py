@@ -131,7 +131,7 @@ def _slot_multiplied(modules: Parts, ratios: Sequence[float], slot: str) -> list
     own = {n: m.tensors[slot] for n, m in enumerate(modules) if slot in m.tensors}
     changed = {n: product(n, [t]) for n, t in own.items() if ratios[n] != 1}
     if len({t.dtype for t in (own | changed).values()}) > 1:
-        changed = {n: product(n, []) for n in own}
+        changed = {n: product(n, [t for t in own.values() if t.dtype == "F64"]) for n in own}
     return [
         m.with_tensors(**{slot: changed[n]}) if n in changed else m for n, m in enumerate(modules)
     ]

@@ -13,7 +13,14 @@ from adaptsurgery.jobs.merging.adapters import Named, check_replaced, read_adapt
 from adaptsurgery.jobs.merging.manifest import manifest_path
 from adaptsurgery.jobs.merging.match import match
 from adaptsurgery.jobs.merging.plan import MergePlan, Options, build_plan, check_options
-from adaptsurgery.jobs.merging.run import Norms, Progress, abandoned, check_part, check_plan, run_plan
+from adaptsurgery.jobs.merging.run import (
+    Norms,
+    Progress,
+    abandoned,
+    check_part,
+    check_plan,
+    run_plan,
+)
 from adaptsurgery.jobs.merging.tying import settle_ties
 from adaptsurgery.jobs.report import Report, Row
 from adaptsurgery_formats import AdapterState, Note

@@ -14,7 +14,7 @@ from adaptsurgery.checkpoint.atomic import check_output, output
 from adaptsurgery.checkpoint.writer import layout, order, write_safetensors
 from adaptsurgery.jobs.change import EXACT, as_lora
 from adaptsurgery.jobs.loading import CONFIG, WEIGHTS, AnyPath, Loaded, format_named, load_state
-from adaptsurgery.jobs.renaming import renamed
+from adaptsurgery.jobs.renaming import names_for, renamed
 from adaptsurgery.jobs.report import Report, Row
 from adaptsurgery.jobs.steps import carry_out
 from adaptsurgery.jobs.verify import VerificationError, compare, verdict
@@ -22,7 +22,7 @@ from adaptsurgery_formats import WRITABLE, AdapterFile, AdapterState, Format
 from adaptsurgery_formats.errors import FileError, LayoutError
 from adaptsurgery_formats.metadata import sshs_hashes
 from adaptsurgery_formats.names import flatten
-from adaptsurgery_formats.resolve import kohya_component, resolve
+from adaptsurgery_formats.resolve import resolve
 from adaptsurgery_formats.tensors import total_bytes
 
 # What an existing PEFT folder may hold and still be replaced.
@@ -102,7 +102,7 @@ def write_adapter(
     _find_names(loaded, target)
     changed = change(loaded) if change else loaded.state
     state = renamed(changed, loaded.names, target)
-    state = carry_out(state, target.plan(state, loaded.names))
+    state = carry_out(state, target.plan(state, loaded.names), loaded.names)
     files = target.spell(state, loaded.names)
     rows = _checked(loaded, files, target, changed)
     report = _report(loaded, state, rows, target, files)
@@ -195,19 +195,14 @@ def _set_prefix(loaded: Loaded, prefix: str, target: Format) -> None:
 
 def _find_names(loaded: Loaded, target: Format) -> None:
     """Find the model of an adapter that came without a base, where the target's names need it."""
-    if loaded.names is not None or target.name != "kohya":
-        return
-    if loaded.state.prefix:
-        return
-    found = kohya_component(loaded.state)
-    if found is not None:
-        loaded.names, loaded.state = found
-        return
-    loaded.state.note(
-        "assumed-prefix",
-        loaded.state.where,
-        "no bundled model has these modules: written under lora_unet_; --base names the model",
-    )
+    loaded.names, loaded.state = names_for(loaded.state, loaded.names, target)
+    if loaded.names is None and target.name == "kohya" and not loaded.state.prefix:
+        loaded.state.note(
+            "assumed-prefix",
+            loaded.state.where,
+            "no bundled model has these modules: the prefixes follow the components' names, "
+            "lora_unet_ where there is none; --base names the model",
+        )
 
 
 def _checked(

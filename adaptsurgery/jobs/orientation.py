@@ -64,3 +64,10 @@ def _wide_beside(stem: str, parameters: Parameters) -> bool:
         if at is not None and len(at.shape) == 2 and at.shape[0] != at.shape[1]:
             return at.shape[1] > at.shape[0]
     return False
+
+
+def told(module: ModuleState, turned: bool) -> ModuleState:
+    """The module with the sign that its weight is stored (i, o), where the base's layout says so."""
+    if not turned:
+        return module
+    return module.changed(options={**module.options, "fan_in_fan_out": True})

@@ -12,7 +12,8 @@ import torch
 from safetensors.torch import load_file, save_file
 
 import adaptsurgery
-from adaptsurgery.checkpoint.bridge import from_torch
+from adaptsurgery.checkpoint.bridge import from_torch, to_torch
+from adaptsurgery.jobs.lowrank import plain_lora
 from adaptsurgery.jobs.renaming import renamed
 from adaptsurgery.jobs.steps import carry_out
 from adaptsurgery.jobs.updates import update_of
@@ -110,6 +111,13 @@ def test_the_bias_of_a_dora_keeps_its_scale(tmp_path: Path) -> None:
     other = peft(tmp_path / "other", without, **{**said, "lora_bias": False})
     with pytest.raises(VerificationError):  # the bias of a DoRA is looked at
         adaptsurgery.verify(source, other, base=base)
+
+
+def test_a_plain_lora_keeps_its_bias_at_scale_1() -> None:
+    tensors = {"up": rand(6, 2), "down": rand(2, 5), "up_bias": rand(6)}
+    plain = plain_lora(module("lora", tensors, scale=3.0), None, "f")
+    assert plain.scale == 1
+    assert torch.allclose(to_torch(plain.tensors["up_bias"]), 3 * rand(6))
 
 
 # The steps

@@ -13,7 +13,7 @@ from typing import Any
 from adaptsurgery.checkpoint.base import Base, Located
 from adaptsurgery.jobs.merging.align import Aligned, Alignment, Lookup, best_alignments
 from adaptsurgery.jobs.merging.sites import Piece, Site, bias_name, sites_of
-from adaptsurgery.jobs.orientation import turned_by
+from adaptsurgery.jobs.orientation import told, turned_by
 from adaptsurgery_formats import AdapterState, ModuleState, Note
 from adaptsurgery_formats.errors import (
     InexactError,
@@ -207,7 +207,8 @@ class _Matcher:
                 if site.part >= 0 or site.refused:
                     continue
                 try:
-                    fit(module, self._shape(home, site), "")
+                    turned = any(p.turned for p in site.pieces)
+                    fit(told(module, turned), self._shape(home, site), "")
                 except SurgeryError:
                     return False
         return True
@@ -348,7 +349,8 @@ class _Matcher:
             self._check_float(hit.component, piece.name)
         site = Site(pieces, tied=hit.site.tied)
         shape = self._shape(hit.component, site)
-        module = fit(hit.module, shape, state.where)
+        module = told(hit.module, any(p.turned for p in pieces))
+        module = fit(module, shape, state.where)
         if len(pieces) > 1 and "magnitude" in module.tensors and magnitude_axis(module) == "in":
             raise InexactError(
                 f"`{module.label}` cannot be cut: its DoRA norm is taken per input, over all rows",

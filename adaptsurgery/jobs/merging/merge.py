@@ -188,10 +188,16 @@ def open_base(spec: str, *, headers: bool = False) -> Base:
     if path.name.endswith(".index.json") and path.is_file():
         if find_weights(os.listdir(path.parent)) == path.name:
             path = path.parent
-    return read_base(path)
+    return read_base(path.absolute())  # a run from another folder is of the same plan
 
 
 # -- What is told
+
+
+def _shown(plan: MergePlan) -> str:
+    """The base's path as a person would type it from here; the plan holds it in full."""
+    near = os.path.relpath(plan.base) if os.path.isabs(plan.base) else plan.base
+    return plan.base if near.startswith("..") else near
 
 
 def _report(plan: MergePlan, states: Sequence[AdapterState], workers: int) -> Report:
@@ -209,7 +215,7 @@ def _report(plan: MergePlan, states: Sequence[AdapterState], workers: int) -> Re
     ]
     edited = sum(t.nbytes for t in plan.edited)
     facts = {
-        "base": plan.base,
+        "base": _shown(plan),
         "adapters": [
             {"path": a.path, "weight": a.weight, "layout": a.layout} for a in plan.adapters
         ],
@@ -253,7 +259,7 @@ def _tell_norms(report: Report, plan: MergePlan, norms: Norms) -> None:
             f"{len(still)} tensors are unchanged wherever they were measured, `{still[0]}` first: "
         )
         text += "an adapter of zeros?"
-        report.notes.append(Note("unchanged", plan.base, text))
+        report.notes.append(Note("unchanged", _shown(plan), text))
 
 
 def _tell_rounding(report: Report, plan: MergePlan, norms: Norms) -> None:
@@ -267,4 +273,4 @@ def _tell_rounding(report: Report, plan: MergePlan, norms: Norms) -> None:
     )
     if total:
         text += f" (‖W‖ in all {total:.4g})"
-    report.notes.append(Note("storage-rounding", plan.base, text))
+    report.notes.append(Note("storage-rounding", _shown(plan), text))

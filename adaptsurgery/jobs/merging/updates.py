@@ -7,6 +7,7 @@ from dataclasses import replace
 from typing import TYPE_CHECKING
 
 from adaptsurgery.jobs.merging.match import Change
+from adaptsurgery.jobs.orientation import told
 from adaptsurgery.jobs.updates import update_of
 from adaptsurgery_formats import AdapterState, ModuleState
 from adaptsurgery_formats.resolve import fit
@@ -18,7 +19,7 @@ if TYPE_CHECKING:
 def update_for(change: Change, states: Sequence[AdapterState]) -> Update:
     """The whole module's update; ``change`` says which of its rows go where."""
     state = states[change.adapter]
-    module = fit(state.modules[change.module], change.shape, state.where)
+    module = fit(told(state.modules[change.module], change.turned), change.shape, state.where)
     return update_of(_as_norm(module), None, state.where)
 
 

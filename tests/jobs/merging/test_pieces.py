@@ -88,7 +88,7 @@ def test_a_fused_lokr_on_split_weights_whose_cuts_it_does_not_know(tmp_path: Pat
     )
     w1, w2 = numbers(7, 2, 2), numbers(8, 6, 2)
     given = {"a.qkv_proj.lokr_w1": w1, "a.qkv_proj.lokr_w2": w2}
-    adapter = peft_of(tmp_path / "a", "LOKR", given, alpha=4, r=4)
+    adapter = peft_of(tmp_path / "a", "LOKR", given, alpha=4, r=4, decompose_factor=2)
     before, after = merged(base, adapter, tmp_path / "out")
     whole = torch.kron(w1, w2)
     for part, rows in (("q", slice(0, 8)), ("k", slice(8, 10)), ("v", slice(10, 12))):

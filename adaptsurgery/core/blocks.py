@@ -27,7 +27,6 @@ from adaptsurgery.core.rounding import round_into
 from adaptsurgery.core.update import Delta, Renorm, Rotation, Update, compose, parts_of, wide_for
 from adaptsurgery_formats.errors import InexactError, ShapeError, ValueRefused
 
-HALF = 65504.0**2  # a float16 is at most this, squared
 BLOCK = 256 * 1024  # numbers changed at a time: few calls, and a block stays in a core's cache
 SAMPLE = 32 * 1024  # numbers of a piece whose norms are measured
 
@@ -434,7 +433,8 @@ def settle(block: Tensor, target: Tensor, edited: bool, start: int = 0) -> None:
     """
     round_into(target, block)
     flat = block.view(-1)
-    most = HALF if target.dtype == torch.float16 else math.inf
+    double = target.dtype == torch.float64
+    most = math.inf if double else float(torch.finfo(target.dtype).max) ** 2
     if float(flat.dot(flat)) < most:
         return  # no number is larger than the norm
     bad = ~target.isfinite() if edited else ~target.isfinite() & block.isfinite()

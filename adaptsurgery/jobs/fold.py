@@ -107,8 +107,8 @@ def _run(
     with torch.no_grad():
         work.check()
         work.untie()
-        run(work.jobs(), dict, torch.get_num_threads() if workers is None else workers)
         work.replace_saved()
+        run(work.jobs(), dict, torch.get_num_threads() if workers is None else workers)
     work.report.verdict = f"{len(work.report.rows)} modules {job}ed"
     return work.report
 

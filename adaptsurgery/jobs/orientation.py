@@ -40,7 +40,7 @@ def turned_by(
     config: Mapping[str, Any],
 ) -> bool:
     """Whether a weight of this stored shape is (i, o): by the shapes, and where it is square by
-    the model's class or by the layers beside it."""
+    the layers beside it, the model's class, or what the adapter says."""
     if len(shape) != 2 or module.algorithm == "norm" or not may_be_transposed(module):
         return False
     if module.algorithm == "full":
@@ -50,20 +50,28 @@ def turned_by(
     stem, _, last = name.removesuffix(".weight").rpartition(".")
     if last not in CONV1D_NAMES:
         return False
-    kind = str(config.get("model_type", ""))
-    if kind:
-        return kind in _CONV1D_KINDS
-    return _wide_beside(stem, parameters)
+    beside = _wide_beside(stem, parameters)
+    if beside is not None:
+        return beside
+    if kinds := _kinds(config):
+        return any(kind in _CONV1D_KINDS for kind in kinds)
+    return bool(module.options.get("fan_in_fan_out"))
 
 
-def _wide_beside(stem: str, parameters: Parameters) -> bool:
-    """Whether c_attn or c_fc near a square weight, which widen, are stored (in, out)."""
+def _kinds(config: Mapping[str, Any]) -> list[str]:
+    """The model types that a config names, of its parts too (an encoder and a decoder)."""
+    parts = [config, *(part for part in config.values() if isinstance(part, Mapping))]
+    return [str(part["model_type"]) for part in parts if part.get("model_type")]
+
+
+def _wide_beside(stem: str, parameters: Parameters) -> bool | None:
+    """Whether c_attn or c_fc near a square weight, which widen, are stored (i, o); None if unseen."""
     block = stem.rpartition(".")[0]
     for wide in (f"{stem}.c_attn", f"{stem}.c_fc", f"{block}.attn.c_attn", f"{block}.mlp.c_fc"):
         at = parameters.get(f"{wide}.weight")
         if at is not None and len(at.shape) == 2 and at.shape[0] != at.shape[1]:
             return at.shape[1] > at.shape[0]
-    return False
+    return None
 
 
 def told(module: ModuleState, turned: bool) -> ModuleState:

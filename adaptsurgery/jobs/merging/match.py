@@ -320,7 +320,9 @@ class _Matcher:
         }
 
     def _cut(self, component: str, name: str, known: Mapping[int, int]) -> tuple[int, int, int]:
-        total = max(self.base.parameters[component][name].shape[:2])
+        shape = self.base.parameters[component][name].shape
+        # c_attn is a Conv1D (i, 3·o) in some models and a Linear (3·o, i) in others
+        total = max(shape[:2]) if "c_attn" in name else shape[0]
         if name.endswith("in_proj_weight"):
             cut = (total // 3,) * 3
         else:

@@ -1,7 +1,8 @@
 """A merged checkpoint held against its base and adapters, by the plain law in float64.
 
-This goes another way than the merge did: whole tensors, one update after the other, by
-``Update.fold``. So it also tells where the streaming engine would be wrong.
+Which rows an adapter means is found by the same matching as in the merge, so a mistake there does
+not show here. The arithmetic goes another way than the merge did: whole tensors, one update after
+the other, by ``Update.fold``. So it also tells where the streaming engine would be wrong.
 """
 
 from __future__ import annotations
@@ -33,6 +34,7 @@ if TYPE_CHECKING:
 
 # What float32 arithmetic may add to one rounding, in parts of the tensor's largest number.
 NOISE = 2.0**-20
+_SHOWN = 5
 
 
 def verify_merge(
@@ -46,8 +48,10 @@ def verify_merge(
     """Tell whether ``merged`` is ``base`` with the adapters, tensor by tensor, within one rounding.
 
     Untouched tensors must have the base's bytes (or, where ``merged`` is of another dtype, its
-    numbers rounded). The weights default to those of the adapters as they are given. Raises
-    VerificationError ("not-equal", "missing-tensor") at the first tensor that is not so.
+    numbers rounded). The weights default to those of the adapters as they are given. The matching
+    of names is shared with ``merge``; the arithmetic is checked on another way. Raises
+    VerificationError ("not-equal", "missing-tensor") at the first tensor that is not so, and
+    "extra-tensor" for tensors that a merge would not have written.
     """
     from adaptsurgery.jobs.merging.merge import _planned, open_base
 
@@ -64,6 +68,7 @@ def verify_merge(
                 code="missing-tensor",
             )
         rows.append(_compare(edit, tensor, plan, states, os.fspath(merged)))
+    _refuse_extra(plan, found, os.fspath(merged))
     return _verdict(rows, plan, Path(resolve(os.fspath(merged), kind="base")))
 
 
@@ -94,6 +99,19 @@ def distance(merged: Path, original: Path) -> dict[str, Any]:
 
 def _tensors(plan: MergePlan) -> Iterator[tuple[str, TensorEdit]]:
     return ((job.component, t) for job in plan.jobs for t in job.tensors)
+
+
+def _refuse_extra(plan: MergePlan, found: Mapping[tuple[str, str], Tensor], where: str) -> None:
+    planned = {(component, edit.key) for component, edit in _tensors(plan)}
+    extra = [f"`{c}.{key}`" if c else f"`{key}`" for c, key in sorted(found.keys() - planned)]
+    if extra:
+        more = f" and {len(extra) - _SHOWN} more" if len(extra) > _SHOWN else ""
+        raise VerificationError(
+            f"{len(extra)} tensors of the merged checkpoint are not in base or adapters",
+            where=where,
+            seen=", ".join(extra[:_SHOWN]) + more,
+            code="extra-tensor",
+        )
 
 
 def _by_key(base: Base) -> dict[tuple[str, str], Tensor]:

@@ -125,7 +125,7 @@ def _run(
 ) -> Report:
     check_options(options)
     plan, states = _planned(base, adapters, options, allow_unmatched, dry_run)
-    check_plan(plan, out, overwrite=overwrite, needed=not dry_run)
+    check_plan(plan, out, overwrite=overwrite, needed=not dry_run, parts=part[1])
     report = _report(plan, states, workers)
     for root in abandoned(plan, out):
         text = "left by another merge that was killed; it goes on where it stopped, or remove this"

@@ -11,6 +11,7 @@ import hashlib
 import json
 import math
 import os
+import re
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
@@ -25,6 +26,7 @@ from adaptsurgery_formats.tensors import DTYPE_BYTES, FLOAT_DTYPES
 VERSION = 1
 MANIFEST = "adaptsurgery_manifest.json"
 _WEIGHTS = (".safetensors", *PICKLES, ".h5", ".msgpack", ".onnx", ".gguf", ".index.json")
+_VARIANT_INDEX = re.compile(r"\.(?:safetensors|bin)\.index\..+\.json")
 DTYPES = {"auto": "", "fp32": "F32", "bf16": "BF16", "fp16": "F16"}
 COMPUTE = ("fp32", "fp64")
 _TORCH = 220 << 20  # what torch itself holds
@@ -412,13 +414,14 @@ def _dealt(tensors: Sequence[TensorEdit], limit: int) -> list[list[TensorEdit]]:
 
 def _shard_name(name: str, number: int, count: int) -> str:
     """unet/model-00001-of-00002.safetensors → unet/model-00002-of-00003.safetensors"""
-    stem = _stem(name)
+    stem = stem_of(name)
     return (
         f"{stem}.safetensors" if count == 1 else f"{stem}-{number + 1:05}-of-{count:05}.safetensors"
     )
 
 
-def _stem(name: str) -> str:
+def stem_of(name: str) -> str:
+    """unet/model-00001-of-00002.safetensors → unet/model"""
     stem = name.removesuffix(".safetensors")
     head, _, tail = stem.rpartition("-of-")
     return head.rpartition("-")[0] if head and tail.isdigit() else stem
@@ -435,7 +438,7 @@ def _indexes(base: Base, jobs: Sequence[ShardJob]) -> dict[str, str]:
     found = {}
     for component, names in counts.items():
         if len(names) > 1:
-            found[known.get(component, f"{_stem(names[0])}.safetensors.index.json")] = component
+            found[known.get(component, f"{stem_of(names[0])}.safetensors.index.json")] = component
         elif component in known and names[0] in {f.name for f in base.files}:
             found[known[component]] = component
     return found
@@ -478,8 +481,13 @@ def _copies(base: Base) -> Iterator[str]:
     if base.folder is None:
         return
     weights = {f.name for f in base.files}
-    for root, folders, files in os.walk(base.folder):
-        folders[:] = sorted(f for f in folders if not f.startswith("."))
+    top = Path(os.path.realpath(base.folder))
+    above = {str(base.folder): {str(p) for p in (top, *top.parents)}}
+    for root, folders, files in os.walk(base.folder, followlinks=True):
+        reals = {f: os.path.realpath(os.path.join(root, f)) for f in folders}
+        folders[:] = sorted(f for f in folders if f[0] != "." and reals[f] not in above[root])
+        for folder in folders:  # a link to what it lies in would have no end
+            above[os.path.join(root, folder)] = above[root] | {reals[folder]}
         here = Path(root).relative_to(base.folder)
         for name in sorted(files):
             path = (here / name).as_posix()
@@ -489,7 +497,9 @@ def _copies(base: Base) -> Iterator[str]:
 
 
 def _comes_along(name: str) -> bool:
-    return not name.endswith(_WEIGHTS) and not name.startswith(".") and name != MANIFEST
+    if name.endswith(_WEIGHTS) or _VARIANT_INDEX.search(name):
+        return False
+    return not name.startswith(".") and name != MANIFEST
 
 
 def left_out(base: Base) -> list[str]:

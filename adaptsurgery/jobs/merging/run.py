@@ -9,7 +9,7 @@ Beside OUT, while the work goes on::
         work/        shards that are being written
         landing.json what is about to become OUT, by its inode
 
-The name follows from the plan, so that the next run of the same work finds what a killed one has
+The name follows from the plan and OUT's name, so that the next run of the same work finds what a killed one has
 done. Nothing below OUT's own name changes before the last step, a rename. A run that is killed right
 after it has OUT's inode noted: the next one knows its own output, and that ``files`` now holds what
 OUT was before.
@@ -17,6 +17,8 @@ OUT was before.
 
 from __future__ import annotations
 
+import glob
+import hashlib
 import json
 import os
 import shutil
@@ -33,7 +35,7 @@ from adaptsurgery.checkpoint.writer import file_size
 from adaptsurgery.jobs.merging.adapters import parse_adapter
 from adaptsurgery.jobs.merging.manifest import manifest_of, manifest_path
 from adaptsurgery.jobs.merging.match import Change
-from adaptsurgery.jobs.merging.plan import MANIFEST, Input, MergePlan, ShardJob, TensorEdit
+from adaptsurgery.jobs.merging.plan import MANIFEST, Input, MergePlan, ShardJob, TensorEdit, stem_of
 from adaptsurgery_formats import AdapterState
 from adaptsurgery_formats.errors import FileError, SurgeryError, ValueRefused
 from adaptsurgery_formats.tensors import Tensor
@@ -49,19 +51,25 @@ Norms = dict[str, dict[str, float]]
 _FICLONE = 0x40049409
 
 
-def check_plan(plan: MergePlan, out: Path, *, overwrite: bool, needed: bool = False) -> None:
+def check_plan(
+    plan: MergePlan, out: Path, *, overwrite: bool, needed: bool = False, parts: int = 1
+) -> None:
     """All that can be refused before a byte is written: the output's place, changed inputs.
 
-    Raises FileError: what ``atomic.check_output`` raises, ``output-is-base``, ``input-changed``.
+    With several ``parts`` an output of this very plan is no obstacle: the others have made it.
+
+    Raises FileError: what ``atomic.check_output`` raises, ``output-is-base``, ``output-is-input``.
     """
     _check_apart(plan, out)
-    if _Place(plan, out).landed(out):
+    if not plan.folder:
+        _check_manifest(manifest_path(out, False))
+    if _Place(plan, out).landed(out) or (parts > 1 and _made(plan, out) is not None):
         return
     atomic.check_output(
         out,
         overwrite=overwrite,
         directory=plan.folder,
-        replaceable=_replaceable(plan),
+        replaceable=_replaceable(plan, out),
         needed=plan.nbytes - _finished(plan, out) if needed else 0,
     )
 
@@ -83,23 +91,34 @@ def run_plan(
     done, and the norms of all finished tensors, unless ``norms`` is False. ``states`` are the
     adapters, if they are parsed.
     """
-    check_plan(plan, out, overwrite=overwrite, needed=True)
-    _check_inputs(plan)
-    place = _Place(plan, out)
-    runner = _Runner(plan, place, states, workers, progress, norms)
     index, count = part
+    check_plan(plan, out, overwrite=overwrite, needed=True, parts=count)
+    place = _Place(plan, out)
+    if count > 1 and not place.landed(out):
+        made = _made(plan, out)
+        if made is not None:
+            return True, made
+        if index >= len(plan.jobs):  # nothing to do: those who have jobs complete the output
+            return False, {}
+    _check_inputs(plan)
+    runner = _Runner(plan, place, states, workers, progress, norms)
     try:
         with place.tidy(alone=count == 1):
             place.make(out)
             if place.landed(out):
                 with place.lock("finish"):
                     return True, _close(plan, place, out)
+            if count > 1 and (made := _made(plan, out)) is not None:  # just now, by another
+                if not _busy(place.root):
+                    shutil.rmtree(place.root, ignore_errors=True)
+                return True, made
             for number in range(index, len(plan.jobs), count):
                 runner.job(number)
             return _finish(plan, place, out, overwrite)
     except _GoneError:
-        if os.path.lexists(out):
-            return True, {}  # another process was faster
+        made = _made(plan, out)
+        if made is not None:
+            return True, made  # another process was faster
         raise FileError(
             "the partial output vanished",
             where=str(place.root),
@@ -128,7 +147,8 @@ class _Place:
 
     def __init__(self, plan: MergePlan, out: Path) -> None:
         self.plan = plan
-        self.root = out.parent / f".adaptsurgery-{plan.digest[:16]}.partial"
+        name = plan.digest.encode() + os.fsencode(out.name)
+        self.root = out.parent / f".adaptsurgery-{hashlib.sha256(name).hexdigest()[:16]}.partial"
         self.files = self.root / "files"
         self.landing = self.root / "landing.json"
         self.content = self.files if plan.folder else self.shard(0)
@@ -492,14 +512,61 @@ def _refuse_output(out: Path, seen: str, what: str, code: str) -> None:
     raise FileError(what, where=str(out), seen=seen, next="-o another path", code=code)
 
 
-def _replaceable(plan: MergePlan) -> list[str]:
-    """What an existing output may hold: all that this plan writes, and other shards of its kind."""
-    folders = {job.component for job in plan.jobs}
-    names = [*(job.name for job in plan.jobs), *plan.indexes, *plan.copies, MANIFEST]
-    for folder in folders:
-        stem = f"{folder}/" if folder else ""
-        names += [f"{stem}*.safetensors", f"{stem}*.safetensors.index.json"]
-    return names
+def _replaceable(plan: MergePlan, out: Path) -> list[str]:
+    """What an existing output may hold: what this plan writes, other shards of the same model, and
+    what their index lists."""
+    stems = {stem_of(job.name) for job in plan.jobs}
+    names = {*(job.name for job in plan.jobs), *plan.copies, MANIFEST}
+    for index in {*plan.indexes, *(f"{stem}.safetensors.index.json" for stem in stems)}:
+        names |= {index, *_listed(out, index)}
+    if _manifest(out / MANIFEST):
+        names |= {f"{stem}.safetensors" for stem in stems}
+    shards = [f"{glob.escape(stem)}-?????-of-?????.safetensors" for stem in stems]
+    return [*map(glob.escape, names), *shards]
+
+
+def _listed(out: Path, index: str) -> set[str]:
+    """The shards that an index in a folder names, relative to the folder."""
+    files = _json(out / index).get("weight_map")
+    if not isinstance(files, dict):
+        return set()
+    folder = index.rpartition("/")[0]
+    return {f"{folder}/{name}" if folder else str(name) for name in files.values()}
+
+
+def _json(path: Path) -> dict[str, Any]:
+    """A file's JSON object, empty where there is none."""
+    try:
+        data = json.loads(path.read_text("utf-8"))
+    except (OSError, ValueError, RecursionError):
+        return {}
+    return data if isinstance(data, dict) else {}
+
+
+def _manifest(path: Path) -> dict[str, Any]:
+    """A merge's manifest, empty where there is none."""
+    data = _json(path)
+    return data if data.get("job") in ("merge", "unmerge") else {}
+
+
+def _made(plan: MergePlan, out: Path) -> Norms | None:
+    """The norms of an output that says it is this plan's, else None."""
+    found = _manifest(manifest_path(out, plan.folder))
+    if not out.exists() or found.get("plan") != plan.digest:
+        return None
+    norms: Norms = found.get("norms") or {}
+    return norms
+
+
+def _check_manifest(path: Path) -> None:
+    """Refuse to replace what has the name of the output's manifest and is none."""
+    if os.path.lexists(path) and not _manifest(path):
+        raise FileError(
+            "the output's manifest would replace this, which is not a merge's manifest",
+            where=str(path),
+            next="name another output, or move it away",
+            code="output-not-ours",
+        )
 
 
 def _check_inputs(plan: MergePlan) -> None:

@@ -73,8 +73,10 @@ EMBEDDINGS = ("embed_tokens.weight", "wte.weight")
 _HEADS = ("lm_head.weight", "embed_out.weight", "proj_out.weight")
 _EXPERT = {"w1": "gate_proj", "w2": "down_proj", "w3": "up_proj"}
 _STACKED = ("gate_up_proj", "gate_proj", "up_proj", "down_proj")
-# Model types whose stacked experts are stored (E, i, o), gate and up one beside the other.
-_TURNED_EXPERTS = ("llama4", "llama4_text")
+# Model types whose stacked experts are stored (E, i, o).
+_TURNED_EXPERTS = frozenset(
+    ("gpt_oss", "llama4", "llama4_text", "qwen3_vl_moe", "qwen3_vl_moe_text")
+)
 
 
 def sites_of(base: Base) -> dict[str, Sites]:
@@ -122,6 +124,9 @@ class _Finder:
     ) -> None:
         self.parameters, self.config, self.known = parameters, config, known
         self.kind = str(config.get("model_type", ""))
+        text = config.get("text_config")
+        inner = text.get("model_type", "") if isinstance(text, Mapping) else ""
+        self.kinds = {self.kind, str(inner)} - {""}
         self.sites: Sites = {}
 
     def all(self) -> Sites:
@@ -201,18 +206,42 @@ class _Finder:
     def _expert(
         self, name: str, last: str, index: int, shape: tuple[int, ...]
     ) -> Iterator[tuple[str, Site]]:
-        turned = True if self.kind in _TURNED_EXPERTS else None
-        if last != "gate_up_proj":
-            yield last, Site((Piece(name, index=index, turned=turned),))
-            return
-        if self.kind.startswith("gpt_oss"):
+        parts = FUSED.get(last, (last,))
+        turned = self._turned_expert(name, last, shape)
+        why = ""
+        if len(parts) == 2 and self._interleaved_experts(name):
             why = f"`{name}` holds gate and up interleaved"
-            yield "gate_proj", Site((Piece(name),), refused=why)
-            yield "up_proj", Site((Piece(name),), refused=why)
-            return
-        half = shape[2 if turned else 1] // 2
-        yield "gate_proj", Site((Piece(name, 0, half, index, bool(turned)),))
-        yield "up_proj", Site((Piece(name, half, 2 * half, index, bool(turned)),))
+        elif turned is None and shape[1] == shape[2]:
+            why = f"`{name}` is square, and nothing tells whether it is stored (E, i, o)"
+        if why:
+            yield from ((part, Site((Piece(name),), refused=why)) for part in parts)
+        elif len(parts) == 1:
+            yield last, Site((Piece(name, index=index, turned=turned),))
+        else:
+            half = shape[2 if turned else 1] // 2
+            yield parts[0], Site((Piece(name, 0, half, index, bool(turned)),))
+            yield parts[1], Site((Piece(name, half, 2 * half, index, bool(turned)),))
+
+    def _turned_expert(self, name: str, last: str, shape: tuple[int, ...]) -> bool | None:
+        """Whether a stack is stored (E, i, o): by the shape of its sibling, else by the config."""
+        other = {"gate_up_proj": "down_proj", "down_proj": "gate_up_proj"}.get(last)
+        suffix = ".weight" if name.endswith(".weight") else ""
+        stem = name.removesuffix(suffix).removesuffix(last)
+        beside = self.parameters.get(f"{stem}{other}{suffix}")
+        if beside is not None and len(beside.shape) == 3:
+            both = (shape, beside.shape)
+            (_, a, b), (_, c, d) = both if last == "gate_up_proj" else both[::-1]
+            if (a, b) == (d, 2 * c):  # (E, h, 2I) and (E, I, h)
+                return True
+            if (a, b) == (2 * d, c):  # (E, 2I, h) and (E, h, I)
+                return False
+        return True if self.kinds & _TURNED_EXPERTS else None
+
+    def _interleaved_experts(self, name: str) -> bool:
+        """GPT-OSS's, which has a bias beside its stacks where no config names it."""
+        if self.kinds:
+            return any(k.startswith("gpt_oss") for k in self.kinds)
+        return bias_name(name) in self.parameters
 
     def _open_clip(self) -> Iterator[tuple[str, Site]]:
         """transformers' CLIP names over OpenCLIP's."""

@@ -31,10 +31,12 @@ def settle_ties(base: Base, adapters: list[AdapterState], found: Matched) -> set
             if head not in found.heads and not _touched(found, table):
                 continue
             if head not in found.heads and not _is_tied(config):
-                if config.get(FLAG):
+                if config.get(FLAG) or not config:
                     text = (
                         f"`{embedding}` changes, and what is tied to it with it, as in PEFT's merge"
                     )
+                    if not config:
+                        text += "; without a config nothing tells whether an output head is"
                     found.notes.append(Note("tied-table", base.where, text))
                 continue
             if _alike(adapters, found, table, head):

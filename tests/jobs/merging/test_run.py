@@ -16,10 +16,11 @@ import pytest
 import torch
 from safetensors.torch import load_file, save_file
 
+from adaptsurgery.jobs.merging import run
 from adaptsurgery.jobs.merging.check import verify_merge
 from adaptsurgery.jobs.merging.merge import merge, plan_merge, unmerge
 from adaptsurgery.jobs.merging.plan import MergePlan, Options
-from adaptsurgery.jobs.merging.run import run_plan
+from adaptsurgery.jobs.merging.run import check_plan, run_plan
 from adaptsurgery.jobs.verify import VerificationError
 from adaptsurgery_formats.errors import SurgeryError
 
@@ -33,7 +34,7 @@ def numbers(seed: int, *shape: int, dtype: torch.dtype = torch.float32) -> torch
 def write_base(folder: Path, dtype: torch.dtype = torch.float32, width: int = WIDTH) -> Path:
     """A folder of three shards, two layers each, with an index, a config and a tokenizer."""
     folder.mkdir()
-    weights = {}
+    weights: dict[str, str] = {}
     for shard in range(3):
         name = f"model-{shard + 1:05}-of-00003.safetensors"
         tensors = {
@@ -300,7 +301,121 @@ def test_what_is_left_of_an_output_that_went_elsewhere_is_not_used(tmp_path: Pat
     assert verify_merge(tmp_path / "out", base, adapter).rows and not left_behind(tmp_path)
 
 
+def test_one_plan_to_two_outputs(inputs: tuple[Path, Path], tmp_path: Path) -> None:
+    base, adapter = inputs
+    for name in ("one", "two"):
+        merge(base, adapter, tmp_path / name, shard_index=0, num_shards=3)
+    assert len(left_behind(tmp_path)) == 2
+    for name in ("one", "two"):
+        assert merge(base, adapter, tmp_path / name).facts["complete"]
+        assert verify_merge(tmp_path / name, base, adapter).rows
+    assert not left_behind(tmp_path)
+
+
+def test_a_partial_that_vanished_is_not_taken_for_an_output(
+    inputs: tuple[Path, Path], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    base, adapter = inputs
+    merge(base, f"{adapter}=2", tmp_path / "out")
+
+    def gone(*_: Any) -> None:
+        raise run._GoneError
+
+    with monkeypatch.context() as patch:
+        patch.setattr(run, "_finish", gone)
+        error = refusal(base, adapter, tmp_path / "out", overwrite=True)
+    assert error.code == "bad-partial" and error.next == "run again"
+
+
+def test_more_parts_than_shards_and_late_parts(inputs: tuple[Path, Path], tmp_path: Path) -> None:
+    base, adapter = inputs
+    plan, out = plan_merge(base, [adapter]), tmp_path / "out"
+    assert run_plan(plan, out, part=(4, 5)) == (False, {})
+    assert not left_behind(tmp_path)
+    told = [run_plan(plan, out, part=(n, 5)) for n in range(5)]
+    assert [complete for complete, _ in told] == [False, False, True, True, True]
+    for overwrite in (False, True):
+        complete, norms = run_plan(plan, out, part=(1, 5), overwrite=overwrite)
+        assert complete and len(norms) == 6
+    assert not left_behind(tmp_path)
+    with pytest.raises(SurgeryError, match="output-exists"):
+        run_plan(plan, out)
+    with pytest.raises(SurgeryError, match="output-exists"):
+        run_plan(plan_merge(base, [f"{adapter}=2"]), out, part=(1, 5))
+
+
+def test_a_part_that_starts_while_another_completes(
+    inputs: tuple[Path, Path], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    base, adapter = inputs
+    plan, out, make = plan_merge(base, [adapter]), tmp_path / "out", run._Place.make
+
+    def late(place: run._Place, to: Path) -> None:
+        monkeypatch.setattr(run._Place, "make", make)
+        assert run_plan(plan, out)[0]
+        make(place, to)
+
+    monkeypatch.setattr(run._Place, "make", late)
+    assert run_plan(plan, out, part=(0, 3))[0] and not left_behind(tmp_path)
+
+
+def test_what_comes_along(inputs: tuple[Path, Path], tmp_path: Path) -> None:
+    base, adapter = inputs
+    for name in ("model.safetensors.index.fp16.json", "pytorch_model.bin.index.fp16.json"):
+        (base / name).write_text("{}")
+    elsewhere = tmp_path / "elsewhere"
+    elsewhere.mkdir()
+    (elsewhere / "vocab.txt").write_text("a")
+    (elsewhere / "back").symlink_to(elsewhere)
+    (base / "tokenizer").symlink_to(elsewhere)
+    (base / "again").symlink_to(elsewhere)
+    (base / "extra" / "up").symlink_to(tmp_path)
+    plan = plan_merge(base, [adapter])
+    assert sorted(plan.copies) == [
+        "again/vocab.txt",
+        "config.json",
+        "extra/notes.txt",
+        "tokenizer.json",
+        "tokenizer/vocab.txt",
+    ]
+    merge(base, adapter, tmp_path / "out")
+    assert (tmp_path / "out/tokenizer/vocab.txt").read_text() == "a"
+
+
 # Refusals
+
+
+def test_foreign_weights_are_not_replaced(inputs: tuple[Path, Path], tmp_path: Path) -> None:
+    base, adapter = inputs
+    out = tmp_path / "out"
+    for limit in (2000, 1 << 20, None):  # other shards of the same model are
+        merge(base, adapter, out, max_shard_size=limit, overwrite=True)
+    (out / "my_lora.safetensors").write_bytes(b"mine")
+    error = refusal(base, adapter, out, overwrite=True)
+    assert error.code == "output-not-ours" and "my_lora" in error.seen
+    index = out / "model.safetensors.index.json"
+    index.write_text('{"weight_map": {"a": "*"}}')  # a name, no pattern
+    assert refusal(base, adapter, out, overwrite=True).code == "output-not-ours"
+    index.write_text('{"weight_map": {"a": "my_lora.safetensors"}}')
+    merge(base, adapter, out, overwrite=True)
+    assert not (out / "my_lora.safetensors").exists()
+
+
+def test_what_lies_where_the_manifest_goes(inputs: tuple[Path, Path], tmp_path: Path) -> None:
+    base, _ = inputs
+    adapter = write_adapter(tmp_path / "two.safetensors", range(2))
+    plan = plan_merge(base / "model-00001-of-00003.safetensors", [adapter])
+    out, manifest = tmp_path / "out.safetensors", tmp_path / "out.safetensors.manifest.json"
+    for text in ('{"job": "mine"}', "[]", "no json"):
+        manifest.write_text(text)
+        with pytest.raises(SurgeryError, match="output-not-ours"):
+            check_plan(plan, out, overwrite=True)
+        assert manifest.read_text() == text
+    manifest.unlink()
+    manifest.mkdir()
+    with pytest.raises(SurgeryError, match="output-not-ours"):
+        run_plan(plan, out)
+    assert not out.exists() and not left_behind(tmp_path)
 
 
 def test_the_base_is_never_the_output(inputs: tuple[Path, Path], tmp_path: Path) -> None:

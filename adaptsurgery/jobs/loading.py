@@ -23,7 +23,7 @@ from adaptsurgery_formats.errors import (
     ValueRefused,
     nearest,
 )
-from adaptsurgery_formats.files import META_PREFIX
+from adaptsurgery_formats.files import META_OURS, META_PREFIX
 from adaptsurgery_formats.names import TABLES, Names, names_of_base, table
 from adaptsurgery_formats.resolve import (
     refuse_twice,
@@ -286,7 +286,16 @@ def parse_files(files: list[AdapterFile], layout: str | None = None) -> AdapterS
     state = chosen.parse(files)
     if not state.modules:
         raise LayoutError("there are no tensors in it", where=state.where, code="empty-adapter")
+    _drop_strays(state)
     return state
+
+
+def _drop_strays(state: AdapterState) -> None:
+    """Leave out our own metadata where the layout has no use for them: another would read them."""
+    strays = sorted(key for key in state.metadata if key.startswith(META_OURS))
+    if strays:
+        state.metadata = {k: v for k, v in state.metadata.items() if k not in strays}
+        state.note("stray-metadata", state.where, f"left out: {', '.join(strays)}")
 
 
 def _refuse_other_layouts(file: AdapterFile, chosen: Format) -> None:

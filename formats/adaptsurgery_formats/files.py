@@ -15,6 +15,7 @@ from adaptsurgery_formats.state import AdapterState, ModuleState
 from adaptsurgery_formats.tensors import Tensor
 
 # Our own metadata keys: what a layout cannot say by itself, kept so that the way back is exact.
+META_OURS = "adaptsurgery."
 META_COMPONENT = "adaptsurgery.component"
 META_MODEL = "adaptsurgery.model"
 META_CONFIG = "adaptsurgery.adapter_config"

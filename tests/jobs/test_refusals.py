@@ -106,6 +106,14 @@ def test_components_of_an_unknown_model_get_their_own_prefixes(tmp_path: Path) -
     assert code(pipe, tmp_path / "y.safetensors", "kohya", prefix="lora_te") == "bad-prefix"
 
 
+def test_our_own_metadata_in_a_layout_that_does_not_use_them(tmp_path: Path) -> None:
+    tensors = lora("diffusion_model.a.b", 6, 5)
+    source = write(tmp_path / "x.safetensors", tensors, {"adaptsurgery.component": "unet"})
+    report = adaptsurgery.convert(source, tmp_path / "out", "peft")
+    assert "stray-metadata" in [note.code for note in report.notes]
+    assert adaptsurgery.load(tmp_path / "out").components == [""]
+
+
 def test_encoders_of_sd3_stay_apart(tmp_path: Path) -> None:
     part = "transformer.text_model.encoder.layers.0.mlp.fc1"
     tensors = lora("diffusion_model.joint_blocks.0.x_block.attn.proj", 6, 5)

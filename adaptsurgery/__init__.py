@@ -65,7 +65,7 @@ _HOMES = {
     "Report": "adaptsurgery.jobs.report",
     "SurgeryError": "adaptsurgery_formats.errors",
 }
-_ROOMS = ("algorithms", "checkpoint", "cli", "core", "jobs")
+_ROOMS = ("algorithms", "checkpoint", "cli", "core", "graph", "jobs", "modules", "targeting")
 
 
 def submodules(package: str) -> Callable[[str], ModuleType]:

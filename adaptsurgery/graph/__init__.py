@@ -1,0 +1,1 @@
+"""Graph surgery: adapters in torch.fx graphs and exported programs."""

@@ -1,0 +1,86 @@
+"""What is found in a graph: a Site is one layer, a Call is one place where it is used.
+
+Both are plain data: nodes are named, not held, so that what was found in a program holds for a copy
+of it, and for the same program saved and loaded.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+from torch import Tensor
+
+from adaptsurgery.core.geometry import Layer
+
+# The key of meta["custom"] under which a node that surgery put there bears its record (a string of
+# JSON). Nodes that bear it are no sites.
+RECORD = "adaptsurgery"
+
+
+@dataclass(frozen=True)
+class Call:
+    """One use of a layer: ``output`` = layer(``input``), in one (sub)graph; all by node names.
+
+    ``graph`` leads to it: the get_attr targets of the nested graphs, from the top, () for the top
+    itself. ``nodes`` are the layer's own, in order, without the input, the weight and the bias;
+    ``output`` is one of them. ``weight`` and ``bias`` are the nodes *of that graph* that give them
+    (get_attr, placeholder, or what computes the weight): "" for a ``call_module``, whose module
+    holds them, for a bias that there is not, and for a weight that shows nowhere as one tensor.
+    ``hops`` are the names of the higher-order nodes passed on the way, one for each of ``graph``.
+
+    A decomposed linear's input and output are those of its mm or addmm, (positions, i) and
+    (positions, o); a padded convolution's input is the padded one.
+    """
+
+    input: str
+    output: str
+    nodes: tuple[str, ...]
+    weight: str = ""
+    bias: str = ""
+    graph: tuple[str, ...] = ()
+    hops: tuple[str, ...] = ()
+
+
+@dataclass(frozen=True)
+class Site:
+    """A Linear, Conv1D (a transposed linear) or Conv1d/2d/3d of a graph.
+
+    ``path`` is the module's, as named_modules() has it; where the weight is no parameter called
+    ``weight`` (nn.MultiheadAttention's in_proj_weight) the path is its owner's. ``shape`` is
+    canonical, (o, i, *k). ``weight`` and ``bias`` are names as state_dict() has them: "" for a bias
+    that there is not, and for a weight that is computed (weight_norm, int8), which cannot be
+    replaced. ``shares`` names who else uses the weight: other sites' paths, an embedding's.
+    ``reason`` tells why no adapter can be put there; it is "" where one can.
+    """
+
+    path: str
+    kind: str
+    shape: tuple[int, ...]
+    calls: tuple[Call, ...]
+    weight: str = ""
+    bias: str = ""
+    transposed: bool = False
+    stride: tuple[int, ...] = ()
+    padding: tuple[int, ...] | str = ()
+    dilation: tuple[int, ...] = ()
+    groups: int = 1
+    shares: tuple[str, ...] = ()
+    reason: str = ""
+
+    @property
+    def adaptable(self) -> bool:
+        return not self.reason
+
+    def layer(self, weight: Tensor, bias: Tensor | None = None) -> Layer:
+        """The layer around a ``weight`` as stored, which may be a tensor or a proxy of one."""
+        if self.kind == "linear":
+            return Layer("linear", weight, bias, transposed=self.transposed)
+        return Layer(
+            self.kind,
+            weight,
+            bias,
+            stride=self.stride,
+            padding=self.padding,
+            dilation=self.dilation,
+            groups=self.groups,
+        )

@@ -18,6 +18,7 @@ from adaptsurgery.checkpoint.base import Base, read_json
 from adaptsurgery.checkpoint.bridge import to_torch
 from adaptsurgery.checkpoint.hub import resolve
 from adaptsurgery.checkpoint.safetensors import read_safetensors
+from adaptsurgery.jobs.inputs import open_base
 from adaptsurgery.jobs.merging.manifest import manifest_path
 from adaptsurgery.jobs.merging.match import Change
 from adaptsurgery.jobs.merging.plan import MergePlan, Options, TensorEdit
@@ -53,7 +54,7 @@ def verify_merge(
     VerificationError ("not-equal", "missing-tensor") at the first tensor that is not so, and
     "extra-tensor" for tensors that a merge would not have written.
     """
-    from adaptsurgery.jobs.merging.merge import _planned, open_base
+    from adaptsurgery.jobs.merging.merge import _planned
 
     options = Options(inverse=inverse)
     plan, states = _planned(base, adapters, options, allow_unmatched, False)
@@ -75,8 +76,6 @@ def verify_merge(
 def distance(merged: Path, original: Path) -> dict[str, Any]:
     """How far two checkpoints of the same tensors lie apart: ‖A − B‖/‖B‖ in all, and the worst
     element's difference in parts of its size."""
-    from adaptsurgery.jobs.merging.merge import open_base
-
     a, b = _by_key(open_base(str(merged))), _by_key(open_base(str(original)))
     squares, wholes, worst, changed = 0.0, 0.0, ("", 0.0), 0
     for key in a.keys() & b.keys():

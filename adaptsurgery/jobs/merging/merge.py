@@ -7,8 +7,7 @@ import os
 from collections.abc import Iterable, Sequence
 from pathlib import Path
 
-from adaptsurgery.checkpoint.base import Base, find_weights, read_base
-from adaptsurgery.checkpoint.hub import base_headers, resolve
+from adaptsurgery.jobs.inputs import check_part, open_base
 from adaptsurgery.jobs.merging.adapters import Named, check_replaced, read_adapters
 from adaptsurgery.jobs.merging.manifest import manifest_path
 from adaptsurgery.jobs.merging.match import match
@@ -17,7 +16,6 @@ from adaptsurgery.jobs.merging.run import (
     Norms,
     Progress,
     abandoned,
-    check_part,
     check_plan,
     run_plan,
 )
@@ -175,20 +173,6 @@ def _several(adapters: Adapters) -> Iterable[Named]:
     if isinstance(adapters, tuple) and len(adapters) == 2 and isinstance(adapters[1], (int, float)):
         return [(adapters[0], adapters[1])]
     return adapters
-
-
-def open_base(spec: str, *, headers: bool = False) -> Base:
-    """The base of a merge, downloaded if it has to be; for a dry run its headers are enough.
-
-    An index is taken as its folder where it is that folder's model.
-    """
-    if headers and not os.path.lexists(spec):
-        return base_headers(spec)
-    path = resolve(spec, kind="base")
-    if path.name.endswith(".index.json") and path.is_file():
-        if find_weights(os.listdir(path.parent)) == path.name:
-            path = path.parent
-    return read_base(path.absolute())  # a run from another folder is of the same plan
 
 
 # -- What is told

@@ -18,6 +18,7 @@ from pathlib import Path
 from typing import Any
 
 from adaptsurgery.checkpoint.base import PICKLES, Base, BaseFile
+from adaptsurgery.jobs.inputs import Input, base_input, refuse_pickles
 from adaptsurgery.jobs.merging.match import Change, Matched, Saved, Target
 from adaptsurgery_formats import AdapterState, Note
 from adaptsurgery_formats.errors import FileError, ValueRefused, nearest
@@ -42,19 +43,6 @@ class Options:
     device: str = "cpu"
     inverse: bool = False
     max_shard_size: int = 0
-
-
-@dataclass(frozen=True)
-class Input:
-    """A file that a plan reads: what it was when the plan was made.
-
-    An adapter's ``sha256`` is of the whole file, a base file's of its header.
-    """
-
-    path: str
-    size: int
-    sha256: str
-    modified: int
 
 
 @dataclass(frozen=True)
@@ -202,7 +190,7 @@ def build_plan(
     """The plan of what was matched. Raises ValueRefused for options that cannot be, FileError
     ``pickle-base``, ``one-file`` where a file would have to become several."""
     check_options(options)
-    _refuse_pickles(base)
+    refuse_pickles(base)
     edits = _edits(base, [state for state, _ in adapters], found, options)
     jobs = _jobs(base, edits, options)
     return MergePlan(
@@ -239,37 +227,6 @@ def check_options(options: Options) -> None:
                 next=nearest(value, known) or f"one of {', '.join(known)}",
                 code="no-such-option",
             )
-
-
-def _refuse_pickles(base: Base) -> None:
-    for file in base.files:
-        if file.name.endswith(PICKLES):
-            raise FileError(
-                "a pickled checkpoint cannot be streamed",
-                where=file_path(base, file),
-                next="save it as safetensors first",
-                code="pickle-base",
-            )
-
-
-def file_path(base: Base, file: BaseFile) -> str:
-    return str(base.folder / file.name) if base.folder else base.where
-
-
-def base_input(base: Base, file: BaseFile) -> Input:
-    """A base file by the digest of its header; its size and time tell of changes below that.
-
-    A base on the Hub of which only headers were read, for a dry run, is told by its name alone.
-    """
-    path = file_path(base, file)
-    if not base.local:
-        return Input(path, 0, "", 0)
-    with open(path, "rb") as stream:
-        length = stream.read(8)
-        header = stream.read(int.from_bytes(length, "little"))
-        told = os.fstat(stream.fileno())
-    digest = hashlib.sha256(length + header).hexdigest()
-    return Input(str(Path(path).resolve()), told.st_size, digest, told.st_mtime_ns)
 
 
 def adapter_input(path: Path, weight: float, layout: str) -> AdapterInput:

@@ -1,43 +1,31 @@
 """A plan carried out: shard by shard into a partial output, which becomes the output at the end.
 
-Beside OUT, while the work goes on::
-
-    .adaptsurgery-<digest>.partial/
-        files/       what OUT will be; a shard is there in full or not at all
-        norms/       ‖W‖ and ‖W' − W‖ of each finished shard's tensors
-        locks/       one per shard: several processes may work on one plan
-        work/        shards that are being written
-        landing.json what is about to become OUT, by its inode
-
-The name follows from the plan and OUT's name, so that the next run of the same work finds what a killed one has
-done. Nothing below OUT's own name changes before the last step, a rename. A run that is killed right
-after it has OUT's inode noted: the next one knows its own output, and that ``files`` now holds what
-OUT was before.
+See ``jobs.partial``: ``files/`` is what OUT will be, a shard there in full or not at all, and
+``norms/`` holds ‖W‖ and ‖W' − W‖ of each finished shard's tensors.
 """
 
 from __future__ import annotations
 
 import glob
-import hashlib
 import json
 import os
-import shutil
-from collections.abc import Callable, Iterator, Mapping, Sequence
-from contextlib import contextmanager, suppress
+from collections.abc import Callable, Mapping, Sequence
+from contextlib import suppress
 from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from adaptsurgery.checkpoint import atomic
-from adaptsurgery.checkpoint.failures import as_file_error
 from adaptsurgery.checkpoint.safetensors import read_safetensors
 from adaptsurgery.checkpoint.writer import file_size
+from adaptsurgery.jobs.inputs import Input, check_inputs
 from adaptsurgery.jobs.merging.adapters import parse_adapter
 from adaptsurgery.jobs.merging.manifest import manifest_of, manifest_path
 from adaptsurgery.jobs.merging.match import Change
-from adaptsurgery.jobs.merging.plan import MANIFEST, Input, MergePlan, ShardJob, TensorEdit, stem_of
+from adaptsurgery.jobs.merging.plan import MANIFEST, MergePlan, ShardJob, TensorEdit, stem_of
+from adaptsurgery.jobs.partial import GoneError, Partial, busy, replace_json, write_json
 from adaptsurgery_formats import AdapterState
-from adaptsurgery_formats.errors import FileError, SurgeryError, ValueRefused
+from adaptsurgery_formats.errors import FileError, SurgeryError
 from adaptsurgery_formats.tensors import Tensor
 
 if TYPE_CHECKING:
@@ -100,7 +88,7 @@ def run_plan(
             return True, made
         if index >= len(plan.jobs):  # nothing to do: those who have jobs complete the output
             return False, {}
-    _check_inputs(plan)
+    check_inputs(_inputs(plan))
     runner = _Runner(plan, place, states, workers, progress, norms)
     try:
         with place.tidy(alone=count == 1):
@@ -109,141 +97,43 @@ def run_plan(
                 with place.lock("finish"):
                     return True, _close(plan, place, out)
             if count > 1 and (made := _made(plan, out)) is not None:  # just now, by another
-                if not _busy(place.root):
-                    shutil.rmtree(place.root, ignore_errors=True)
+                if not busy(place.root):
+                    place.remove()
                 return True, made
             for number in range(index, len(plan.jobs), count):
                 runner.job(number)
             return _finish(plan, place, out, overwrite)
-    except _GoneError:
+    except GoneError:
         made = _made(plan, out)
         if made is not None:
             return True, made  # another process was faster
-        raise FileError(
-            "the partial output vanished",
-            where=str(place.root),
-            next="run again",
-            code="bad-partial",
-        ) from None
+        raise place.vanished() from None
     except OSError as error:
-        raise _said(error, out, place) from error
+        raise place.said(error, out) from error
     except SurgeryError as error:
         error.where = error.where.replace(str(place.root / "work"), str(out))
         raise
 
 
-class _GoneError(Exception):
-    """The partial output is not there any more."""
-
-
-def _said(error: OSError, out: Path, place: _Place) -> FileError:
-    about = Path(os.fsdecode(error.filename)) if isinstance(error.filename, (str, bytes)) else out
-    inside = about == out or about.is_relative_to(place.root)
-    return as_file_error(error, out if inside else about, writing=inside)
-
-
-class _Place:
-    """The partial output of a plan, beside the output."""
+class _Place(Partial):
+    """The partial output of a merge: its shards, and the norms of their tensors."""
 
     def __init__(self, plan: MergePlan, out: Path) -> None:
+        super().__init__(plan.digest, out)
         self.plan = plan
-        name = plan.digest.encode() + os.fsencode(out.name)
-        self.root = out.parent / f".adaptsurgery-{hashlib.sha256(name).hexdigest()[:16]}.partial"
-        self.files = self.root / "files"
-        self.landing = self.root / "landing.json"
         self.content = self.files if plan.folder else self.shard(0)
-
-    def make(self, out: Path) -> None:
-        """The folders; empty where ``files`` is left of a run that had come to its end."""
-        if self.landing.exists() and not self.landed(out) and not self._noted(self.content):
-            shutil.rmtree(self.root, ignore_errors=True)
-        for name in ("files", "norms", "locks", "work"):
-            (self.root / name).mkdir(parents=True, exist_ok=True)
-
-    def land(self, out: Path, overwrite: bool) -> None:
-        """Note what becomes the output, and rename it."""
-        told = os.stat(self.content)
-        _replace_json(self.landing, {"device": told.st_dev, "inode": told.st_ino})
-        atomic.put(self.content, out, overwrite)
-
-    def landed(self, out: Path) -> bool:
-        """Whether the output is this plan's own, put there by a run that was killed right after."""
-        return self._noted(out)
-
-    def _noted(self, path: Path) -> bool:
-        try:
-            noted = json.loads(self.landing.read_text("utf-8"))
-            told = os.lstat(path)
-        except (OSError, ValueError):
-            return False
-        return bool(noted == {"device": told.st_dev, "inode": told.st_ino})
 
     def shard(self, number: int) -> Path:
         return self.files / (self.plan.jobs[number].name or "output.safetensors")
-
-    def norms(self, number: int) -> Path:
-        return self.root / "norms" / f"{number}.json"
 
     def done(self, number: int) -> bool:
         """Whether a shard is there: it comes under its name only when it is whole and on disk."""
         return self.shard(number).is_file()
 
-    @contextmanager
-    def lock(self, name: str) -> Iterator[None]:
-        """Alone among all processes at one thing; where the file system has no locks, hopefully.
-
-        Raises _GoneError where another process has completed the output in the meantime.
-        """
-        import fcntl
-
-        path = self.root / "locks" / name
-        try:
-            fd = os.open(path, os.O_RDWR | os.O_CREAT | os.O_CLOEXEC, 0o666)
-        except FileNotFoundError:
-            raise _GoneError from None
-        try:
-            with suppress(OSError):
-                fcntl.flock(fd, fcntl.LOCK_EX)
-            if not path.exists():
-                raise _GoneError
-            yield
-        finally:
-            os.close(fd)
-
-    @contextmanager
-    def tidy(self, *, alone: bool) -> Iterator[None]:
-        """After an error keep what the next run can use: finished shards, or nothing.
-
-        What no further run would mend (a refusal) is removed whole, if nobody else works on it.
-        """
-        try:
-            yield
-        except BaseException as error:
-            hopeless = isinstance(error, SurgeryError) and not isinstance(error, FileError)
-            started = any(p.is_file() for p in self.files.rglob("*"))
-            if alone and (hopeless or not started):
-                shutil.rmtree(self.root, ignore_errors=True)
-            raise
-
 
 def abandoned(plan: MergePlan, out: Path) -> list[Path]:
     """What killed runs of other plans have left beside the output, if nobody works on it now."""
-    mine = _Place(plan, out).root
-    found = sorted(out.parent.glob(".adaptsurgery-*.partial"))
-    return [root for root in found if root != mine and not _busy(root)]
-
-
-def _busy(root: Path) -> bool:
-    """Whether a process holds one of a partial output's locks."""
-    import fcntl
-
-    for path in (root / "locks").glob("*"):
-        with suppress(FileNotFoundError), open(path, "rb+") as file:
-            try:
-                fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
-            except OSError:
-                return True
-    return False
+    return _Place(plan, out).abandoned()
 
 
 def _finished(plan: MergePlan, out: Path) -> int:
@@ -290,7 +180,7 @@ class _Runner:
             except BaseException:
                 work.unlink(missing_ok=True)
                 raise
-            _write_json(self.place.norms(number), norms)
+            write_json(self.place.norms(number), norms)
             target = self.place.shard(number)
             target.parent.mkdir(parents=True, exist_ok=True)
             os.rename(work, target)
@@ -373,11 +263,11 @@ def _finish(plan: MergePlan, place: _Place, out: Path, overwrite: bool) -> tuple
         norms = _all_norms(plan, place)
         if missing:
             return False, norms
-        _check_inputs(plan)
+        check_inputs(_inputs(plan))
         _check_sizes(plan, place)
         if plan.folder:
             _complete(plan, place.files)
-            _write_json(place.files / MANIFEST, manifest_of(plan, norms))
+            write_json(place.files / MANIFEST, manifest_of(plan, norms))
             atomic.sync(place.files)
         else:  # so that a file never stands beside another one's manifest
             manifest_path(out, False).unlink(missing_ok=True)
@@ -389,9 +279,9 @@ def _close(plan: MergePlan, place: _Place, out: Path) -> Norms:
     """What comes after the rename: a file's manifest, and the partial output removed."""
     norms = _all_norms(plan, place)
     if not plan.folder:
-        _replace_json(manifest_path(out, False), manifest_of(plan, norms))
+        replace_json(manifest_path(out, False), manifest_of(plan, norms))
     atomic.sync_folder(out.parent)
-    shutil.rmtree(place.root, ignore_errors=True)
+    place.remove()
     return norms
 
 
@@ -434,9 +324,9 @@ def _complete(plan: MergePlan, content: Path) -> None:
     for component, changes in plan.configs.items():
         path = content / component / "config.json"
         config = json.loads(path.read_text("utf-8"))
-        _replace_json(path, {**config, **changes})
+        replace_json(path, {**config, **changes})
     for name, component in plan.indexes.items():
-        _write_json(content / name, _index(plan, component, base / name))
+        write_json(content / name, _index(plan, component, base / name))
 
 
 def _index(plan: MergePlan, component: str, old: Path) -> dict[str, Any]:
@@ -451,17 +341,6 @@ def _index(plan: MergePlan, component: str, old: Path) -> dict[str, Any]:
         metadata["total_parameters"] = sum(Tensor(t.dtype, t.shape, ()).numel for t in tensors)
     weight_map = {t.key: job.name.rpartition("/")[2] for job in jobs for t in job.tensors}
     return {"metadata": metadata, "weight_map": dict(sorted(weight_map.items()))}
-
-
-def _write_json(path: Path, data: Mapping[str, Any]) -> None:
-    path.write_text(json.dumps(data, indent=2) + "\n", "utf-8")
-
-
-def _replace_json(path: Path, data: Mapping[str, Any]) -> None:
-    """Write beside and rename: the copy may share its bytes with the base's file."""
-    beside = path.with_name(f".{path.name}.{os.getpid()}.tmp")
-    _write_json(beside, data)
-    os.replace(beside, path)
 
 
 def _clone(source: str, target: Path) -> None:
@@ -495,12 +374,16 @@ def _copy(source: int, target: int, size: int) -> None:
 # -- What is refused
 
 
+def _inputs(plan: MergePlan) -> list[Input]:
+    return [*plan.files, *(f for a in plan.adapters for f in a.files)]
+
+
 def _check_apart(plan: MergePlan, out: Path) -> None:
     """Refuse an output that is an input, holds one, or lies within the base's folder."""
     target = Path(os.path.realpath(out))
     base = Path(os.path.realpath(plan.base))
     base = base if not plan.folder or base.is_dir() else base.parent
-    inputs = [Path(f.path) for f in (*plan.files, *(f for a in plan.adapters for f in a.files))]
+    inputs = [Path(given.path) for given in _inputs(plan)]
     if target == base or (plan.folder and target.is_relative_to(base)):
         _refuse_output(out, str(base), "the output is the base, or lies in it", "output-is-base")
     for path in inputs:
@@ -567,34 +450,3 @@ def _check_manifest(path: Path) -> None:
             next="name another output, or move it away",
             code="output-not-ours",
         )
-
-
-def _check_inputs(plan: MergePlan) -> None:
-    """Every input as it was when the plan was made, by size and time."""
-    for given in (*plan.files, *(f for a in plan.adapters for f in a.files)):
-        _check_input(given)
-
-
-def _check_input(given: Input) -> None:
-    try:
-        told = os.stat(given.path)
-    except OSError as error:
-        raise as_file_error(error, given.path, writing=False) from error
-    if (told.st_size, told.st_mtime_ns) != (given.size, given.modified):
-        raise FileError(
-            "it has changed since the plan was made",
-            where=given.path,
-            next="plan again",
-            code="input-changed",
-        )
-
-
-def check_part(index: int, count: int) -> tuple[int, int]:
-    """(index, count) of a part of a plan; raises ValueRefused where there is no such part."""
-    if count < 1 or not 0 <= index < count:
-        raise ValueRefused(
-            f"there is no part {index} of {count}",
-            next="--shard-index from 0 to --num-shards − 1",
-            code="no-such-part",
-        )
-    return index, count

@@ -319,7 +319,7 @@ def test_a_partial_that_vanished_is_not_taken_for_an_output(
     merge(base, f"{adapter}=2", tmp_path / "out")
 
     def gone(*_: Any) -> None:
-        raise run._GoneError
+        raise run.GoneError
 
     with monkeypatch.context() as patch:
         patch.setattr(run, "_finish", gone)

@@ -16,6 +16,11 @@ from types import ModuleType
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
+    from adaptsurgery.algorithms.hra import HRAConfig
+    from adaptsurgery.algorithms.loha import LoHaConfig
+    from adaptsurgery.algorithms.lokr import LoKrConfig
+    from adaptsurgery.algorithms.lora import LoraConfig
+    from adaptsurgery.core.config import AdapterConfig
     from adaptsurgery.jobs.adapter import Adapter, load
     from adaptsurgery.jobs.combine import combine
     from adaptsurgery.jobs.convert import convert
@@ -31,6 +36,11 @@ if TYPE_CHECKING:
 __version__ = "0.1.0"
 __all__ = [
     "Adapter",
+    "AdapterConfig",
+    "HRAConfig",
+    "LoHaConfig",
+    "LoKrConfig",
+    "LoraConfig",
     "Report",
     "SurgeryError",
     "combine",
@@ -49,6 +59,11 @@ __all__ = [
 
 # Public name → where it lives; submodules are attributes too, at every level.
 _HOMES = {
+    "AdapterConfig": "adaptsurgery.algorithms",
+    "HRAConfig": "adaptsurgery.algorithms",
+    "LoHaConfig": "adaptsurgery.algorithms",
+    "LoKrConfig": "adaptsurgery.algorithms",
+    "LoraConfig": "adaptsurgery.algorithms",
     "Adapter": "adaptsurgery.jobs.adapter",
     "load": "adaptsurgery.jobs.adapter",
     "combine": "adaptsurgery.jobs.combine",

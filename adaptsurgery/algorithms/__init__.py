@@ -10,10 +10,11 @@ from torch import Tensor
 
 from adaptsurgery.algorithms.dora import DoRA
 from adaptsurgery.algorithms.full import Full, Norm
-from adaptsurgery.algorithms.hra import HRA
-from adaptsurgery.algorithms.loha import LoHa
-from adaptsurgery.algorithms.lokr import LoKr
-from adaptsurgery.algorithms.lora import LoRA, Truncation
+from adaptsurgery.algorithms.hra import HRA, HRAConfig
+from adaptsurgery.algorithms.loha import LoHa, LoHaConfig
+from adaptsurgery.algorithms.lokr import LoKr, LoKrConfig
+from adaptsurgery.algorithms.lora import LoRA, LoraConfig, Truncation
+from adaptsurgery.core.config import AdapterConfig
 from adaptsurgery.core.update import Delta, Update, only_whole
 from adaptsurgery_formats.errors import KeyRefused, ValueRefused, nearest
 
@@ -23,11 +24,16 @@ ALGORITHMS: tuple[type[Delta] | type[HRA], ...] = (LoRA, LoHa, LoKr, HRA, Full, 
 __all__ = [
     "ALGORITHMS",
     "HRA",
+    "AdapterConfig",
     "DoRA",
     "Full",
+    "HRAConfig",
     "LoHa",
+    "LoHaConfig",
     "LoKr",
+    "LoKrConfig",
     "LoRA",
+    "LoraConfig",
     "Norm",
     "Truncation",
     "build",

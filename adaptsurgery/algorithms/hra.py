@@ -13,6 +13,7 @@ and R = I − 2QQᵀ, its own inverse.
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable
 from dataclasses import dataclass
 from typing import ClassVar
@@ -22,6 +23,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from adaptsurgery.algorithms.lora import LoRA
+from adaptsurgery.core.config import AdapterConfig, Shapes, kaiming_
 from adaptsurgery.core.update import Rotation, compute_dtype, widened
 from adaptsurgery_formats.errors import ShapeError, ValueRefused
 
@@ -151,3 +153,52 @@ class HRA(Rotation):
         basis, within = torch.linalg.qr(columns)
         up = -(weight.flatten(1).to(wide) @ columns) @ middle @ within.t()
         return LoRA.of_factors(up, basis.t().contiguous(), tuple(weight.shape))
+
+
+@dataclass(kw_only=True)
+class HRAConfig(AdapterConfig):
+    """PEFT's HRAConfig. No alpha: a rotation does not add.
+
+    ``init_weights`` True starts at R = I, by pairs of equal columns, which cancel. There is no such
+    start for an odd r, whose R has determinant -1, nor with ``apply_GS``, whose R = I − 2QQᵀ turns r
+    directions round whatever Q is: both are refused, and start from a random R with
+    ``init_weights=False``. (PEFT warns of the one, and divides rounding noise by itself in the other.)
+    """
+
+    apply_GS: bool = False
+    bias: str = "none"
+    init_weights: bool = True
+
+    algorithm: ClassVar[str] = "hra"
+    biases: ClassVar[tuple[str, ...]] = ("none", "all", "hra_only")
+
+    def shapes(self, shape: tuple[int, ...], rank: int, kind: str = "linear") -> Shapes:
+        return {"u": (math.prod(shape[1:]), rank)}
+
+    def assembled(self, tensors: dict[str, Tensor], scale: float, shape: tuple[int, ...]) -> HRA:
+        return HRA(tensors["u"], self.apply_GS)
+
+    def initialise(
+        self, tensors: dict[str, Tensor], kind: str, generator: torch.Generator | None
+    ) -> None:
+        u = tensors["u"]
+        if self.init_weights:
+            self._check_start(u.shape[1])
+            half = torch.empty(u.shape[0], u.shape[1] // 2, dtype=u.dtype, device=u.device)
+            kaiming_(half, generator)
+            u.copy_(half.repeat_interleave(2, dim=1))
+        else:
+            kaiming_(u, generator)
+
+    def _check_start(self, rank: int) -> None:
+        if self.apply_GS:
+            reason = f"with apply_GS R = I − 2QQᵀ turns {rank} directions round"
+        elif rank % 2:
+            reason = f"{rank} reflections, an odd number, have the determinant -1"
+        else:
+            return
+        raise ValueRefused(
+            f"hra: no initial value leaves the layer as it is: {reason}",
+            next="an even r without apply_GS; or init_weights=False, for a random R",
+            code="no-initial-value",
+        )

@@ -12,13 +12,15 @@ With P[o, (p, q)] = w1_a[o, p]·w2_a[o, q] and Q[(p, q), n] = w1_b[p, n]·w2_b[q
 
 from __future__ import annotations
 
+import math
 from dataclasses import dataclass
 from typing import ClassVar
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 from adaptsurgery.algorithms.lora import LoRA, Truncation
+from adaptsurgery.core.config import LycorisConfig, Shapes, kaiming_
 from adaptsurgery.core.cost import Form, price
 from adaptsurgery.core.geometry import Layer
 from adaptsurgery.core.update import Delta
@@ -139,3 +141,38 @@ class LoHa(Delta):
     def truncated(self, rank: int, dtype: torch.dtype | None = None) -> Truncation:
         """The nearest LoRA of ``rank``, through the exact one of rank r²."""
         return self.cast(torch.float64).to_lora().truncated(rank, dtype or self.wide_dtype())
+
+
+@dataclass(kw_only=True)
+class LoHaConfig(LycorisConfig):
+    """PEFT's LoHaConfig: scale alpha/r.
+
+    ``init_weights``: True, w2_b = 0 and the rest as FedPara has it; "lycoris", w2_a = 0 and normal
+    numbers, as LyCORIS; False, nothing 0.
+    """
+
+    algorithm: ClassVar[str] = "loha"
+
+    def shapes(self, shape: tuple[int, ...], rank: int, kind: str = "linear") -> Shapes:
+        o, i, *k = shape
+        if self.tucker(shape):
+            halves = {"a": (rank, o), "b": (rank, i)}
+            cores: Shapes = {"t1": (rank, rank, *k), "t2": (rank, rank, *k)}
+        else:
+            halves, cores = {"a": (o, rank), "b": (rank, i * math.prod(k))}, {}
+        return {f"w{n}_{side}": s for n in (1, 2) for side, s in halves.items()} | cores
+
+    def assembled(self, tensors: dict[str, Tensor], scale: float, shape: tuple[int, ...]) -> LoHa:
+        return LoHa(**tensors, scale=scale, weight_shape=shape)
+
+    def initialise(
+        self, tensors: dict[str, Tensor], kind: str, generator: torch.Generator | None
+    ) -> None:
+        for name, tensor in tensors.items():
+            if self.init_weights == "lycoris":
+                std = 1.0 if name.endswith("_b") else 0.1
+                nn.init.normal_(tensor, std=std, generator=generator)
+            else:
+                kaiming_(tensor, generator)
+        if self.init_weights:
+            nn.init.zeros_(tensors["w2_a" if self.init_weights == "lycoris" else "w2_b"])

@@ -10,17 +10,20 @@ With o = a·b and i = c·d:
 
 from __future__ import annotations
 
+import math
 from dataclasses import dataclass
 from typing import ClassVar
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 from adaptsurgery.algorithms.lora import LoRA, Truncation, truncation
+from adaptsurgery.core.config import LycorisConfig, Shapes, kaiming_
 from adaptsurgery.core.cost import Form, price
 from adaptsurgery.core.geometry import Layer
 from adaptsurgery.core.linalg import check_rank, factor_svd, split, tail_error
 from adaptsurgery.core.update import Delta
+from adaptsurgery_formats.kronecker import peft_factorization
 
 
 @dataclass(frozen=True, eq=False)
@@ -252,3 +255,45 @@ def _shortest(whole: Tensor, stored: tuple[Tensor, Tensor] | None) -> tuple[Tens
         return stored
     one = torch.eye(min(rows, columns), dtype=whole.dtype, device=whole.device)
     return (one, whole) if rows <= columns else (whole, one)
+
+
+@dataclass(kw_only=True)
+class LoKrConfig(LycorisConfig):
+    """PEFT's LoKrConfig: scale alpha/r, also where both factors are whole.
+
+    ``decompose_factor`` cuts o = a·b and i = c·d: a and c are the factor where it divides, else the
+    largest divisor up to it, -1 for no limit, that brings the two closest. w2 is w2_a·w2_b where
+    r < max(b, d)/2; w1 likewise, with ``decompose_both``. ``init_weights``: True, w1 (w1_a) = 0;
+    "lycoris", w2 (w2_b) = 0; False, neither. ``rank_dropout_scale`` divides by the share kept.
+    """
+
+    decompose_both: bool = False
+    decompose_factor: int = -1
+    rank_dropout_scale: bool = False
+
+    algorithm: ClassVar[str] = "lokr"
+
+    def shapes(self, shape: tuple[int, ...], rank: int, kind: str = "linear") -> Shapes:
+        o, i, *k = shape
+        (a, b), (c, d) = (peft_factorization(n, self.decompose_factor) for n in (o, i))
+        if self.decompose_both and 2 * rank < max(a, c):
+            slots: Shapes = {"w1_a": (a, rank), "w1_b": (rank, c)}
+        else:
+            slots = {"w1": (a, c)}
+        if 2 * rank >= max(b, d):
+            return slots | {"w2": (b, d, *k)}
+        if self.tucker(shape):
+            return slots | {"w2_a": (rank, b), "w2_b": (rank, d), "t2": (rank, rank, *k)}
+        return slots | {"w2_a": (b, rank), "w2_b": (rank, d * math.prod(k))}
+
+    def assembled(self, tensors: dict[str, Tensor], scale: float, shape: tuple[int, ...]) -> LoKr:
+        return LoKr(**tensors, scale=scale, weight_shape=shape)
+
+    def initialise(
+        self, tensors: dict[str, Tensor], kind: str, generator: torch.Generator | None
+    ) -> None:
+        for tensor in tensors.values():
+            kaiming_(tensor, generator)
+        if self.init_weights:
+            zero = ("w2", "w2_b") if self.init_weights == "lycoris" else ("w1", "w1_a")
+            nn.init.zeros_(next(tensors[name] for name in zero if name in tensors))

@@ -18,7 +18,13 @@ from typing import Any
 
 from adaptsurgery_formats.errors import LayoutError
 from adaptsurgery_formats.patterns import Matcher, exact_pattern, is_targeted
-from adaptsurgery_formats.state import ALPHA_OVER_R, ALPHA_OVER_SQRT_R, UNSCALED, ModuleState
+from adaptsurgery_formats.state import (
+    ALPHA_OVER_R,
+    ALPHA_OVER_SQRT_R,
+    UNSCALED,
+    ModuleState,
+    scale_of,
+)
 
 PEFT_TYPES = {"LORA": "lora", "LOHA": "loha", "LOKR": "lokr", "HRA": "hra"}
 _COMMON = {
@@ -49,11 +55,14 @@ _NEUTRAL: dict[str, tuple[Any, ...]] = {
     "arrow_config": (None,), "use_bdlora": (None, False), "kasa_config": (None,),
     "monteclora_config": (None,), "velora_config": (None,),
 }  # fmt: skip
-# Fields that only steer training or loading.
-_IGNORED = {
-    "loftq_config", "eva_config", "corda_config", "lora_ga_config", "megatron_config",
-    "megatron_core", "qalora_group_size", "runtime_config", "ensure_weight_tying",
+# Fields that only steer training or loading, with PEFT's defaults.
+IGNORED: dict[str, Any] = {
+    "loftq_config": {}, "eva_config": None, "corda_config": None, "lora_ga_config": None,
+    "megatron_config": None, "megatron_core": "megatron.core", "qalora_group_size": 16,
+    "runtime_config": {"ephemeral_gpu_offload": False}, "ensure_weight_tying": False,
 }  # fmt: skip
+# PEFT's fields that are not written.
+OTHERS = frozenset(_NEUTRAL) | frozenset(IGNORED)
 # Initial values that leave the base as it is; PiSSA, OLoRA, CorDA, LoftQ and others change it.
 _PLAIN_INITS = (True, False, "gaussian", "eva", "orthogonal", "lycoris", None)
 
@@ -88,15 +97,17 @@ def check_config(config: Mapping[str, Any], where: str) -> list[str]:
                 f"`{name}` changes what the adapter means and is not carried",
                 where=where, seen=f"{name} = {str(config[name])[:80]}", code="unsupported-option",
             )  # fmt: skip
+    name = "init_lora_weights" if algorithm == "lora" else "init_weights"
     init = config.get("init_lora_weights", config.get("init_weights", True))
     if init not in _PLAIN_INITS:
         raise LayoutError(
             f"initial values {init!r} change the base model, so ΔW is relative to another base",
             where=where,
+            seen=f"{name} = {init!r}",
             next="save it from PEFT with path_initial_model_for_weight_conversion first",
             code="unsupported-option",
         )
-    return sorted(config.keys() - FIELDS[algorithm].keys() - _NEUTRAL.keys() - _IGNORED)
+    return sorted(config.keys() - FIELDS[algorithm].keys() - OTHERS)
 
 
 def _types(algorithm: str) -> dict[str, Any]:
@@ -153,6 +164,17 @@ class Setting:
     alpha: float | None
     rule: str
 
+    @property
+    def scale(self) -> float:
+        return scale_of(self.rule, self.alpha, self.rank)
+
+
+def rule_of(algorithm: str, use_rslora: bool) -> str:
+    """How a scale follows from alpha and rank."""
+    if algorithm == "hra":
+        return UNSCALED
+    return ALPHA_OVER_SQRT_R if use_rslora else ALPHA_OVER_R
+
 
 def settings(config: Mapping[str, Any], matcher: Matcher, where: str) -> dict[str, Setting]:
     """Rank, alpha and scale rule of each of the matcher's names."""
@@ -163,7 +185,7 @@ def settings(config: Mapping[str, Any], matcher: Matcher, where: str) -> dict[st
     ranks, alphas = config.get("rank_pattern") or {}, config.get("alpha_pattern") or {}
     rank_keys, alpha_keys = matcher.first_keys(ranks), matcher.first_keys(alphas)
     alpha = config.get(alpha_field(algorithm), 8)
-    rule = ALPHA_OVER_SQRT_R if config.get("use_rslora") else ALPHA_OVER_R
+    rule = rule_of(algorithm, bool(config.get("use_rslora")))
     return {
         name: Setting(
             ranks[rank_keys[name]] if name in rank_keys else rank,
@@ -246,7 +268,7 @@ def _agrees(template: Mapping[str, Any], wanted: Wanted, where: str) -> bool:
         if said.rank != rank or is_targeted(name, template, matcher) is False:
             return False
         if said.alpha is not None and not math.isclose(
-            _scale(said), wanted.scales[name], rel_tol=1e-6
+            said.scale, wanted.scales[name], rel_tol=1e-6
         ):
             return False
     # None: only the model can tell, so the template must have been made for it.
@@ -258,12 +280,6 @@ def _agrees(template: Mapping[str, Any], wanted: Wanted, where: str) -> bool:
 
 def _same(said: Any, wanted: Any, name: str) -> bool:
     return name == "use_rslora" or said == wanted
-
-
-def _scale(setting: Setting) -> float:
-    assert setting.alpha is not None
-    r = setting.rank
-    return setting.alpha / (math.sqrt(r) if setting.rule == ALPHA_OVER_SQRT_R else r)
 
 
 def check_targets(

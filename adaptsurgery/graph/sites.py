@@ -29,7 +29,8 @@ class Call:
     ``hops`` are the names of the higher-order nodes passed on the way, one for each of ``graph``.
 
     A decomposed linear's input and output are those of its mm or addmm, (positions, i) and
-    (positions, o); a padded convolution's input is the padded one.
+    (positions, o); the input of a convolution that a pad of its own stands before is what was padded
+    (``padding_mode`` is "zeros" there: it is another for a ``call_module`` alone).
     """
 
     input: str
@@ -45,9 +46,10 @@ class Call:
 class Site:
     """A Linear, Conv1D (a transposed linear) or Conv1d/2d/3d of a graph.
 
-    ``path`` is the module's, as named_modules() has it; where the weight is no parameter called
-    ``weight`` (nn.MultiheadAttention's in_proj_weight) the path is its owner's. ``shape`` is
-    canonical, (o, i, *k). ``weight`` and ``bias`` are names as state_dict() has them: "" for a bias
+    ``path`` is the module's, as named_modules() has it, and ``aliases`` are other paths of the same
+    module; where the weight is no parameter called ``weight`` (nn.MultiheadAttention's
+    in_proj_weight) the path is its owner's. ``type`` is the class that the trace noted, or "".
+    ``shape`` is canonical, (o, i, *k). ``weight`` and ``bias`` are names as state_dict() has them: "" for a bias
     that there is not, and for a weight that is computed (weight_norm, int8), which cannot be
     replaced. ``shares`` names who else uses the weight: other sites' paths, an embedding's.
     ``reason`` tells why no adapter can be put there; it is "" where one can.
@@ -62,9 +64,12 @@ class Site:
     transposed: bool = False
     stride: tuple[int, ...] = ()
     padding: tuple[int, ...] | str = ()
+    padding_mode: str = "zeros"
     dilation: tuple[int, ...] = ()
     groups: int = 1
+    aliases: tuple[str, ...] = ()
     shares: tuple[str, ...] = ()
+    type: str = ""
     reason: str = ""
 
     @property
@@ -81,6 +86,7 @@ class Site:
             bias,
             stride=self.stride,
             padding=self.padding,
+            padding_mode=self.padding_mode,
             dilation=self.dilation,
             groups=self.groups,
         )

@@ -6,13 +6,18 @@ With o = a·b and i = c·d:
     w2  (b, d, *k), or w2_a (b, r) · w2_b (r, d·∏k) [or (r, d, *k)],
         or tucker  w2_a (r, b)   w2_b (r, d)   t2 (r, r, *k):  w2[b, d, k] = Σ t2[p, q, k] w2_a[p, b] w2_b[q, d]
     Δ[(a, b), (c, d), k] = w1[a, c] · w2[b, d, k]
+
+``fit`` and ``extract`` find the LoKr nearest to the difference of two weights (core/kronecker.py),
+in shapes that PEFT or LyCORIS makes again when it loads them.
 """
 
 from __future__ import annotations
 
 import math
+from collections.abc import Iterable
 from dataclasses import dataclass
-from typing import ClassVar
+from functools import cached_property
+from typing import Any, ClassVar
 
 import torch
 from torch import Tensor, nn
@@ -20,10 +25,29 @@ from torch import Tensor, nn
 from adaptsurgery.algorithms.lora import LoRA, Truncation, truncation
 from adaptsurgery.core.config import LycorisConfig, Shapes, kaiming_
 from adaptsurgery.core.cost import Form, price
+from adaptsurgery.core.fit import Fit, Goal, difference, rank_for
 from adaptsurgery.core.geometry import Layer
+from adaptsurgery.core.kronecker import (
+    Cut,
+    LowRank,
+    Tucker,
+    Whole,
+    leading,
+    nearest_product,
+    outer_error,
+    rearranged,
+)
 from adaptsurgery.core.linalg import check_rank, factor_svd, split, tail_error
+from adaptsurgery.core.residual import full_norm, in_range, powers, relative_error
 from adaptsurgery.core.update import Delta
-from adaptsurgery_formats.kronecker import peft_factorization
+from adaptsurgery_formats.errors import ValueRefused
+from adaptsurgery_formats.kronecker import (
+    FACTORIZATIONS,
+    Storage,
+    peft_factorization,
+    stored_shapes,
+    sweepable_factors,
+)
 
 
 @dataclass(frozen=True, eq=False)
@@ -274,17 +298,9 @@ class LoKrConfig(LycorisConfig):
     algorithm: ClassVar[str] = "lokr"
 
     def shapes(self, shape: tuple[int, ...], rank: int, kind: str = "linear") -> Shapes:
-        o, i, *k = shape
-        (a, b), (c, d) = (peft_factorization(n, self.decompose_factor) for n in (o, i))
-        if self.decompose_both and 2 * rank < max(a, c):
-            slots: Shapes = {"w1_a": (a, rank), "w1_b": (rank, c)}
-        else:
-            slots = {"w1": (a, c)}
-        if 2 * rank >= max(b, d):
-            return slots | {"w2": (b, d, *k)}
-        if self.tucker(shape):
-            return slots | {"w2_a": (rank, b), "w2_b": (rank, d), "t2": (rank, rank, *k)}
-        return slots | {"w2_a": (b, rank), "w2_b": (rank, d * math.prod(k))}
+        out, into = (peft_factorization(n, self.decompose_factor) for n in shape[:2])
+        both, tucker = self.decompose_both, self.tucker(shape)
+        return stored_shapes(out, into, shape[2:], rank, both, tucker)
 
     def assembled(self, tensors: dict[str, Tensor], scale: float, shape: tuple[int, ...]) -> LoKr:
         return LoKr(**tensors, scale=scale, weight_shape=shape)
@@ -297,3 +313,229 @@ class LoKrConfig(LycorisConfig):
         if self.init_weights:
             zero = ("w2", "w2_b") if self.init_weights == "lycoris" else ("w1", "w1_a")
             nn.init.zeros_(next(tensors[name] for name in zero if name in tensors))
+
+
+def candidates(shape: tuple[int, ...], loader: str = "peft") -> list[int]:
+    """A factor for every way in which a loader can cut a weight (o, i, *k), -1 first.
+
+    Less the one that makes w1 a single number, and so a LoRA of the LoKr, where there are others.
+    ``loader`` is "peft" or "lycoris"; ValueRefused for another.
+    """
+    _check_loader(loader)
+    found = sweepable_factors(shape[0], shape[1], loader)
+    crossed = [f for (out, into), f in found.items() if (out[0], into[0]) != (1, 1)]
+    return crossed or [*found.values()]
+
+
+def fit(
+    base: Tensor,
+    tuned: Tensor,
+    goal: Goal,
+    *,
+    seed: int = 0,
+    factor: int | None = None,
+    decompose_both: bool = False,
+    tucker: bool = False,
+    loader: str = "peft",
+) -> Fit:
+    """The LoKr nearest to W1 − W0, of the goal's size, in shapes that ``loader`` makes again.
+
+    Without a ``factor``, ``rank`` goes with -1 (the libraries' default: o and i in two near equal
+    parts), ``budget`` with the factor of the least error, ``energy`` and ``max_error`` with that of
+    the fewest parameters. As the loaders have it a rank of max(b, d)/2 or more stores w2 whole.
+    The scale is 1, so alpha is the rank. ``limit`` is the error of a whole w1 and w2 at that factor.
+    Raises ShapeError, ValueRefused ("out-of-reach", "budget-too-small", "not-loadable").
+    """
+    _check_loader(loader)
+    factors = [-1 if factor is None else factor]
+    if factor is None and goal.rank is None and base.dim() > 1:
+        factors = candidates(tuple(base.shape), loader)
+    found = sweep(
+        base, tuned, goal, factors,
+        seed=seed, decompose_both=decompose_both, tucker=tucker, loader=loader,
+    ).values()  # fmt: skip
+    if goal.budget is not None:
+        return min(found, key=lambda one: (one.error, one.parameters))
+    return min(found, key=lambda one: (one.parameters, one.error))
+
+
+def extract(
+    base: Tensor,
+    tuned: Tensor,
+    *,
+    rank: int | None = None,
+    energy: float | None = None,
+    max_error: float | None = None,
+    budget: int | None = None,
+    seed: int = 0,
+    **own: Any,
+) -> LoKr:
+    """The update of ``fit``, with the goal given by its name; ``own`` options as there."""
+    goal = Goal(rank=rank, energy=energy, max_error=max_error, budget=budget)
+    found = fit(base, tuned, goal, seed=seed, **own).update
+    assert isinstance(found, LoKr)
+    return found
+
+
+def sweep(
+    base: Tensor,
+    tuned: Tensor,
+    goal: Goal,
+    factors: Iterable[int],
+    *,
+    seed: int = 0,
+    decompose_both: bool = False,
+    tucker: bool = False,
+    loader: str = "peft",
+) -> dict[int, Fit]:
+    """``fit`` at each of the ``factors`` that meet the goal; those that cut alike share one Fit.
+
+    For whoever needs one factor for many layers: any factor cuts any weight, each in its own way.
+    Raises as ``fit`` does where none meets it.
+    """
+    _check_loader(loader)
+    delta, exponent = in_range(difference(base, tuned))
+    cut = FACTORIZATIONS[loader]
+    met: dict[object, Fit | ValueRefused] = {}
+    found: dict[int, Fit] = {}
+    for factor in factors:
+        out, into = cut(delta.shape[0], _checked(factor)), cut(delta.shape[1], factor)
+        if (out, into) not in met:
+            shape = tuple(delta.shape)
+            storage = Storage(shape, out, into, decompose_both, tucker, loader)
+            met[out, into] = _met(_Search(delta, exponent, storage, seed), goal)
+        if isinstance(one := met[out, into], Fit):
+            found[factor] = one
+    if not found:
+        raise _none_of([one for one in met.values() if isinstance(one, ValueRefused)])
+    return found
+
+
+def _met(search: _Search, goal: Goal) -> Fit | ValueRefused:
+    try:
+        return search.meet(goal)
+    except ValueRefused as refusal:
+        return refusal
+
+
+def _none_of(refusals: list[ValueRefused]) -> ValueRefused:
+    """What was refused at every factor, as one error."""
+    if len(refusals) == 1:
+        return refusals[0]
+    told = next((r for r in refusals if r.code != "not-loadable"), refusals[0])
+    seen = sorted({r.seen for r in refusals if r.code == told.code})
+    return ValueRefused(f"{told.what}, at any factor", items=seen, next=told.next, code=told.code)
+
+
+def _check_loader(loader: str) -> None:
+    if loader not in FACTORIZATIONS:
+        raise ValueRefused(
+            f"no loader is called `{loader}`", next=f"one of {', '.join(FACTORIZATIONS)}"
+        )
+
+
+def _checked(factor: int) -> int:
+    if factor < 1 and factor != -1:
+        raise ValueRefused(f"factor {factor} cuts nothing", next="-1, or a factor of at least 1")
+    return factor
+
+
+@dataclass(eq=False)
+class _Search:
+    """One cut of one difference, ``in_range``, and the fits that were made of it."""
+
+    delta: Tensor
+    exponent: int
+    storage: Storage
+    seed: int
+
+    def __post_init__(self) -> None:
+        self.size = full_norm(self.delta, 0)
+        self.fits: dict[int, Fit] = {}
+
+    def meet(self, goal: Goal) -> Fit:
+        ranks = [goal.rank] if goal.rank is not None else self.storage.ranks() or [1]
+        if wrong := self.storage.refusal(ranks[0]):
+            shapes = self.storage.shapes(ranks[0]).items()
+            seen = ", ".join(f"{name} {list(shape)}" for name, shape in shapes)
+            raise ValueRefused(wrong, seen=seen, next="another factor or rank", code="not-loadable")
+        if not goal.met_by(self.limit):
+            (a, _), (c, _) = self.storage.out, self.storage.into
+            raise ValueRefused(
+                f"no LoKr comes within an error of {goal.most_error:g}",
+                seen=f"{self.limit:.3g} with w1 ({a}, {c})",
+                next="a larger error, or another algorithm",
+                code="out-of-reach",
+            )
+        if goal.rank is not None:
+            return self.at(goal.rank)
+        chosen = rank_for(
+            goal,
+            most=len(ranks),
+            parameters=lambda k: self.storage.parameters(ranks[k - 1]),
+            error_at=lambda k: self.at(ranks[k - 1]).error,
+        )
+        return self.at(ranks[chosen - 1])
+
+    @cached_property
+    def rearranged(self) -> Tensor:
+        return rearranged(self.delta, self.storage.out[0], self.storage.into[0])
+
+    @cached_property
+    def start(self) -> Tensor:
+        return leading(self.rearranged, self.seed)
+
+    @cached_property
+    def limit(self) -> float:
+        """The error of the best w1 ⊗ w2 with both whole."""
+        if not self.size:
+            return 0.0
+        return outer_error(self.rearranged, self.start, self.size)
+
+    def at(self, rank: int) -> Fit:
+        if rank not in self.fits:
+            self.fits[rank] = self._solved(rank)
+        return self.fits[rank]
+
+    def _solved(self, rank: int) -> Fit:
+        shapes = self.storage.shapes(rank)
+        found = self._nearest(rank, shapes)
+        slots = {name: t.reshape(shapes[name]).to(self.delta) for name, t in found.items()}
+        error = relative_error(self._built(slots), self.delta)
+        first = [name for name in slots if name.startswith("w1")]
+        second = [name for name in slots if name not in first]
+        half = self.exponent // 2
+        for own, exponent in ((first, half), (second, self.exponent - half)):
+            slots |= {name: slots[name] * p for name, p in zip(own, powers(exponent, len(own)))}
+        return Fit(
+            update=self._built(slots),
+            error=error,
+            norm=full_norm(self.delta, self.exponent),
+            rank=rank,
+            parameters=self.storage.parameters(rank),
+            limit=self.limit,
+            notes=self._notes(rank, shapes),
+        )
+
+    def _built(self, slots: dict[str, Tensor]) -> LoKr:
+        return LoKr(**slots, weight_shape=tuple(self.delta.shape))  # type: ignore[arg-type]
+
+    def _nearest(self, rank: int, shapes: Shapes) -> dict[str, Tensor]:
+        if not self.size:
+            return {name: self.delta.new_zeros(shape) for name, shape in shapes.items()}
+        (a, b), (c, d) = self.storage.out, self.storage.into
+        cuts: tuple[Cut, Cut] = (
+            LowRank(rank) if "w1_a" in shapes else Whole(),
+            Tucker(rank) if "t2" in shapes else LowRank(rank) if "w2_a" in shapes else Whole(),
+        )
+        sides = (a, c), (b, d, math.prod(self.delta.shape[2:]))
+        found = nearest_product(self.rearranged, self.start, sides, cuts)
+        return dict(zip(shapes, (*found.first, *found.second)))
+
+    def _notes(self, rank: int, shapes: Shapes) -> tuple[str, ...]:
+        if not self.size:
+            return ("the two weights are equal: every factor is zero",)
+        most = self.storage.expressible(rank)[1]
+        if "w2" in shapes or rank <= most:
+            return ()
+        return (f"w2 has rank {most} at most: the rest of rank {rank} is zero",)

@@ -9,7 +9,9 @@ from __future__ import annotations
 
 import sys
 from collections.abc import Iterable, Mapping
+from dataclasses import dataclass
 from functools import lru_cache
+from math import prod
 
 
 def _climb(dimension: int, limit: int) -> tuple[int, int]:
@@ -70,6 +72,94 @@ def _last_factor(dimension: int, first: int) -> int:
 
 
 Shapes = Mapping[str, tuple[int, ...]]
+Cut = tuple[int, int]
+FACTORIZATIONS = {"peft": peft_factorization, "lycoris": lycoris_factorization}
+
+
+def sweepable_factors(out: int, into: int, loader: str) -> dict[tuple[Cut, Cut], int]:
+    """Every pair of cuts, of ``out`` and of ``into``, that a loader makes, with a factor that gives it.
+
+    -1, the default of both, comes first. A cut changes at a divisor and next to one only.
+    """
+    cut = FACTORIZATIONS[loader]
+    divisors = {
+        f for n in (out, into) for m in range(1, int(n**0.5) + 1) if n % m == 0 for f in (m, n // m)
+    }
+    found: dict[tuple[Cut, Cut], int] = {}
+    for factor in (-1, *sorted(divisors | {f + 1 for f in divisors})):
+        found.setdefault((cut(out, factor), cut(into, factor)), factor)
+    return found
+
+
+def stored_shapes(
+    out: Cut, into: Cut, kernel: tuple[int, ...], rank: int, both: bool, tucker: bool
+) -> dict[str, tuple[int, ...]]:
+    """The shapes that PEFT and LyCORIS make a LoKr's slots of, for the cuts (a, b) and (c, d).
+
+    w2 is whole from rank max(b, d)/2 on, w1 from max(a, c)/2 or without ``both``; a ``tucker``
+    core stands where w2 is not whole and the kernel is not 1.
+    """
+    (a, b), (c, d) = out, into
+    factored = both and 2 * rank < max(a, c)
+    slots = {"w1_a": (a, rank), "w1_b": (rank, c)} if factored else {"w1": (a, c)}
+    if 2 * rank >= max(b, d):
+        return {**slots, "w2": (b, d, *kernel)}
+    if tucker and any(k != 1 for k in kernel):
+        return {**slots, "w2_a": (rank, b), "w2_b": (rank, d), "t2": (rank, rank, *kernel)}
+    return {**slots, "w2_a": (b, rank), "w2_b": (rank, d * prod(kernel))}
+
+
+@dataclass(frozen=True)
+class Storage:
+    """What a loader can hold of a weight ``shape`` (o, i, *k) with the cuts (a, b), (c, d) of o and i."""
+
+    shape: tuple[int, ...]
+    out: Cut
+    into: Cut
+    both: bool = False
+    tucker: bool = False
+    loader: str = "peft"
+
+    def shapes(self, rank: int) -> dict[str, tuple[int, ...]]:
+        """``stored_shapes`` at a rank."""
+        return stored_shapes(self.out, self.into, self.shape[2:], rank, self.both, self.tucker)
+
+    def parameters(self, rank: int) -> int:
+        return sum(map(prod, self.shapes(rank).values()))
+
+    def refusal(self, rank: int) -> str:
+        """Why the loader would not give Δ back from these shapes; empty where it does."""
+        shapes, (out, into, *kernel) = self.shapes(rank), self.shape
+        if self.loader == "lycoris":
+            loads = lycoris_loads(shapes, out, into)
+            return (
+                "" if loads else "LyCORIS's loader guesses another factor or rank from the shapes"
+            )
+        if len(kernel) > 2:
+            return "PEFT has no LoKr for Conv3d"
+        if len(kernel) == 1 and "w2" in shapes:
+            return "PEFT scrambles a Conv1d LoKr with a full w2"
+        if "t2" in shapes and rank == 1 and (len(kernel) == 1 or kernel[1] == 1):
+            return "PEFT fails at a tucker core of rank 1 beside a kernel that ends in 1"
+        return ""
+
+    def expressible(self, rank: int) -> tuple[int, int]:
+        """The rank that w1 can have, and that of w2, as a matrix or along b of a tucker core."""
+        (a, b), (c, d), shapes = self.out, self.into, self.shapes(rank)
+        first = min(a, c, rank) if "w1_a" in shapes else min(a, c)
+        most = min(b, d * prod(self.shape[2:]))
+        if "w2" in shapes:
+            return first, max(most, b, d)  # more than any other form
+        return first, rank if "t2" in shapes else min(most, rank)
+
+    def ranks(self) -> list[int]:
+        """Ranks that the loader takes; each has more numbers, and can say more, than those before."""
+        kept, least = [], sys.maxsize
+        for rank in range((max(*self.out, *self.into) + 1) // 2, 0, -1):
+            if self.parameters(rank) < least and not self.refusal(rank):
+                least = self.parameters(rank)
+                kept.append(rank)
+        return sorted({self.expressible(rank): rank for rank in kept}.values())
 
 
 def lycoris_loads(shapes: Shapes, out: int, into: int) -> bool:

@@ -11,6 +11,7 @@ Products with R run in its own dtype and are summed in float64; everything small
 
 from __future__ import annotations
 
+import math
 from abc import ABC, abstractmethod
 from dataclasses import dataclass, field
 
@@ -60,7 +61,7 @@ def outer_error(matrix: Tensor, left: Tensor, norm: float) -> float:
     missing = 0.0
     for rows, part in zip(torch.split(matrix, 64), torch.split(left.to(matrix), 64)):
         missing += float(torch.linalg.vector_norm(rows.addr(part, right, alpha=-1))) ** 2
-    return missing**0.5 / norm
+    return math.sqrt(missing) / norm
 
 
 def _top(matrix: Tensor) -> Tensor:

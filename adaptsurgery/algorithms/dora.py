@@ -20,7 +20,7 @@ from adaptsurgery.algorithms.lora import LoRA, Truncation, truncation
 from adaptsurgery.core.cost import Form
 from adaptsurgery.core.geometry import Layer
 from adaptsurgery.core.linalg import optimal_lora
-from adaptsurgery.core.update import Renorm, axis_norms, compute_dtype
+from adaptsurgery.core.update import Gates, Renorm, axis_norms, compute_dtype, only_one
 from adaptsurgery_formats.errors import ShapeError
 
 
@@ -76,25 +76,47 @@ class DoRA(Renorm):
     def _along(self, weight: Tensor, gain: Tensor) -> Tensor:
         return gain.view([-1 if dim == self.axis else 1 for dim in range(weight.dim())])
 
-    def apply(self, x: Tensor, layer: Layer, form: Form = "auto") -> Tensor:
+    def apply(
+        self,
+        x: Tensor,
+        layer: Layer,
+        form: Form = "auto",
+        gate: Gates = None,
+        seen: Gates = None,
+    ) -> Tensor:
         """Around a LoRA from its factors: the gain goes on the input's or the output's channels.
 
         The norms of other deltas need W + sΔ in any case, so those fold. (The paper's gradient
         holds the norm constant, section 4.3; here it is part of the expression.)
         """
+        gate, seen = only_one(gate), only_one(seen)
         self.inner.check_fits(layer.shape)
-        bias = self.fold_bias(layer.bias, layer.weight.dtype)
+        bias = self.fold_bias(layer.bias, layer.weight.dtype, gate)
+        lookup = layer.kind == "embedding" and self.axis == 1
+        dense = not isinstance(self.inner, LoRA) or form == "folded" or layer.groups > 1 or lookup
+        if gate is None and seen is None:
+            if dense:
+                return layer.forward(x, self.folded(layer.canonical()), bias)
+            y = self.product(x, layer)
+            return y if bias is None else y + layer.over_channels(bias)
+        other = x if seen is None else seen
+        if dense:
+            weight = layer.canonical()
+            added = layer.forward(other, self.folded(weight, gate) - weight, None)
+        else:
+            added = self.product(other, layer) - layer.forward(other, bias=None)
+            added = added if gate is None else added * layer.over_channels(gate.to(added))
+        return layer.forward(x, bias=bias) + added
+
+    def product(self, x: Tensor, layer: Layer) -> Tensor:
+        """W'·x from the factors of a LoRA, without a bias."""
+        assert isinstance(self.inner, LoRA)
         weight = layer.canonical()
-        by_input = self.axis == 1
-        lookup = layer.kind == "embedding" and by_input
-        if not isinstance(self.inner, LoRA) or form == "folded" or layer.groups > 1 or lookup:
-            return layer.forward(x, self.folded(weight), bias)
         wide = weight.to(compute_dtype(weight))
         gain = layer.over_channels(self.gain(self.inner.norms(wide, self.axis)).to(layer.sample(x)))
-        x = x * gain if by_input else x
+        x = x * gain if self.axis == 1 else x
         y = layer.forward(x, bias=None) + self.inner.scale * self.inner.delta(x, layer)
-        y = y if by_input else y * gain
-        return y if bias is None else y + layer.over_channels(bias)
+        return y if self.axis == 1 else y * gain
 
     def to_full(self, weight: Tensor) -> Full:
         """W' − W as a dense difference, for this canonical ``weight`` only; float32 at least."""

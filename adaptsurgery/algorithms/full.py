@@ -76,9 +76,9 @@ class Difference(Delta):
         """On the device; not cast, for ``add_rows_`` widens a block of rows as it adds it."""
         return self.cast(next(iter(self.tensors().values())).dtype, device)
 
-    def folded(self, weight: Tensor) -> Tensor:
+    def folded(self, weight: Tensor, gate: Tensor | None = None) -> Tensor:
         if self.difference is not None:
-            return super().folded(weight)
+            return super().folded(weight, gate)
         self.check_fits(weight.shape)
         return weight
 

@@ -153,6 +153,10 @@ class LoHaConfig(LycorisConfig):
 
     algorithm: ClassVar[str] = "loha"
 
+    @property
+    def dropout_scaled(self) -> bool:
+        return True
+
     def shapes(self, shape: tuple[int, ...], rank: int, kind: str = "linear") -> Shapes:
         o, i, *k = shape
         if self.tucker(shape):

@@ -297,6 +297,10 @@ class LoKrConfig(LycorisConfig):
 
     algorithm: ClassVar[str] = "lokr"
 
+    @property
+    def dropout_scaled(self) -> bool:
+        return self.rank_dropout_scale
+
     def shapes(self, shape: tuple[int, ...], rank: int, kind: str = "linear") -> Shapes:
         out, into = (peft_factorization(n, self.decompose_factor) for n in shape[:2])
         both, tucker = self.decompose_both, self.tucker(shape)

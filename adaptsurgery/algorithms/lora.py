@@ -15,6 +15,7 @@ from dataclasses import dataclass, replace
 from typing import Any, ClassVar, NamedTuple
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor, nn
 
 from adaptsurgery.core.config import PatternConfig, Shapes, kaiming_
@@ -194,6 +195,12 @@ class LoraConfig(PatternConfig):
     @property
     def _init_field(self) -> str:
         return "init_lora_weights"
+
+    def seen(self, x: Tensor, kind: str = "linear") -> Tensor | None:
+        """The input under lora_dropout; an embedding's indices have none, as in PEFT."""
+        return (
+            F.dropout(x, self.lora_dropout) if self.lora_dropout and kind != "embedding" else None
+        )
 
     def check(self) -> None:
         super().check()

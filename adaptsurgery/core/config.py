@@ -303,6 +303,16 @@ class AdapterConfig(ABC, metaclass=_Checked):
     def finish(self, update: Update, weight: Tensor | None) -> None:
         """What an initial value takes from the base's ``weight``."""
 
+    # --- training --------------------------------------------------------------------------------
+
+    def gate(self, outputs: int, like: Tensor) -> Tensor | None:
+        """A training step's gate for ``Update.apply``, drawn anew; None where nothing is dropped."""
+        return None
+
+    def seen(self, x: Tensor, kind: str = "linear") -> Tensor | None:
+        """A training step's input as the update sees it; None where that is ``x``."""
+        return None
+
     def _check_layer(self, shape: tuple[int, ...], kind: str, rank: int) -> None:
         if kind not in self.kinds:
             raise ValueRefused(
@@ -340,9 +350,32 @@ class LycorisConfig(PatternConfig):
 
     inits: ClassVar[tuple[Any, ...]] = (True, False, "lycoris")
 
+    @property
+    def dropout_scaled(self) -> bool:
+        """Whether what rank_dropout leaves is divided by the share that it left."""
+        return False
+
+    def gate(self, outputs: int, like: Tensor) -> Tensor | None:
+        """PEFT's dropouts: a row of Δ stays with 1 − rank_dropout, all of it with 1 − module_dropout.
+
+        Where no row stays nothing is added, also if scaled: PEFT divides 0 by 0 there.
+        """
+        gate = None
+        if self.rank_dropout:
+            gate = _kept((outputs,), self.rank_dropout, like)
+            gate = gate / gate.mean().clamp_min(1 / outputs) if self.dropout_scaled else gate
+        if self.module_dropout:
+            whole = _kept((), self.module_dropout, like)
+            gate = whole if gate is None else gate * whole
+        return gate
+
     def tucker(self, shape: tuple[int, ...]) -> bool:
         """Whether a weight (o, i, *k) gets a Tucker core: not where the kernel is 1."""
         return self.use_effective_conv2d and math.prod(shape[2:]) != 1
+
+
+def _kept(shape: tuple[int, ...], dropped: float, like: Tensor) -> Tensor:
+    return (torch.rand(shape, device=like.device) > dropped).to(like.dtype)
 
 
 def tensors_of(update: Update) -> dict[str, Tensor]:

@@ -13,7 +13,7 @@ from __future__ import annotations
 
 import math
 from abc import ABC, abstractmethod
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass, fields, replace
 from typing import Any, ClassVar, Self, TypeVar
 
@@ -26,6 +26,7 @@ from adaptsurgery.core.rounding import round_into, rounded
 from adaptsurgery_formats.errors import InexactError, ShapeError, ValueRefused
 
 U = TypeVar("U", bound="Update")
+Gates = Tensor | Sequence[Tensor | None] | None
 BLOCK = 32 * 1024  # numbers in a block of rows: 128 KiB of float32 stays in cache
 LINE = 32  # rows at least, so that a block of a transposed weight still fills cache lines
 
@@ -36,15 +37,25 @@ class Update(ABC):
     name: ClassVar[str] = ""
 
     @abstractmethod
-    def folded(self, weight: Tensor) -> Tensor:
-        """W' as one differentiable expression, in the dtype of W."""
+    def folded(self, weight: Tensor, gate: Tensor | None = None) -> Tensor:
+        """W' as one differentiable expression, in the dtype of W; W + g·(W' − W) with a gate."""
 
     @abstractmethod
-    def apply(self, x: Tensor, layer: Layer, form: Form = "auto") -> Tensor:
+    def apply(
+        self,
+        x: Tensor,
+        layer: Layer,
+        form: Form = "auto",
+        gate: Gates = None,
+        seen: Gates = None,
+    ) -> Tensor:
         """The output of ``layer`` with W' for W, without building W' where that is dearer.
 
         ``form`` "auto" chooses by core/cost.py from shapes and token count; "factored" and
-        "folded" choose ahead, and then no size of ``x`` is read.
+        "folded" choose ahead, and then no size of ``x`` is read. For dropouts, as data flow:
+        ``gate`` (o,) or 0-d multiplies what the update adds to the output, W'x − Wx; ``seen`` is
+        the input that the update sees where the base sees ``x``: W·x + (W' − W)·seen. A
+        Composition takes a sequence of either, one a part in the order of ``parts_of``.
         """
 
     @abstractmethod
@@ -69,7 +80,9 @@ class Update(ABC):
             code="no-inverse",
         )
 
-    def fold_bias(self, bias: Tensor | None, dtype: torch.dtype | None = None) -> Tensor | None:
+    def fold_bias(
+        self, bias: Tensor | None, dtype: torch.dtype | None = None, gate: Tensor | None = None
+    ) -> Tensor | None:
         """The layer's bias with the update in it, in the bias's dtype (``dtype`` where it has none)."""
         return bias
 
@@ -166,11 +179,12 @@ class Delta(Update):
             ready.add_rows_(block, start, stop, 1.0)
         return block
 
-    def folded(self, weight: Tensor) -> Tensor:
+    def folded(self, weight: Tensor, gate: Tensor | None = None) -> Tensor:
         self.check_fits(weight.shape)
         wide = compute_dtype(weight)
         matrix = self.cast(wide, weight.device).flat().matrix()
-        return (weight.to(wide) + self.scale * matrix.reshape(weight.shape)).to(weight.dtype)
+        change = gated(self.scale * matrix.reshape(weight.shape), gate)
+        return (weight.to(wide) + change).to(weight.dtype)
 
     def fold(self, weight: Tensor, *, compute: torch.dtype | None = None) -> Tensor:
         return self._shift(weight, self.scale, compute)
@@ -190,29 +204,48 @@ class Delta(Update):
 
         return by_rows(weight, wide, shifted)
 
-    def fold_bias(self, bias: Tensor | None, dtype: torch.dtype | None = None) -> Tensor | None:
+    def fold_bias(
+        self, bias: Tensor | None, dtype: torch.dtype | None = None, gate: Tensor | None = None
+    ) -> Tensor | None:
         difference = self.bias_delta()
         if difference is None:
             return bias
         if bias is None:
-            return (self.scale * widened(difference)).to(dtype or difference.dtype)
+            return gated(self.scale * widened(difference), gate).to(dtype or difference.dtype)
         if bias.shape != difference.shape:
             raise ShapeError(
                 f"{self.name}: a bias difference {list(difference.shape)} for a bias {list(bias.shape)}"
             )
-        shift = self.scale * difference.to(bias.device, compute_dtype(bias))
+        shift = gated(self.scale * difference.to(bias.device, compute_dtype(bias)), gate)
         return (bias.to(shift.dtype) + shift).to(bias.dtype)
 
-    def apply(self, x: Tensor, layer: Layer, form: Form = "auto") -> Tensor:
+    def apply(
+        self,
+        x: Tensor,
+        layer: Layer,
+        form: Form = "auto",
+        gate: Gates = None,
+        seen: Gates = None,
+    ) -> Tensor:
+        gate, seen = only_one(gate), only_one(seen)
         self.check_fits(layer.shape)
-        bias = self.fold_bias(layer.bias, layer.weight.dtype)
+        bias = self.fold_bias(layer.bias, layer.weight.dtype, gate)
         chosen = self.choose(x, layer, form)
-        if chosen != "folded":
-            contribution = self.delta(x, layer, chosen)
-            return layer.forward(x, bias=bias) + self.scale * contribution
-        # A blocked fold is some times faster, and has no gradient to record.
-        fold = self.fold if form == "auto" and not self.training(x) else self.folded
-        return layer.forward(x, fold(layer.canonical()), bias)
+        if chosen != "folded" or seen is not None:
+            added = self.added(x if seen is None else seen, layer, chosen, gate)
+            return layer.forward(x, bias=bias) + added
+        if gate is None and form == "auto" and not self.training(x):
+            # A blocked fold is some times faster, and has no gradient to record.
+            return layer.forward(x, self.fold(layer.canonical()), bias)
+        return layer.forward(x, self.folded(layer.canonical(), gate), bias)
+
+    def added(self, x: Tensor, layer: Layer, form: Form, gate: Tensor | None = None) -> Tensor:
+        """What the update adds to the layer's output, without a bias: g·s·Δ·x."""
+        if form != "folded":
+            y = self.scale * self.delta(x, layer, form)
+            return y if gate is None else y * layer.over_channels(gate.to(y))
+        full = self.like(layer.sample(x)).flat().matrix().reshape(layer.shape)
+        return layer.forward(x, gated(self.scale * full, gate), None)
 
     def choose(self, x: Tensor, layer: Layer, form: Form = "auto") -> Form:
         """The form that ``apply`` takes: grouped layers fold, "auto" takes the cheapest."""
@@ -304,10 +337,12 @@ class Rotation(Update):
     def check_values(self) -> None:
         """Raise ValueRefused where the numbers define no rotation. Reads the data."""
 
-    def folded(self, weight: Tensor) -> Tensor:
+    def folded(self, weight: Tensor, gate: Tensor | None = None) -> Tensor:
         self.check_fits(weight.shape)
         rows = weight.flatten(1).to(compute_dtype(weight))
-        return self.turning(rows)(rows).reshape(weight.shape).to(weight.dtype)
+        turned = self.turning(rows)(rows)
+        turned = turned if gate is None else rows + gated(turned - rows, gate)
+        return turned.reshape(weight.shape).to(weight.dtype)
 
     def fold(self, weight: Tensor, *, compute: torch.dtype | None = None) -> Tensor:
         return self._turned(weight, compute, back=False)
@@ -324,12 +359,27 @@ class Rotation(Update):
             turn = self.turning(torch.empty(0, dtype=wide, device=weight.device), back)
         return by_rows(weight, wide, lambda block, start: turn(block))
 
-    def apply(self, x: Tensor, layer: Layer, form: Form = "auto") -> Tensor:
+    def apply(
+        self,
+        x: Tensor,
+        layer: Layer,
+        form: Form = "auto",
+        gate: Gates = None,
+        seen: Gates = None,
+    ) -> Tensor:
         """A linear's input is turned (W·R·x = W·(R·x)); every other layer's weight is."""
+        gate, seen = only_one(gate), only_one(seen)
         self.check_fits(layer.shape)
+        if seen is not None or (gate is not None and gate.dim() > 0):
+            return _in_order(x, layer, [(self, gate, seen)], layer.bias)
         if layer.kind == "linear" and form != "folded":
-            return layer.forward(self.turning(layer.sample(x), back=True)(x))
-        return layer.forward(x, self.folded(layer.canonical()))
+            return layer.forward(self.turned(x, layer, gate))
+        return layer.forward(x, self.folded(layer.canonical(), gate))
+
+    def turned(self, x: Tensor, layer: Layer, gate: Tensor | None = None) -> Tensor:
+        """R·x, the input of a linear layer that is turned; x + g·(R·x − x) with a gate, 0-d."""
+        turned = self.turning(layer.sample(x), back=True)(x)
+        return turned if gate is None else x + gate.to(layer.sample(x)) * (turned - x)
 
     def scaled(self, weight: float) -> Self:
         return only_whole(self, weight)
@@ -366,17 +416,20 @@ class Renorm(Update):
     def renormed(self, weight: Tensor) -> Tensor:
         """``weight`` (W + sΔ, in at least float32) with the new norms."""
 
-    def folded(self, weight: Tensor) -> Tensor:
+    def folded(self, weight: Tensor, gate: Tensor | None = None) -> Tensor:
         wide = weight.to(compute_dtype(weight))
-        return self.renormed(self.inner.folded(wide)).to(weight.dtype)
+        new = self.renormed(self.inner.folded(wide))
+        return (new if gate is None else wide + gated(new - wide, gate)).to(weight.dtype)
 
     def fold(self, weight: Tensor, *, compute: torch.dtype | None = None) -> Tensor:
         wide = weight.to(compute_dtype(weight, compute))
         with torch.no_grad():
             return rounded(self.renormed(self.inner.fold(wide)), weight.dtype)
 
-    def fold_bias(self, bias: Tensor | None, dtype: torch.dtype | None = None) -> Tensor | None:
-        return self.inner.fold_bias(bias, dtype)
+    def fold_bias(
+        self, bias: Tensor | None, dtype: torch.dtype | None = None, gate: Tensor | None = None
+    ) -> Tensor | None:
+        return self.inner.fold_bias(bias, dtype, gate)
 
     def scaled(self, weight: float) -> Self:
         return only_whole(self, weight)
@@ -397,10 +450,11 @@ class Composition(Update):
         """Every Delta, the renorm's own included: those that shift the bias."""
         return (*self.deltas, self.renorm.inner) if self.renorm else self.deltas
 
-    def folded(self, weight: Tensor) -> Tensor:
-        wide = weight.to(compute_dtype(weight))
+    def folded(self, weight: Tensor, gate: Tensor | None = None) -> Tensor:
+        wide = first = weight.to(compute_dtype(weight))
         for update in self._in_order():
             wide = update.folded(wide)
+        wide = wide if gate is None else first + gated(wide - first, gate)
         return wide.to(weight.dtype)
 
     def fold(self, weight: Tensor, *, compute: torch.dtype | None = None) -> Tensor:
@@ -415,40 +469,97 @@ class Composition(Update):
             out = update.unfold(out)
         return rounded(out, weight.dtype)
 
-    def fold_bias(self, bias: Tensor | None, dtype: torch.dtype | None = None) -> Tensor | None:
+    def fold_bias(
+        self, bias: Tensor | None, dtype: torch.dtype | None = None, gate: Tensor | None = None
+    ) -> Tensor | None:
         for delta in self.additive:
-            bias = delta.fold_bias(bias, dtype)
+            bias = delta.fold_bias(bias, dtype, gate)
         return bias
 
-    def apply(self, x: Tensor, layer: Layer, form: Form = "auto") -> Tensor:
+    def apply(
+        self,
+        x: Tensor,
+        layer: Layer,
+        form: Form = "auto",
+        gate: Gates = None,
+        seen: Gates = None,
+    ) -> Tensor:
         """Every Delta sees the original x, whatever the rotations do to the base's input."""
-        bias = self.fold_bias(layer.bias, layer.weight.dtype)
-        if self.renorm or form == "folded":
-            return layer.forward(x, self.folded(layer.canonical()), bias)
+        parts = list(zip(self._in_order(), self._each(gate), self._each(seen)))
+        bias = layer.bias
+        for update, g, _ in parts:
+            bias = update.fold_bias(bias, layer.weight.dtype, g)
+        turned = parts[: len(self.rotations)]
+        plain = all((g is None or g.dim() == 0) and other is None for _, g, other in turned)
+        if self.renorm or form == "folded" or not plain:
+            return _in_order(x, layer, parts, bias)
+        weight, rotated = layer.canonical(), x
         turning = bool(self.rotations) and layer.kind == "linear"
-        weight, turned = layer.canonical(), x
-        for rotation in () if turning else self.rotations:
-            weight = rotation.folded(weight)
-        for rotation in reversed(self.rotations) if turning else ():
-            turned = rotation.turning(layer.sample(x), back=True)(turned)
-        parts = []
-        for delta in self.deltas:
+        for rotation, g, _ in reversed(turned) if turning else turned:
+            assert isinstance(rotation, Rotation)
+            if turning:
+                rotated = rotation.turned(rotated, layer, g)
+            else:
+                weight = rotation.folded(weight, g)
+        added = []
+        for delta, g, other in parts[len(turned) :]:
+            assert isinstance(delta, Delta)
             delta.check_fits(layer.shape)
             chosen = delta.choose(x, layer, form)
-            if chosen != "folded":
-                parts.append(delta.scale * delta.delta(x, layer, chosen))
-            elif turning:
-                full = delta.like(layer.sample(x)).flat().matrix().reshape(layer.shape)
-                parts.append(delta.scale * layer.forward(x, full, None))
+            if chosen == "folded" and not turning and other is None:
+                weight = delta.folded(weight, g)
             else:
-                weight = delta.folded(weight)
-        return sum(parts, layer.forward(turned, weight, bias))
+                added.append(delta.added(x if other is None else other, layer, chosen, g))
+        return sum(added, layer.forward(rotated, weight, bias))
+
+    def _each(self, given: Gates) -> Sequence[Tensor | None]:
+        """One gate, or one input, a part."""
+        parts = self._in_order()
+        each = list(given) if isinstance(given, (list, tuple)) else [only_one(given)] * len(parts)
+        if len(each) != len(parts):
+            raise ShapeError(f"{len(each)} gates for the {len(parts)} parts of a composition")
+        return each
 
     def scaled(self, weight: float) -> Update:
         return compose([update.scaled(weight) for update in self._in_order()])
 
     def _in_order(self) -> tuple[Update, ...]:
         return (*self.rotations, *self.deltas, *((self.renorm,) if self.renorm else ()))
+
+
+def _in_order(
+    x: Tensor,
+    layer: Layer,
+    parts: Sequence[tuple[Update, Tensor | None, Tensor | None]],
+    bias: Tensor | None,
+) -> Tensor:
+    """W0·x + Σ (Wp − Wp−1)·seen_p, each weight from the one before, by folding."""
+    now = layer.canonical()
+    for_x, others = now, []
+    for update, gate, seen in parts:
+        new = update.folded(now, gate)
+        if seen is None:
+            for_x = new if for_x is now else for_x + (new - now)
+        else:
+            others.append(layer.forward(seen, new - now, None))
+        now = new
+    return sum(others, layer.forward(x, for_x, bias))
+
+
+def gated(change: Tensor, gate: Tensor | None) -> Tensor:
+    """``change`` (o, …) times a gate (o,) or 0-d; itself without one."""
+    if gate is None:
+        return change
+    return change * gate.to(change)[(..., *(None,) * (change.dim() - 1))]
+
+
+def only_one(given: Gates) -> Tensor | None:
+    """The gate, or the input, of an update that has no parts."""
+    if isinstance(given, (list, tuple)):
+        if len(given) != 1:
+            raise ShapeError(f"{len(given)} gates for one update")
+        return given[0]
+    return given  # type: ignore[return-value]
 
 
 def compose(updates: Iterable[Update]) -> Update:

@@ -282,7 +282,7 @@ class _Change:
         for a, b in pieces:
             block, norms = wide[a - start : b - start], self._norms()
             if norms is not None:
-                norms.measure(self._read(desk, a, b), block, block.numel())
+                norms.take(self._read(desk, a, b), block, self.out)
             target = desk.numbers("out", b - a, self.columns, self.out)
             settle(block, target, True, a)
             self._write(target, a, norms)

@@ -23,12 +23,13 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-from adaptsurgery.core.rounding import round_into
+from adaptsurgery.core.rounding import round_into, rounded
 from adaptsurgery.core.update import Delta, Renorm, Rotation, Update, compose, parts_of, wide_for
 from adaptsurgery_formats.errors import InexactError, ShapeError, ValueRefused
 
 BLOCK = 256 * 1024  # numbers changed at a time: few calls, and a block stays in a core's cache
 SAMPLE = 32 * 1024  # numbers of a piece whose norms are measured
+FEW = 4 * 1024  # numbers that are looked at together for one that moves
 
 
 @dataclass(frozen=True, eq=False)
@@ -364,8 +365,9 @@ class _Building:
 class Norms:
     """The norms of W, of W', and of W' − W before it is rounded, from samples all over a tensor.
 
-    Measuring a number costs as much as changing it, so that ``SAMPLE`` numbers of every piece are
-    measured, and stand for the piece. A tensor of no more than that is measured whole.
+    Measuring every number costs as much as changing it, so that ``SAMPLE`` numbers of every piece
+    are measured, and stand for the piece: estimates, of which ``share`` says how much they rest on.
+    A tensor of no more than that is measured whole. `XX
     """
 
     before: float = 0.0  # squares, of the numbers measured
@@ -373,14 +375,26 @@ class Norms:
     change: float = 0.0
     measured: int = 0
     numbers: int = 0
+    moved: int = 0
 
     def __iadd__(self, other: Norms) -> Norms:
         for name, value in vars(other).items():
             setattr(self, name, getattr(self, name) + value)
         return self
 
-    def measure(self, before: Tensor, after: Tensor, numbers: int) -> None:
-        """Add rows of W and the same rows of W', whose first stand for ``numbers`` numbers."""
+    def take(self, before: Tensor, after: Tensor, dtype: torch.dtype) -> None:
+        """Add rows of W and the same rows of W', which will be stored in ``dtype``."""
+        self.numbers += after.numel()
+        if not self.measured:
+            self._measure(before, after)
+        few = max(1, FEW // max(after.shape[1], 1))
+        for old, new in zip(torch.split(before, few), torch.split(after, few)):
+            if self.moved:  # usually from the first rows on
+                return
+            stays = rounded(old.to(after.dtype), dtype)
+            self.moved = int(not torch.equal(stays, rounded(new, dtype)))
+
+    def _measure(self, before: Tensor, after: Tensor) -> None:
         few = max(1, SAMPLE // max(after.shape[1], 1))
         old, new = before[:few].to(after.dtype).flatten(), after[:few].flatten()
         change = new - old
@@ -388,13 +402,13 @@ class Norms:
         self.after += float(new.dot(new))
         self.change += float(change.dot(change))
         self.measured += new.numel()
-        self.numbers += numbers
 
     def as_dict(self) -> dict[str, float]:
-        """The norms themselves, of all numbers."""
-        share = self.numbers / max(self.measured, 1)
+        """The norms themselves, of all numbers; the share of these that was measured; 1 if moved."""
+        share = self.measured / max(self.numbers, 1)
         squares = {"before": self.before, "after": self.after, "change": self.change}
-        return {name: math.sqrt(square * share) for name, square in squares.items()}
+        norms = {name: math.sqrt(square / (share or 1.0)) for name, square in squares.items()}
+        return {**norms, "share": share, "moved": min(self.moved, 1)}
 
 
 @torch.no_grad()
@@ -410,7 +424,7 @@ def change_rows(
 
     For edits that are not ``whole``; None only rounds. Both may be the same memory. ``scratch``
     (at least ``edit.stride``, columns) has the compute dtype, and what it holds stays in cache.
-    ``norms`` gets the first block. Raises ValueRefused "non-finite".
+    ``norms`` (new ones) gets all blocks. Raises ValueRefused "non-finite".
     """
     stop = start + source.shape[0]
     steps = [] if edit is None else edit.between(start, stop)
@@ -420,8 +434,7 @@ def change_rows(
         block.copy_(part)
         run_steps(steps, (block,), start)
         if norms is not None:
-            norms.measure(part, block, source.numel())
-            norms = None
+            norms.take(part, block, target.dtype)
         settle(block, here, edit is not None, start)
         start += stride
 

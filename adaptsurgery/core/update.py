@@ -264,7 +264,7 @@ class Delta(Update):
         return folding(build, math.prod(self.extent), positions, training)
 
     def scaled(self, weight: float) -> Self:
-        return replace(self, scale=self.scale * weight)
+        return self if weight == 1.0 else replace(self, scale=self.scale * weight)
 
     def tensors(self) -> dict[str, Tensor]:
         """The slots that are present."""

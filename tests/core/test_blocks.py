@@ -239,28 +239,43 @@ def test_overflow_is_refused_by_row_and_column() -> None:
     change_rows(None, large, large.half(), 0, torch.empty(1, 3))  # a norm above, numbers below
 
 
+def _norms(weight: torch.Tensor, diff: torch.Tensor, piece: int, block: int) -> Norms:
+    """The sums over pieces of a merge of ``diff``, changed a block at a time."""
+    edit = edit_of([Place(build("full", {"diff": diff}))], tuple(weight.shape))
+    sums = Norms()
+    for start in range(0, len(weight), piece):
+        part, one = weight[start : start + piece], Norms()
+        scratch = torch.empty(block, weight.shape[1])
+        change_rows(edit, part, part.clone(), start, scratch, one)
+        sums += one
+    return sums
+
+
 def test_norms_are_those_of_the_weight_and_its_change() -> None:
     diff, weight = torch.randn(40, 30), torch.randn(40, 30)
-    edit = edit_of([Place(build("full", {"diff": diff}))], (40, 30))
-    sums = Norms()
-    for start in (0, 20):
-        part = weight[start : start + 20]
-        change_rows(edit, part, part.clone(), start, torch.empty(20, 30), sums)
-    found = sums.as_dict()
+    found = _norms(weight, diff, 20, 20).as_dict()
     assert found["before"] == pytest.approx(float(weight.norm()), rel=1e-5)
     assert found["after"] == pytest.approx(float((weight + diff).norm()), rel=1e-5)
     assert found["change"] == pytest.approx(float(diff.norm()), rel=1e-5)
+    assert found["share"] == 1.0 and found["moved"] == 1
 
 
 def test_norms_of_large_pieces_are_those_of_a_block_of_each() -> None:
     diff, weight = torch.randn(4000, 30), torch.randn(4000, 30)
-    edit = edit_of([Place(build("full", {"diff": diff}))], (4000, 30))
-    sums = Norms()
-    for start in range(0, 4000, 500):
-        part = weight[start : start + 500]
-        change_rows(edit, part, part.clone(), start, torch.empty(100, 30), sums)
+    sums = _norms(weight, diff, 500, 100)
     assert (sums.measured, sums.numbers) == (800 * 30, 4000 * 30)
-    assert sums.as_dict()["change"] == pytest.approx(float(diff.norm()), rel=0.03)
-    few = slice(0, 4000, 500)
-    assert sums.change > float(diff[few].square().sum())
-    assert Norms().as_dict() == {"before": 0.0, "after": 0.0, "change": 0.0}
+    found = sums.as_dict()
+    assert found["change"] == pytest.approx(float(diff.norm()), rel=0.03)
+    assert found["share"] == 0.2
+    assert set(Norms().as_dict().values()) == {0.0}
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_one_number_that_moves_where_nothing_was_measured_is_seen(dtype: torch.dtype) -> None:
+    weight, diff = torch.randn(4000, 30).to(dtype), torch.zeros(4000, 30)
+    assert not _norms(weight, diff, 2000, 100).moved
+    diff[3999, 29] = 1.0
+    sums = _norms(weight, diff, 2000, 100)
+    assert sums.moved and sums.change == 0.0
+    diff[3999, 29] = float(weight[3999, 29].double() * 1e-3)
+    assert _norms(weight, diff, 2000, 100).moved == (dtype == torch.float32)  # bf16 rounds it away

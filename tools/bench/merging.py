@@ -257,12 +257,24 @@ class Stack(nn.Module):
         self.layers = nn.ModuleList(Block() for _ in range(layers))
 
 
+DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16}
+
+
 def memory(given: argparse.Namespace) -> None:
-    torch.set_num_threads(given.threads)
+    """Every cell in a process of its own: what the C library keeps of freed memory, and so what a
+    large temporary costs a peer, depends on what ran before."""
     print(f"{given.layers} layers; {given.threads} threads; CPU seconds over fold's own")
-    for dtype in (torch.float32, torch.bfloat16):
-        for name in CONTESTANTS[:4]:
-            print(f"{dtype!s:16}{name:8}", *_in_memory(given, dtype, name), sep="", flush=True)
+    for dtype in DTYPES:
+        for name in given.only or CONTESTANTS[:4]:
+            size = (str(given.layers), str(given.rounds), str(given.threads))
+            command = [sys.executable, __file__, "cell", dtype, name, *size]
+            done = subprocess.run(command, check=True, capture_output=True, text=True)
+            print(f"{dtype:8}{name:8}{done.stdout.splitlines()[-1]}", flush=True)
+
+
+def cell(given: argparse.Namespace) -> None:
+    torch.set_num_threads(given.threads)
+    print(*_in_memory(given, DTYPES[given.dtype], given.name), sep="")
 
 
 def _in_memory(given: argparse.Namespace, dtype: torch.dtype, name: str) -> list[str]:
@@ -334,6 +346,13 @@ def main() -> None:
     in_memory.add_argument("--rounds", type=int, default=3)
     in_memory.add_argument("--threads", type=int, default=1)
     in_memory.set_defaults(run=memory)
+    in_memory.add_argument("--only", action="append", choices=CONTESTANTS[:4])
+    one_cell = jobs.add_parser("cell")
+    one_cell.add_argument("dtype", choices=DTYPES)
+    one_cell.add_argument("name", choices=CONTESTANTS)
+    for argument in ("layers", "rounds", "threads"):
+        one_cell.add_argument(argument, type=int)
+    one_cell.set_defaults(run=cell)
     one = jobs.add_parser("once")
     for argument in ("route", "base", "adapter", "out", "workers"):
         one.add_argument(argument)

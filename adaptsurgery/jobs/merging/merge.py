@@ -237,12 +237,12 @@ def _tell_norms(report: Report, plan: MergePlan, norms: Norms) -> None:
         found = norms.get(row.module)
         if found and found.get("before"):
             row.detail = f"‖ΔW‖/‖W‖ {found['change'] / found['before']:.3g}"
-    still = [t.key for t in plan.edited if t.key in norms and not norms[t.key].get("change")]
+    still = [t.key for t in plan.edited if t.key in norms and not norms[t.key]["moved"]]
     if still:
-        text = (
-            f"{len(still)} tensors are unchanged wherever they were measured, `{still[0]}` first: "
-        )
-        text += "an adapter of zeros?"
+        why = "an adapter of zeros?"
+        if any(norms[key]["change"] for key in still):
+            why = "their changes are smaller than what rounding them takes away"
+        text = f"{len(still)} tensors keep every number they had, `{still[0]}` first: {why}"
         report.notes.append(Note("unchanged", _shown(plan), text))
 
 

@@ -31,6 +31,7 @@ if TYPE_CHECKING:
     from adaptsurgery.jobs.report import Report
     from adaptsurgery.jobs.resize import resize
     from adaptsurgery.jobs.verify import verify
+    from adaptsurgery.targeting import find_targets
     from adaptsurgery_formats.errors import SurgeryError
 
 __version__ = "0.1.0"
@@ -45,6 +46,7 @@ __all__ = [
     "SurgeryError",
     "combine",
     "convert",
+    "find_targets",
     "fold",
     "inspect",
     "load",
@@ -68,6 +70,7 @@ _HOMES = {
     "load": "adaptsurgery.jobs.adapter",
     "combine": "adaptsurgery.jobs.combine",
     "convert": "adaptsurgery.jobs.convert",
+    "find_targets": "adaptsurgery.targeting",
     "fold": "adaptsurgery.jobs.fold",
     "unfold": "adaptsurgery.jobs.fold",
     "inspect": "adaptsurgery.jobs.inspect",

@@ -11,7 +11,7 @@ from __future__ import annotations
 import math
 import re
 import time
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Collection, Iterable, Iterator, Mapping, Sequence
 from typing import Any
 
 from adaptsurgery_formats.errors import LayoutError
@@ -28,6 +28,8 @@ def exact_pattern(path: str) -> str:
 
 
 _LITERAL = re.compile(r"\^?(?:[\w-]|\\[^\w]|\.)+\Z")
+_PLAIN = re.compile(r"[\w.-]+\Z")
+_ANY_LAYER = r".*?\.[^.]*\.(?P<idx>\d+)\."
 
 
 # Flags (verbose mode hides what is repeated), look-arounds, comments, back-references.
@@ -48,6 +50,15 @@ def _steps(pattern: str, names: Sequence[str]) -> float:
     return sum(float(len(n) + 1) ** len(repeats) for n in names) * len(pattern) * 2.0**choices
 
 
+def tails(name: str) -> Iterator[str]:
+    """The name itself, and what follows each of its dots: the longest first."""
+    yield name
+    at = name.find(".")
+    while at >= 0:
+        yield name[at + 1 :]
+        at = name.find(".", at + 1)
+
+
 class _Tails:
     """Every dotted tail of every name: by its text, and by its length and number of dots."""
 
@@ -55,11 +66,9 @@ class _Tails:
         self.exact: dict[str, list[str]] = {}
         self.shaped: dict[tuple[int, int], list[tuple[str, str]]] = {}
         for name in names:
-            pieces = name.split(".")
-            for i in range(len(pieces)):
-                tail = ".".join(pieces[i:])
+            for tail in tails(name):
                 self.exact.setdefault(tail, []).append(name)
-                shape = (len(tail), len(pieces) - i - 1)
+                shape = (len(tail), tail.count("."))
                 self.shaped.setdefault(shape, []).append((tail, name))
 
 
@@ -75,6 +84,8 @@ class Matcher:
         self.names = sorted(set(names))
         self.where = where
         self._full: dict[str, frozenset[str]] = {}
+        self._lists: dict[int, tuple[object, dict[str, str]]] = {}
+        self._numbers: dict[tuple[str, ...], dict[str, tuple[str, str]]] = {}
         self._steps, self._seconds = _MOST_STEPS, TIMEOUT_SECONDS  # left for all patterns together
         self._tails: _Tails | None = None
 
@@ -91,7 +102,39 @@ class Matcher:
             self._full[pattern] = frozenset(self._run(pattern, pattern, "fullmatch"))
         return name in self._full[pattern]
 
-    def _ending(self, key: str) -> list[str]:
+    def listed(self, wanted: str | Collection[str]) -> dict[str, str]:
+        """The names that ``wanted`` takes in, and by which of its items.
+
+        A string is a regex for whole names; a list's item is the name or its dotted end, and of
+        several the longest is told.
+        """
+        if id(wanted) not in self._lists:
+            if isinstance(wanted, str):
+                found = {n: wanted for n in self.names if self.fullmatch(wanted, n)}
+            else:
+                items = frozenset(wanted)
+                first = ((n, next((t for t in tails(n) if t in items), None)) for n in self.names)
+                found = {name: item for name, item in first if item is not None}
+            self._lists[id(wanted)] = wanted, found  # held, so that its id stays its own
+        return self._lists[id(wanted)][1]
+
+    def layers(self, patterns: str | Sequence[str] | None) -> dict[str, tuple[str, str]]:
+        """The names that have a layer's number, with its digits and the pattern that found it.
+
+        The number is the first that follows a layers_pattern, of several the first that is there;
+        without a pattern the first number below two names.
+        """
+        each = [patterns] if patterns and isinstance(patterns, str) else patterns
+        regexes = {p: rf"(?:^|.*?\.){p}\.(?P<idx>\d+)\." for p in each or ()} or {"": _ANY_LAYER}
+        if (key := tuple(regexes)) not in self._numbers:
+            numbers: dict[str, tuple[str, str]] = {}
+            for pattern, regex in regexes.items():
+                for name, digits in self._run(regex, pattern, "match").items():
+                    numbers.setdefault(name, (digits.lstrip("0"), pattern))
+            self._numbers[key] = numbers
+        return self._numbers[key]
+
+    def _ending(self, key: str) -> Iterable[str]:
         """The names that a rank_pattern key matches.
 
         Keys without repetition, which are nearly all, match a name's dotted tail of just their
@@ -104,10 +147,10 @@ class Matcher:
         index = self._index()
         hits = [(spelled, name) for name in index.exact.get(spelled, ())]
         if wildcards := body.count(".") - body.count("\\."):
-            plain = re.compile(body)
             for dots in range(spelled.count(".") - wildcards, spelled.count(".")):
-                tails = index.shaped.get((len(spelled), dots), ())
-                hits += [(tail, name) for tail, name in tails if plain.fullmatch(tail)]
+                if similar := index.shaped.get((len(spelled), dots)):
+                    plain = re.compile(body)
+                    hits += [(tail, name) for tail, name in similar if plain.fullmatch(tail)]
         return [name for tail, name in hits if tail == name or not anchored]
 
     def _index(self) -> _Tails:
@@ -115,7 +158,8 @@ class Matcher:
             self._tails = _Tails(self.names)
         return self._tails
 
-    def _run(self, regex: str, shown: str, how: str) -> list[str]:
+    def _run(self, regex: str, shown: str, how: str) -> dict[str, str]:
+        """The names that a regex matches, with what its group ``idx`` holds, where it has one."""
         started = time.monotonic()
         try:
             if len(shown) > _LONGEST:
@@ -129,14 +173,15 @@ class Matcher:
                 code="bad-pattern",
             ) from None
         self._seconds -= time.monotonic() - started
-        steps = _steps(shown, self.names)
+        steps = 0.0 if not shown or _PLAIN.match(shown) else _steps(shown, self.names)
         if steps > self._steps:
             return self._run_apart(regex, shown, how)
         self._steps -= steps
         match = compiled.match if how == "match" else compiled.fullmatch
-        return [n for n in self.names if match(n)]
+        hits = [(n, m) for n in self.names if (m := match(n))]
+        return {n: m.groupdict().get("idx") or "" for n, m in hits}
 
-    def _run_apart(self, regex: str, shown: str, how: str) -> list[str]:
+    def _run_apart(self, regex: str, shown: str, how: str) -> dict[str, str]:
         import json
         import subprocess
         import sys
@@ -145,7 +190,8 @@ class Matcher:
             "import json,re,sys\n"
             "regex,how,names=json.load(sys.stdin)\n"
             "match=getattr(re.compile(regex),how)\n"
-            "json.dump([n for n in names if match(n)],sys.stdout)"
+            "hits=((n,match(n)) for n in names)\n"
+            "json.dump({n:m.groupdict().get('idx') or '' for n,m in hits if m},sys.stdout)"
         )
         job = json.dumps([regex, how, self.names])
         started = time.monotonic()
@@ -167,7 +213,7 @@ class Matcher:
                 code="slow-pattern",
             ) from None
         self._seconds -= time.monotonic() - started
-        found: list[str] = json.loads(done.stdout)
+        found: dict[str, str] = json.loads(done.stdout)
         return found
 
 
@@ -179,36 +225,22 @@ def is_targeted(name: str, config: Mapping[str, Any], matcher: Matcher) -> bool 
     in full is taken before layers_to_transform is looked at, as PEFT does.
     """
     excluded = config.get("exclude_modules")
-    if excluded and _listed(name, excluded, matcher):
+    if excluded and name in matcher.listed(excluded):
         return False
     target = config.get("target_modules")
     if target is None or (isinstance(target, str) and target.lower() == "all-linear"):
         return None
-    if isinstance(target, str):
-        return matcher.fullmatch(target, name)
-    if name in target:
+    item = matcher.listed(target).get(name)
+    if item is None or isinstance(target, str) or item == name:
+        return item is not None
+    wanted = wanted_layers(config.get("layers_to_transform"))
+    if not wanted:
         return True
-    return _listed(name, target, matcher) and _in_layers(name, config)
+    numbers = matcher.layers(config.get("layers_pattern"))
+    return name in numbers and numbers[name][0] in wanted
 
 
-def _listed(name: str, wanted: str | Sequence[str], matcher: Matcher) -> bool:
-    if isinstance(wanted, str):
-        return matcher.fullmatch(wanted, name)
-    return any(name == item or name.endswith("." + item) for item in wanted)
-
-
-def _in_layers(name: str, config: Mapping[str, Any]) -> bool:
-    """layers_to_transform's filter: the layer index is the first number after layers_pattern."""
-    indexes = config.get("layers_to_transform")
-    if indexes is None or indexes == []:
-        return True
-    wanted = [indexes] if isinstance(indexes, int) else indexes
-    patterns = config.get("layers_pattern") or []
-    found = None if patterns else re.match(r".*?\.[^.]*\.(?P<idx>\d+)\.", name)
-    for pattern in [patterns] if isinstance(patterns, str) else patterns:
-        found = re.match(rf"(?:^|.*?\.){re.escape(pattern)}\.(?P<idx>\d+)\.", name)
-        if found:
-            break
-    return found is not None and found.group("idx").lstrip("0") in {
-        str(i).lstrip("0") for i in wanted
-    }
+def wanted_layers(said: int | Iterable[int] | None) -> dict[str, int]:
+    """layers_to_transform's numbers by their digits without leading zeros; empty: all layers."""
+    numbers = [said] if isinstance(said, int) else said or ()
+    return {str(n).lstrip("0"): n for n in numbers}

@@ -19,7 +19,7 @@ from adaptsurgery.algorithms.full import Full
 from adaptsurgery.algorithms.lora import LoRA, Truncation, truncation
 from adaptsurgery.core.cost import Form
 from adaptsurgery.core.geometry import Layer
-from adaptsurgery.core.linalg import optimal_lora
+from adaptsurgery.core.lanczos import truncate
 from adaptsurgery.core.update import Gates, Renorm, axis_norms, compute_dtype, only_one
 from adaptsurgery_formats.errors import ShapeError
 
@@ -128,5 +128,5 @@ class DoRA(Renorm):
     def truncated(self, weight: Tensor, rank: int, dtype: torch.dtype | None = None) -> Truncation:
         """The nearest LoRA of ``rank`` to W' − W, for this canonical ``weight`` only."""
         full = self.to_full(weight.to(torch.float64))
-        found = optimal_lora(full.matrix(), rank)
+        found = truncate(full.matrix(), rank)
         return truncation(found, full, dtype or self.inner.wide_dtype(), full.diff_b)

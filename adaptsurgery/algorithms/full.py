@@ -20,7 +20,7 @@ from torch import Tensor
 from adaptsurgery.algorithms.lora import Truncation, truncation
 from adaptsurgery.core.cost import Form, price
 from adaptsurgery.core.geometry import Layer
-from adaptsurgery.core.linalg import optimal_lora
+from adaptsurgery.core.lanczos import truncate
 from adaptsurgery.core.update import Delta, compute_dtype
 from adaptsurgery_formats.errors import ShapeError, ValueRefused
 
@@ -134,7 +134,7 @@ class Full(Difference):
 
     def truncated(self, rank: int, dtype: torch.dtype | None = None) -> Truncation:
         """The nearest LoRA of ``rank``; diff_b becomes its up_bias."""
-        found = optimal_lora(self.matrix(), rank)
+        found = truncate(self.matrix().double(), rank)
         return truncation(found, self, dtype, self.diff_b)
 
 

@@ -1,4 +1,7 @@
-"""The nearest matrix of a rank, in factors, with its error: Eckart–Young without dense detours."""
+"""The nearest matrix of a rank to a product of factors: Eckart–Young without dense detours.
+
+That of a dense matrix is core/lanczos.py's.
+"""
 
 from __future__ import annotations
 
@@ -37,30 +40,6 @@ def truncate_factors(up: Tensor, down: Tensor, rank: int) -> Approximation:
     check_rank(rank)
     u, s, vt = factor_svd(up, down)
     return split(u[:, :rank], s[:rank], vt[:rank], tail_error(s, rank))
-
-
-def optimal_lora(matrix: Tensor, rank: int) -> Approximation:
-    """The best rank-``rank`` approximation of a dense (o, i) matrix.
-
-    The leading space of the smaller Gram matrix, refined by one pass through the matrix itself, so
-    that the squaring costs nothing down to 1e-8 of the largest singular value. The error is
-    measured on the result.
-    """
-    check_rank(rank)
-    if matrix.dim() != 2:
-        raise ShapeError("an optimal LoRA is of a matrix (o, i)", seen=str(list(matrix.shape)))
-    exact = matrix.double()
-    wide = exact if exact.shape[0] <= exact.shape[1] else exact.t()
-    rank = min(rank, wide.shape[0])
-    spare = min(wide.shape[0], rank + 8)
-    leading = torch.linalg.eigh(wide @ wide.t()).eigenvectors[:, -spare:]
-    right = torch.linalg.qr(wide.t() @ leading).Q
-    u, s, vt = torch.linalg.svd(wide @ right, full_matrices=False)
-    u, s, vt = u[:, :rank], s[:rank], (vt @ right.t())[:rank]
-    total = float(torch.linalg.vector_norm(wide))
-    missing = float(torch.linalg.vector_norm(wide - (u * s) @ vt))
-    error = missing / total if total else 0.0
-    return split(u, s, vt, error) if wide is exact else split(vt.t(), s, u.t(), error)
 
 
 def split(u: Tensor, s: Tensor, vt: Tensor, error: float) -> Approximation:

@@ -44,9 +44,36 @@ def turned_by(
     if len(shape) != 2 or module.algorithm == "norm" or not may_be_transposed(module):
         return False
     if module.algorithm == "full":
-        return "diff" in module.tensors and module.tensors["diff"].shape != shape
+        if "diff" not in module.tensors:  # of a bias alone
+            return conv1d_turned(name, shape, parameters, config)
+        return module.tensors["diff"].shape != shape
     if module.kind == "embedding" or shape[0] != shape[1]:
         return is_transposed(module, shape)
+    found = _square_conv1d(name, parameters, config)
+    return bool(module.options.get("fan_in_fan_out")) if found is None else found
+
+
+def conv1d_turned(
+    name: str, shape: tuple[int, ...], parameters: Parameters, config: Mapping[str, Any]
+) -> bool:
+    """Whether a weight (a, b) is transformers' Conv1D's, stored (i, o), with no adapter to tell.
+
+    By its name, and then by its bias (o,), by c_attn and c_fc, which widen, or as a square one is.
+    """
+    stem, _, last = name.removesuffix(".weight").rpartition(".")
+    if len(shape) != 2 or last not in CONV1D_NAMES:
+        return False
+    if shape[0] != shape[1]:
+        bias = parameters.get(f"{stem}.{last}.bias" if stem else f"{last}.bias")
+        if bias is not None:
+            return bias.shape[0] == shape[1]
+        if last in ("c_attn", "c_fc"):
+            return shape[1] > shape[0]
+    return bool(_square_conv1d(name, parameters, config))
+
+
+def _square_conv1d(name: str, parameters: Parameters, config: Mapping[str, Any]) -> bool | None:
+    """Whether a square weight is a Conv1D's, by what lies beside it or its model's class."""
     stem, _, last = name.removesuffix(".weight").rpartition(".")
     if last not in CONV1D_NAMES:
         return False
@@ -55,7 +82,7 @@ def turned_by(
         return beside
     if kinds := _kinds(config):
         return any(kind in _CONV1D_KINDS for kind in kinds)
-    return bool(module.options.get("fan_in_fan_out"))
+    return None
 
 
 def _kinds(config: Mapping[str, Any]) -> list[str]:

@@ -8,6 +8,7 @@ from pathlib import Path
 import pytest
 import torch
 from peft import LoraConfig, PeftModel, get_peft_model
+from safetensors.torch import load_file, save_file
 from transformers import GPT2Config, GPT2LMHeadModel
 
 import adaptsurgery
@@ -43,3 +44,25 @@ def test_dora_on_conv1d_as_lora(tmp_path: Path) -> None:
     found = PeftModel.from_pretrained(copy.deepcopy(model), tmp_path / "lora").eval()(tokens).logits
     assert (wanted - plain).norm() > 0.05 * plain.norm()
     assert (found - wanted).norm() < 1e-5 * (wanted - plain).norm() + 1e-5
+
+
+def test_flat_names_merge_into_conv1d_with_their_biases(tmp_path: Path) -> None:
+    """kohya's names hide which layer they mean, and that its weight is stored (in, out)."""
+    random = torch.Generator().manual_seed(0)
+    shapes = {"c_attn": (16, 48), "c_proj": (16, 16)}
+    base = {f"h.0.attn.{n}.weight": torch.randn(*s, generator=random) for n, s in shapes.items()}
+    base |= {f"h.0.attn.{n}.bias": torch.randn(s[1], generator=random) for n, s in shapes.items()}
+    adapter, wanted = {}, dict(base)
+    for name, (i, o) in shapes.items():
+        up, down, shift = (torch.randn(*s, generator=random) for s in ((o, 2), (2, i), (o,)))
+        key = f"lora_unet_h_0_attn_{name}"
+        adapter |= {f"{key}.lora_up.weight": up, f"{key}.lora_down.weight": down}
+        adapter |= {f"{key}.alpha": torch.tensor(2.0), f"{key}.diff_b": shift}
+        wanted[f"h.0.attn.{name}.weight"] = base[f"h.0.attn.{name}.weight"] + (up @ down).T
+        wanted[f"h.0.attn.{name}.bias"] = base[f"h.0.attn.{name}.bias"] + shift
+    save_file(base, tmp_path / "base.safetensors")
+    save_file(adapter, tmp_path / "kohya.safetensors")
+    out = tmp_path / "out.safetensors"
+    adaptsurgery.merge(tmp_path / "base.safetensors", tmp_path / "kohya.safetensors", out)
+    for key, tensor in load_file(out).items():
+        torch.testing.assert_close(tensor, wanted[key], rtol=1e-5, atol=1e-5)

@@ -6,7 +6,7 @@ then which rows of which stored tensors it changes. Nothing is left over silentl
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -26,7 +26,7 @@ from adaptsurgery_formats.errors import (
 )
 from adaptsurgery_formats.names import names_of_base
 from adaptsurgery_formats.resolve import fit
-from adaptsurgery_formats.state import delta_shape, magnitude_axis
+from adaptsurgery_formats.state import CONV1D_NAMES, delta_shape, magnitude_axis
 from adaptsurgery_formats.tensors import FLOAT_DTYPES, Tensor, same_bytes
 
 Target = tuple[str, str]  # component and parameter name
@@ -208,7 +208,8 @@ class _Matcher:
                     continue
                 try:
                     turned = any(p.turned for p in site.pieces)
-                    fit(told(module, turned), self._shape(home, site), "")
+                    named = _named(module, site.pieces)
+                    fit(told(named, turned), self._shape(home, site), "")
                 except SurgeryError:
                     return False
         return True
@@ -351,7 +352,7 @@ class _Matcher:
             self._check_float(hit.component, piece.name)
         site = Site(pieces, tied=hit.site.tied)
         shape = self._shape(hit.component, site)
-        module = told(hit.module, any(p.turned for p in pieces))
+        module = told(_named(hit.module, pieces), any(p.turned for p in pieces))
         module = fit(module, shape, state.where)
         if len(pieces) > 1 and "magnitude" in module.tensors and magnitude_axis(module) == "in":
             raise InexactError(
@@ -393,7 +394,7 @@ class _Matcher:
                 )
             )  # fmt: skip
         if changes_bias(module):
-            self._change_bias(hit, module, piece, shape, rows, first)
+            self._change_bias(hit, module, piece, shape, rows, first, turned)
         return rows
 
     def _change_bias(
@@ -404,6 +405,7 @@ class _Matcher:
         shape: tuple[int, ...],
         rows: int,
         first: int,
+        turned: bool,
     ) -> None:
         name = bias_name(piece.name)
         if name not in self.base.parameters[hit.component]:
@@ -417,7 +419,8 @@ class _Matcher:
         self._check_float(hit.component, name)
         self.out.changes.setdefault((hit.component, name), []).append(
             Change(
-                hit.adapter, hit.number, "bias", shape, piece.start, rows, first, piece.index
+                hit.adapter, hit.number, "bias", shape, piece.start, rows, first, piece.index,
+                turned,
             )
         )  # fmt: skip
 
@@ -584,3 +587,11 @@ def _quantised_error(name: str, at: Located, where: str) -> ValueRefused:
 def _listed(names: list[str]) -> str:
     more = f" and {len(names) - _SHOWN} more" if len(names) > _SHOWN else ""
     return ", ".join(f"`{n}`" for n in names[:_SHOWN]) + more
+
+
+def _named(module: ModuleState, pieces: Sequence[Piece]) -> ModuleState:
+    """A module of a flat name under its weight's own, which alone can tell transformers' Conv1D."""
+    path = pieces[0].name.removesuffix(".weight")
+    if module.naming != "flat" or len(pieces) > 1 or path.rpartition(".")[2] not in CONV1D_NAMES:
+        return module
+    return module.changed(path=path)

@@ -243,7 +243,7 @@ class _Runner:
             rows=(change.at, change.at + change.rows),
             source=None if span == (0, outputs) else span,
             expert=change.index,
-            transposed=change.turned,
+            transposed=change.turned and change.what != "bias",
             bias=change.what == "bias",
         )
 

@@ -34,6 +34,7 @@ class Scope:
     callers: tuple[str, ...] = ()  # what calls it, from the top: "cond", "wrap_with_autocast"
     operands: Mapping[Node, Node] = field(default_factory=dict)
     outer: Scope | None = None
+    place: tuple[int, ...] = ()  # where its caller stands, to order what is in it
     names: dict[Node, str] = field(default_factory=dict)  # nodes that are a parameter or buffer
     fixed: set[Node] = field(default_factory=set)  # nodes that no input of the program reaches
 
@@ -71,18 +72,22 @@ class View:
         self.top = g.graph_module if isinstance(g, ExportedProgram) else g
         self.tensors = _tensors(g)
         self._inputs = _lifted(g)
+        self._by_identity: dict[object, list[str]] = {}
+        for name, tensor in self.tensors.items():
+            self._by_identity.setdefault(_identity(tensor), []).append(name)
         self.scopes = list(self._scopes(Scope(self.top)))
 
     def _scopes(self, scope: Scope) -> Iterator[Scope]:
         """A scope with its names and fixed nodes, and those nested in it, in the order of calls."""
         yield scope
-        for node in scope.nodes:
+        for position, node in enumerate(scope.nodes):
             name = self._name(scope, node)
             if name:
                 scope.names[node] = name
             if name or self._is_fixed(scope, node):
                 scope.fixed.add(node)
             for inner in _called(scope, node):
+                inner.place = (*scope.place, position)
                 yield from self._scopes(inner)
 
     def _name(self, scope: Scope, node: Node) -> str:
@@ -107,16 +112,7 @@ class View:
 
     def same(self, name: str) -> list[str]:
         """Every name of the tensor that is called ``name``, in the state's order."""
-        key = _identity(self.tensors[name])
-        return self._by_identity[key]
-
-    @property
-    def _by_identity(self) -> dict[object, list[str]]:
-        if "_identities" not in self.__dict__:
-            self._identities: dict[object, list[str]] = {}
-            for name, tensor in self.tensors.items():
-                self._identities.setdefault(_identity(tensor), []).append(name)
-        return self._identities
+        return self._by_identity[_identity(self.tensors[name])]
 
 
 def owners(node: Node) -> list[Owner]:

@@ -1,0 +1,182 @@
+"""``plan``: which sites of a graph a config means, and what it says in vain.
+
+The rules are those of adaptsurgery.targeting, the modules those that the graph calls. A graph knows
+no output embeddings, which "all-linear" leaves out: a lm_head, and what shares an embedding's weight,
+are taken for such unless ``outputs`` names them.
+"""
+
+from __future__ import annotations
+
+import hashlib
+from collections.abc import Collection
+from dataclasses import dataclass, field
+
+from adaptsurgery.core.config import AdapterConfig
+from adaptsurgery.graph.find import find_sites
+from adaptsurgery.graph.naming import Names
+from adaptsurgery.graph.sites import Site
+from adaptsurgery.graph.walk import Graph, View
+from adaptsurgery.targeting import ALL_LINEAR, Target, find_targets
+from adaptsurgery_formats.errors import NameLookupError, ValueRefused
+from adaptsurgery_formats.state import Note
+
+_HEADS = ("lm_head", "embed_out", "output_layer")
+
+
+@dataclass(frozen=True)
+class Plan:
+    """The sites that a config adapts in one graph, each with its own rank and alpha.
+
+    ``unsupported`` are targeted too and cannot be adapted: each has its reason, and ``check``
+    refuses them. ``saved`` are the modules of modules_to_save. str(plan) is a table.
+    """
+
+    config: AdapterConfig
+    placed: tuple[tuple[Site, Target], ...]
+    unsupported: tuple[Site, ...] = ()
+    saved: tuple[str, ...] = ()
+    notes: tuple[Note, ...] = ()
+    fingerprint: str = field(default="", repr=False)
+
+    @property
+    def sites(self) -> tuple[Site, ...]:
+        return tuple(site for site, _ in self.placed)
+
+    def check(self, g: Graph) -> None:
+        """Raise ValueRefused unless ``g`` is the graph of this plan and all its targets can be had."""
+        if fingerprint(g) != self.fingerprint:
+            raise ValueRefused(
+                "the plan is one for another graph",
+                seen=f"{len(self.placed)} sites, the first `{self.placed[0][0].path}`"
+                if self.placed
+                else "no sites",
+                next="plan(g, config) of this graph",
+                code="another-graph",
+            )
+        if self.unsupported:
+            raise ValueRefused(
+                f"{len(self.unsupported)} targets cannot be adapted",
+                items=[f"`{s.path}`: {s.reason}" for s in self.unsupported[:8]],
+                next="exclude_modules, or trace the model so that they show",
+                code="unsupported-site",
+            )
+
+    def __str__(self) -> str:
+        rows = [("module", "kind", "shape", "calls", "rank", "alpha", "")]
+        rows += [(*_columns(site), *_numbers(target), _remark(site)) for site, target in self.placed]
+        rows += [(*_columns(site), "", "", site.reason) for site in self.unsupported]
+        widths = [max(len(row[n]) for row in rows) for n in range(6)]
+        lines = ["  ".join([*(c.ljust(w) for c, w in zip(row, widths)), row[6]]) for row in rows]
+        lines += [f"saved whole: {name}" for name in self.saved]
+        lines += [f"note: {note.where}: {note.what}" for note in self.notes]
+        return "\n".join(line.rstrip() for line in lines)
+
+
+def plan(
+    g: Graph,
+    config: AdapterConfig,
+    *,
+    model_type: str | None = None,
+    outputs: Collection[str] | None = None,
+) -> Plan:
+    """The sites of ``g`` that ``config`` adapts.
+
+    ``model_type`` and ``outputs`` are what transformers' config and get_output_embeddings say; see
+    adaptsurgery.targeting.find_targets, whose errors these are. NameLookupError for a graph in which
+    no layer was found at all.
+    """
+    view = View(g)
+    sites = {site.path: site for site in reversed(find_sites(g, view))}
+    if not any(site.adaptable for site in sites.values()):
+        raise _nothing(list(sites.values()))
+    kinds = _kinds(view, sites, config)
+    heads = _heads(sites) if outputs is None else tuple(outputs)
+    targets = find_targets(kinds, config, model_type=model_type, outputs=heads)
+    chosen = [(sites.get(t.name) or _no_site(t), t) for t in targets.chosen]
+    notes = (*targets.notes, *_noted(heads, config, outputs))
+    return Plan(
+        config,
+        tuple((site, target) for site, target in chosen if site.adaptable),
+        tuple(site for site, _ in chosen if not site.adaptable),
+        targets.saved,
+        notes,
+        fingerprint(g),
+    )
+
+
+def fingerprint(g: Graph) -> str:
+    """What tells one graph from another: its nodes, nested ones too, by name and target."""
+    found = hashlib.sha256()
+    for scope in View(g).scopes:
+        found.update(repr(scope.path).encode())
+        for node in scope.nodes:
+            found.update(f"{node.op} {node.name} {node.target}\n".encode())
+    return found.hexdigest()[:16]
+
+
+def _kinds(view: View, sites: dict[str, Site], config: AdapterConfig) -> dict[str, str]:
+    """Every module that the graph calls, and its layer's kind.
+
+    A product that a larger module computes with a parameter of its own (a router, an attention's
+    in_proj) is a layer where it is named; "all-linear" means modules that are linear.
+    """
+    names = Names(view)
+    said = config.target_modules
+    by_class = isinstance(said, str) and said.lower() == ALL_LINEAR
+    kinds = dict.fromkeys(names.modules([site.path for site in sites.values()]), "")
+    for path, site in sites.items():
+        layer = names.is_layer(path, site.weight)
+        kinds[path] = site.kind if layer or not by_class else ""
+    embeddings = [p for p in kinds if names.type(p).endswith("Embedding") and p not in sites]
+    kinds.update(dict.fromkeys(embeddings, "embedding"))
+    return kinds
+
+
+def _heads(sites: dict[str, Site]) -> tuple[str, ...]:
+    """Sites that look like output embeddings."""
+    return tuple(
+        path
+        for path, site in sites.items()
+        if path.rpartition(".")[2] in _HEADS or any("embed" in p for p in site.shares)
+    )
+
+
+def _noted(
+    heads: tuple[str, ...], config: AdapterConfig, outputs: Collection[str] | None
+) -> list[Note]:
+    said = config.target_modules
+    if outputs is not None or not (isinstance(said, str) and said.lower() == ALL_LINEAR):
+        return []
+    text = "taken for an output embedding and left out; outputs=() takes it in"
+    return [Note("left-out", head, text) for head in heads]
+
+
+def _no_site(target: Target) -> Site:
+    reason = "in a graph adapters go on linears and convolutions"
+    return Site(target.name, target.kind, (), (), reason=reason)
+
+
+def _nothing(sites: list[Site]) -> NameLookupError:
+    return NameLookupError(
+        "no layer of the graph can be adapted",
+        items=[f"`{site.path}`: {site.reason}" for site in sites[:8]],
+        seen=f"{len(sites)} layers, none adaptable" if sites else "no Linear, no convolution",
+        next="find_sites(g) lists what was found; export the model with torch.export.export",
+        code="no-sites",
+    )
+
+
+def _columns(site: Site) -> tuple[str, str, str, str]:
+    shape = "×".join(map(str, site.shape))
+    return site.path or "(the model)", site.kind, shape, str(len(site.calls))
+
+
+def _numbers(target: Target) -> tuple[str, str]:
+    return str(target.rank), "" if target.alpha is None else f"{target.alpha:g}"
+
+
+def _remark(site: Site) -> str:
+    parts = [f"shares its weight with {', '.join(site.shares)}"] if site.shares else []
+    parts += [f"also called {', '.join(site.aliases)}"] if site.aliases else []
+    parts += ["weight computed"] if not site.weight else []
+    return "; ".join(parts)

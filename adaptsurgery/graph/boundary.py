@@ -35,10 +35,10 @@ class Boundary:
         out = ", ".join(f"`{n.name}`" for n in self.outputs) or "none"
         return f"its boundary is ambiguous: inputs {into}, outputs {out}"
 
-    def is_just(self, form: Form) -> bool:
-        """Whether all that goes on beside the form is a view of its input and of its output."""
+    def is_just(self, form: Form, scope: Scope) -> bool:
+        """Whether all that goes on beside the form are views of its input and output, and a bias."""
         out: Node | None = self.outputs[0]
-        while out is not form.node and out is not None and is_view(out):
+        while out is not form.node and out is not None and (is_view(out) or _adds(out, scope)):
             out = _argument(out)
         into: Node | None = form.x
         while into is not self.inputs[0] and into is not None and is_view(into):
@@ -84,6 +84,11 @@ def is_floating(value: object) -> bool:
 
 def _within(node: Node, key: str) -> bool:
     return any(owner.key == key for owner in owners(node))
+
+
+def _adds(node: Node, scope: Scope) -> bool:
+    """Whether a node adds a bias: a parameter, or what is computed from one."""
+    return op_name(node) == "add" and len(node.args) == 2 and node.args[1] in scope.fixed
 
 
 def _argument(node: Node) -> Node | None:

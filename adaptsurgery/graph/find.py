@@ -61,7 +61,7 @@ class _Finder:
         found = list(self._by_nodes(forms))
         found += self._by_module({key for f in found for key in f.keys})
         found.sort(key=lambda f: f.place)
-        sites = _together(found, self.view)
+        sites = _together(found, self.view, self.names)
         return _with_shares(_told_apart(sites), self.view, self.names)
 
     def _forms(self) -> Iterator[tuple[Scope, int, Form]]:
@@ -139,14 +139,14 @@ class _Finder:
         elif not reason:
             around = boundary(scope, stack[-1].key)
             reason = around.trouble
-            if not reason and not around.is_just(form):
+            if not reason and not around.is_just(form, scope):
                 call = _around(scope, around)
         site = Site(
             path,
             form.kind,
             shape[::-1] if turned else shape,
             (call,),
-            bias=_bias_name(scope, form),
+            bias=_bias_name(scope, form) or self._bias(f"{path}.weight"),
             transposed=turned and bool(call.weight),
             type=self.names.type(path),
             reason=reason,
@@ -299,13 +299,13 @@ def _of_layer(path: str, module: nn.Module, call: Call) -> Site:
     )
 
 
-def _together(found: list[_Found], view: View) -> list[Site]:
+def _together(found: list[_Found], view: View, names: Names) -> list[Site]:
     """One site of all calls of one module: of one weight and bias, unless the trace knew better."""
     sites: dict[object, list[_Found]] = {}
     for one in found:
         sites.setdefault(_module_key(one.site, view), []).append(one)
     groups = [group for whole in sites.values() for group in _objects(whole)]
-    return [_joined([f.site for f in group], view) for group in groups]
+    return [_joined([f.site for f in group], view, names) for group in groups]
 
 
 def _module_key(site: Site, view: View) -> object:
@@ -327,29 +327,22 @@ def _objects(calls: list[_Found]) -> list[list[_Found]]:
     return list(groups.values())
 
 
-def _joined(sites: list[Site], view: View) -> Site:
-    called = {site.path for site in sites}
+def _joined(sites: list[Site], view: View, names: Names) -> Site:
+    """One site of several calls, under the first of the module's names in the model's order."""
     first = sites[0]
-    paths = [p for p in _order(first, view) if p in called] if first.weight else []
-    if first.weight and first.bias and first.weight.endswith(".weight"):
-        paths = [p for p in _order(first, view) if _owns(p, first, view)] or paths
-    path = (paths or [first.path])[0]
+    called = dict.fromkeys(site.path for site in sites)
+    order = [module_of(name) for name in view.same(first.weight)] if first.weight else []
+    sure = [p for p in order if p in called]
+    if first.bias and first.weight.endswith(".weight"):
+        sure = [p for p in order if f"{p}.bias".lstrip(".") in view.same(first.bias)] or sure
+    path = (sure or [first.path])[0]
     reasons = [site.reason for site in sites if site.reason]
     if not reasons and any(_geometry(site) != _geometry(first) for site in sites):
         reasons = ["it is called with different strides, paddings or dilations"]
     calls = tuple(call for site in sites for call in site.calls)
-    aliases = tuple(dict.fromkeys(p for p in (*paths, *called) if p != path))
+    uncalled = [p for p in order if p in called or p in sure or p not in names.types]
+    aliases = tuple(p for p in dict.fromkeys([*uncalled, *called]) if p != path)
     return replace(first, path=path, aliases=aliases, calls=calls, reason="".join(reasons[:1]))
-
-
-def _order(site: Site, view: View) -> list[str]:
-    """The modules that have the site's weight, in the model's order."""
-    return [module_of(name) for name in view.same(site.weight)]
-
-
-def _owns(path: str, site: Site, view: View) -> bool:
-    bias = f"{path}.bias".lstrip(".")
-    return bias in view.same(site.bias)
 
 
 def _geometry(site: Site) -> tuple[object, ...]:

@@ -63,12 +63,14 @@ class Plan:
 
     def __str__(self) -> str:
         rows = [("module", "kind", "shape", "calls", "rank", "alpha", "")]
-        rows += [(*_columns(site), *_numbers(target), _remark(site)) for site, target in self.placed]
+        rows += [
+            (*_columns(site), *_numbers(target), _remark(site)) for site, target in self.placed
+        ]
         rows += [(*_columns(site), "", "", site.reason) for site in self.unsupported]
         widths = [max(len(row[n]) for row in rows) for n in range(6)]
         lines = ["  ".join([*(c.ljust(w) for c, w in zip(row, widths)), row[6]]) for row in rows]
         lines += [f"saved whole: {name}" for name in self.saved]
-        lines += [f"note: {note.where}: {note.what}" for note in self.notes]
+        lines += [f"note: {note.where}: {note.text}" for note in self.notes]
         return "\n".join(line.rstrip() for line in lines)
 
 

@@ -1,0 +1,278 @@
+"""One adapted layer for every algorithm and every kind of layer.
+
+It holds the base layer and, per adapter, the tensors of an update under PEFT's names; its output is
+the base layer's with W' for W, by the law W' = W·R1·R2·… + Σ s·Δ, then a Renorm.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Mapping, Sequence
+from contextlib import nullcontext
+from dataclasses import dataclass, replace
+from types import EllipsisType
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.fx import Proxy
+
+from adaptsurgery.algorithms import ALGORITHMS, HRA, DoRA
+from adaptsurgery.core.config import AdapterConfig, tensors_of
+from adaptsurgery.core.cost import Form
+from adaptsurgery.core.geometry import Layer
+from adaptsurgery.core.update import Delta, Renorm, Rotation, Update, compose, only_whole
+from adaptsurgery.modules import slots
+from adaptsurgery.modules.tracing import Recording, unreadable
+from adaptsurgery_formats.errors import ValueRefused
+
+_BY_NAME = {algorithm.name: algorithm for algorithm in ALGORITHMS}
+_PLAIN = {nn.Linear, nn.Conv1d, nn.Conv2d, nn.Conv3d, nn.Embedding}
+_GEOMETRY = ("kind", "stride", "padding", "padding_mode", "dilation", "groups", "transposed", "padding_idx")  # fmt: skip
+
+
+@dataclass(frozen=True, kw_only=True)
+class Setting:
+    """What one adapter's tensors in one layer mean; its config says how they drop in training."""
+
+    algorithm: str
+    suffixes: Mapping[str, str]  # slot → PEFT's suffix
+    scale: float = 1.0
+    apply_gs: bool = False
+    config: AdapterConfig | None = None
+    weight: float = 1.0  # of the whole adapter
+
+
+@dataclass(frozen=True, eq=False)
+class LiveLayer(Layer):
+    """A Layer of a module that is asked itself for its own output, hooks and all."""
+
+    module: nn.Module | None = None
+    plain: bool = True
+
+    def forward(
+        self, x: Tensor, weight: Tensor | None = None, bias: Tensor | EllipsisType | None = ...
+    ) -> Tensor:
+        own = isinstance(bias, EllipsisType) or bias is self.bias
+        if weight is None and own and self.module is not None:
+            out: Tensor = self.module(x)
+            return out
+        if self.plain or self.module is None:
+            return super().forward(x, weight, bias)
+        held = {"weight": self.weight if weight is None else self.stored(weight)}
+        bias = self.bias if isinstance(bias, EllipsisType) else bias
+        held |= {} if bias is None else {"bias": bias}
+        given: Tensor = torch.func.functional_call(self.module, held, (x,))
+        return given
+
+
+class AdaptedLayer(nn.Module):
+    """A layer with adapters on it.
+
+    ``base_layer`` is the layer itself, untouched; ``settings`` says by adapter what its tensors
+    mean; ``active`` names the adapters that the forward goes through, in order. Attributes that are
+    not found here are the base layer's.
+    """
+
+    base_layer: nn.Module
+
+    def __init__(self, base_layer: nn.Module) -> None:
+        super().__init__()
+        layer = Layer.from_module(base_layer)
+        if not layer.weight.is_floating_point():
+            raise ValueRefused(
+                f"a {type(base_layer).__name__} with a weight of {layer.weight.dtype} takes no update",
+                next="load the base unquantised, or dequantise it",
+                code="quantised-weight",
+            )
+        self.base_layer = base_layer
+        self.settings: dict[str, Setting] = {}
+        self.active: tuple[str, ...] = ()
+        self.merged: tuple[str, ...] = ()
+        self.enabled = True
+        self.read_directly = False  # whether its parent reads the weight past the forward
+        self.kind = layer.kind
+        self.geometry = {name: getattr(layer, name) for name in _GEOMETRY}
+        self.dims, self.shape = layer.dims, layer.shape
+        self.plain = type(base_layer) in _PLAIN or layer.transposed and layer.kind == "linear"
+        self._original: tuple[Tensor, Tensor | None] | None = None
+        self.train(base_layer.training)
+
+    def __getattr__(self, name: str) -> Any:
+        try:
+            return super().__getattr__(name)
+        except AttributeError:
+            base = self.__dict__.get("_modules", {}).get("base_layer")
+            if base is None:
+                raise
+        if name in ("weight", "bias") and self.read_directly and self.live():
+            return self._seen(name)
+        return getattr(base, name)
+
+    # --- adapters --------------------------------------------------------------------------------
+
+    def add(self, adapter: str, update: Update, config: AdapterConfig | None = None) -> None:
+        """Take the tensors of an update as an adapter's: they become parameters."""
+        inner = update.inner if isinstance(update, DoRA) else update
+        held = tensors_of(update)
+        known = slots.suffixes(inner.name, self.kind == "embedding")
+        self.settings[adapter] = Setting(
+            algorithm=inner.name,
+            suffixes={slot: known[slot] for slot in held},
+            scale=inner.scale if isinstance(inner, Delta) else 1.0,
+            apply_gs=isinstance(inner, HRA) and inner.apply_gs,
+            config=config,
+        )
+        for slot, tensor in held.items():
+            slots.put(self, known[slot], adapter, slots.as_peft(slot, tensor, self.dims))
+
+    def drop(self, adapter: str) -> None:
+        """Take an adapter and its tensors away."""
+        for suffix in self.settings.pop(adapter).suffixes.values():
+            slots.drop(self, suffix, adapter)
+        self.active = tuple(name for name in self.active if name != adapter)
+
+    def tensors(self, adapter: str) -> dict[str, Tensor]:
+        """An adapter's parameters by PEFT's suffix."""
+        held = self.settings[adapter].suffixes.values()
+        return {suffix: slots.take(self, suffix, adapter) for suffix in held}
+
+    def update(self, adapter: str) -> Update:
+        """An adapter's update as it stands, of its live parameters, at the adapter's weight."""
+        said = self.settings[adapter]
+        held: dict[str, Any] = {
+            slot: slots.as_slot(slot, slots.take(self, suffix, adapter), self.dims)
+            for slot, suffix in said.suffixes.items()
+        }
+        if said.algorithm == HRA.name:
+            return only_whole(HRA(**held, apply_gs=said.apply_gs), said.weight)
+        magnitude = held.pop("magnitude", None)
+        algorithm: Any = _BY_NAME[said.algorithm]
+        scale = said.scale * (said.weight if magnitude is None else 1.0)
+        delta: Delta = algorithm(**held, scale=scale, weight_shape=self.shape)
+        return delta if magnitude is None else only_whole(DoRA(delta, magnitude), said.weight)
+
+    def live(self) -> tuple[str, ...]:
+        """The adapters that the forward goes through, in order."""
+        if not self.enabled:
+            return ()
+        return tuple(n for n in self.active if n in self.settings and n not in self.merged)
+
+    # --- forward ---------------------------------------------------------------------------------
+
+    def forward(self, x: Tensor, *args: Any, **kwargs: Any) -> Tensor:
+        """The base layer's output with W' for W; further arguments are the base layer's alone."""
+        live = self.live()
+        if not live:
+            out: Tensor = self.base_layer(x, *args, **kwargs)
+            return out
+        with Recording(x) if isinstance(x, Proxy) else nullcontext():
+            return self._adapted(x, live)
+
+    def _adapted(self, x: Tensor, live: Sequence[str]) -> Tensor:
+        layer, form = self.layer(), self.form(x)
+        parts = sorted(((name, self.update(name)) for name in live), key=_place)
+        update = compose([part for _, part in parts])
+        if not self.training:
+            return update.apply(x, layer, form)
+        configs = [self.settings[name].config for name, _ in parts]
+        sample, kind = layer.sample(x), self.kind
+        gates = [None if c is None else c.gate(self.shape[0], sample) for c in configs]
+        seen = [None if c is None else c.seen(x, kind) for c in configs]
+        return update.apply(x, layer, form, gates, seen)
+
+    def form(self, x: Tensor) -> Form:
+        """By cost; a module with a forward of its own is given W', one with hooks is called."""
+        if not self.plain:
+            return "folded"
+        base = self.base_layer
+        hooked = base._forward_hooks or base._forward_pre_hooks or "forward" in vars(base)
+        return "factored" if hooked or unreadable(x) else "auto"
+
+    def layer(self) -> LiveLayer:
+        """The base layer as the algebra sees it, with its parameters as they are now."""
+        base = self.base_layer
+        weight = slots.stored(base, "weight")
+        bias = None if getattr(base, "bias", None) is None else slots.stored(base, "bias")
+        return LiveLayer(weight=weight, bias=bias, module=base, plain=self.plain, **self.geometry)
+
+    def _seen(self, name: str) -> Tensor | None:
+        """W' or b', for a parent that reads the parameters themselves."""
+        update, layer = compose([self.update(n) for n in self.live()]), self.layer()
+        if name == "bias":
+            return update.fold_bias(layer.bias, layer.weight.dtype)
+        return layer.stored(update.folded(layer.canonical()))
+
+    # --- merging ---------------------------------------------------------------------------------
+
+    def merge(self, adapters: Iterable[str], *, keep: bool = True, safe: bool = False) -> None:
+        """Fold adapters into the base layer; several at different times as if at once.
+
+        With ``keep`` the original parameters are held for ``unmerge``. ``safe`` refuses numbers that
+        are not finite, before anything is changed. Raises ValueRefused.
+        """
+        wanted = [n for n in adapters if n in self.settings and n not in self.merged]
+        if not wanted:
+            return
+        merged = (*self.merged, *wanted)
+        original = self._originals()
+        layer = replace(self.layer(), weight=original[0], bias=original[1])
+        update = compose([self.update(name) for name in merged])
+        weight = layer.stored(update.fold(layer.canonical())).contiguous()
+        bias = update.fold_bias(layer.bias, layer.weight.dtype)
+        if safe and not all(t.isfinite().all() for t in (weight, bias) if t is not None):
+            raise ValueRefused(
+                f"merged with {', '.join(merged)} the weight is not finite",
+                next="look at the adapter's numbers; a base in float16 may overflow",
+                code="non-finite",
+            )
+        self._set(weight, bias)
+        self.merged, self._original = merged, original if keep else None
+
+    def unmerge(self) -> None:
+        """Put the base layer's parameters back as they were, bit for bit where they were kept."""
+        if not self.merged:
+            return
+        if self._original is not None:
+            self._set(*self._original)
+        else:
+            layer = self.layer()
+            update = compose([self.update(name) for name in self.merged])
+            self._set(layer.stored(update.unfold(layer.canonical())).contiguous(), layer.bias)
+        self.merged, self._original = (), None
+
+    def _originals(self) -> tuple[Tensor, Tensor | None]:
+        """The base layer's parameters without what is merged."""
+        if self.merged and self._original is None:
+            self.unmerge()
+        if self._original is not None:
+            return self._original
+        layer = self.layer()
+        if "weight" not in self.base_layer._parameters:
+            raise ValueRefused(
+                f"the weight of a {type(self.base_layer).__name__} is computed, not stored",
+                next="torch.nn.utils.parametrize.remove_parametrizations first",
+                code="not-a-parameter",
+            )
+        if layer.weight.is_meta:
+            raise ValueRefused("the weight is on the meta device: it has no numbers", code="no-numbers")
+        return layer.weight, layer.bias
+
+    def _set(self, weight: Tensor, bias: Tensor | None) -> None:
+        """New parameters for the base layer: those that other modules share stay as they are."""
+        for name, new in (("weight", weight), ("bias", bias)):
+            old = getattr(self.base_layer, name, None)
+            if new is None and old is None or new is old:
+                continue
+            if name == "bias" and self.kind == "embedding":
+                raise ValueRefused("an embedding has no place for a bias", code="no-bias")
+            trained = old is not None and old.requires_grad
+            parameter = None if new is None else nn.Parameter(new.detach(), trained)
+            setattr(self.base_layer, name, parameter)
+
+    def extra_repr(self) -> str:
+        return ", ".join(f"{name}: {said.algorithm}" for name, said in self.settings.items())
+
+
+def _place(part: tuple[str, Update]) -> int:
+    """Where the law has an update: rotations, sums, a renorm."""
+    return 0 if isinstance(part[1], Rotation) else 2 if isinstance(part[1], Renorm) else 1

@@ -1,0 +1,99 @@
+"""PEFT's names and shapes for an adapter's tensors in a live model.
+
+    q_proj.lora_A.default.weight    (r, i[, *k])      q_proj.hada_w1_a.default    (o, r)
+    q_proj.lora_B.default.weight    (o, r[, 1, …])    conv.lokr_w2.default        (b, d, *k)
+    embed.lora_embedding_A.default  (r, vocab)        fc.hra_u.default            (i·∏k, r)
+
+The name after the slot is the adapter's; files have the same names without it.
+"""
+
+from __future__ import annotations
+
+from torch import Tensor, nn
+
+from adaptsurgery_formats.peft import SUFFIXES
+
+_EMBEDDING = "lora_embedding_"
+
+
+def suffixes(algorithm: str, embedding: bool) -> dict[str, str]:
+    """Slot → PEFT's suffix for it in a state dict, without the adapter's name."""
+    found: dict[str, str] = {}
+    for suffix, (owner, slot) in SUFFIXES.items():
+        plain = slot in ("up", "down") and suffix.startswith(_EMBEDDING) != embedding
+        if owner == algorithm and not plain:
+            found[slot] = suffix  # of the two spellings of a magnitude, the one in a model is last
+    return found
+
+
+def as_peft(slot: str, tensor: Tensor, dims: int) -> Tensor:
+    """A slot's tensor in the shape that PEFT keeps it in, for a layer with ``dims`` kernel dims."""
+    if slot == "magnitude":
+        return tensor.reshape(1, -1, *(1,) * dims) if dims else tensor.flatten()
+    return tensor[..., None] if _lengthened(slot, dims) else tensor
+
+
+def as_slot(slot: str, tensor: Tensor, dims: int) -> Tensor:
+    """The inverse of ``as_peft``: a magnitude (o, 1, …), a Conv1d's Tucker core (r, r, k)."""
+    if slot == "magnitude":
+        return tensor.flatten()[(..., *(None,) * (dims + 1))]
+    return tensor[..., 0] if _lengthened(slot, dims) else tensor
+
+
+def _lengthened(slot: str, dims: int) -> bool:
+    """PEFT writes a Conv1d's Tucker cores (r, r, k, 1)."""
+    return dims == 1 and slot in ("t1", "t2")
+
+
+class Bank(nn.Module):
+    """What a layer holds of one slot, by adapter: ``hada_w1_a.<adapter>``, ``lora_A.<adapter>.weight``.
+
+    Plain parameters of plain modules, so that DataParallel's replicas have them too.
+    """
+
+
+def put(layer: nn.Module, suffix: str, adapter: str, tensor: Tensor) -> None:
+    """Register a tensor of ``adapter`` in ``layer`` under PEFT's suffix."""
+    bank, _, leaf = suffix.partition(".")
+    home = _child(layer, bank)
+    home = _child(home, adapter) if leaf else home
+    parameter = tensor if isinstance(tensor, nn.Parameter) else nn.Parameter(tensor)
+    home.register_parameter(leaf or adapter, parameter)
+
+
+def take(layer: nn.Module, suffix: str, adapter: str) -> Tensor:
+    """The tensor of ``adapter`` under PEFT's suffix."""
+    bank, _, leaf = suffix.partition(".")
+    home = layer._modules[bank]
+    assert home is not None
+    holder = home._modules[adapter] if leaf else home
+    assert holder is not None
+    return stored(holder, leaf or adapter)
+
+
+def drop(layer: nn.Module, suffix: str, adapter: str) -> None:
+    """Take a tensor away, and the bank with its last one."""
+    bank, _, leaf = suffix.partition(".")
+    home = layer._modules[bank] if bank in layer._modules else None
+    if home is None:
+        return
+    held = home._modules if leaf else home._parameters
+    held.pop(adapter, None)  # type: ignore[attr-defined]
+    if not held:
+        del layer._modules[bank]
+
+
+def _child(module: nn.Module, name: str) -> nn.Module:
+    if name not in module._modules:
+        module.add_module(name, Bank())
+    child = module._modules[name]
+    assert child is not None
+    return child
+
+
+def stored(module: nn.Module, name: str) -> Tensor:
+    """A module's parameter itself, where a symbolic trace would give its proxy for the attribute."""
+    held = module._parameters.get(name)
+    found = getattr(module, name) if held is None else held
+    assert isinstance(found, Tensor)
+    return found

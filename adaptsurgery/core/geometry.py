@@ -70,7 +70,13 @@ class Layer:
         Takes nn.Linear, nn.Conv1d/2d/3d, nn.Embedding and transformers' Conv1D; anything else is
         a ValueRefused, and so is an embedding with ``max_norm``, whose forward rewrites its weight.
         """
-        kind = _kind_of(module)
+        kind = kind_of(module)
+        if not kind:
+            raise ValueRefused(
+                f"{type(module).__name__} is not a layer that adapters are put on",
+                next="a Linear, Conv1d, Conv2d, Conv3d, Embedding, or transformers' Conv1D",
+                code="unsupported-layer",
+            )
         if kind == "linear":
             return cls(kind, _weight(module), _bias(module), transposed=_is_conv1d(module))
         if kind == "embedding":
@@ -189,16 +195,11 @@ class Layer:
         return value
 
 
-def _kind_of(module: nn.Module) -> str:
+def kind_of(module: nn.Module) -> str:
+    """The kind of layer that a module is, or an empty string for any other module."""
     if _is_conv1d(module):
         return "linear"
-    for known, kind in _MODULES:
-        if isinstance(module, known):
-            return kind
-    raise ValueRefused(
-        f"{type(module).__name__} is not a layer that adapters are put on",
-        next="a Linear, Conv1d, Conv2d, Conv3d, Embedding, or transformers' Conv1D",
-    )
+    return next((kind for known, kind in _MODULES if isinstance(module, known)), "")
 
 
 def _is_conv1d(module: nn.Module) -> bool:

@@ -117,13 +117,13 @@ class AdaptedLayer(nn.Module):
         known = slots.suffixes(inner.name, self.kind == "embedding")
         self.settings[adapter] = Setting(
             algorithm=inner.name,
-            suffixes={slot: known[slot] for slot in held},
+            suffixes={slot: suffix for slot, suffix in known.items() if slot in held},
             scale=inner.scale if isinstance(inner, Delta) else 1.0,
             apply_gs=isinstance(inner, HRA) and inner.apply_gs,
             config=config,
         )
-        for slot, tensor in held.items():
-            slots.put(self, known[slot], adapter, slots.as_peft(slot, tensor, self.dims))
+        for slot, suffix in self.settings[adapter].suffixes.items():
+            slots.put(self, suffix, adapter, slots.as_peft(slot, held[slot], self.dims))
 
     def drop(self, adapter: str) -> None:
         """Take an adapter and its tensors away."""
@@ -266,8 +266,13 @@ class AdaptedLayer(nn.Module):
             if name == "bias" and self.kind == "embedding":
                 raise ValueRefused("an embedding has no place for a bias", code="no-bias")
             trained = old is not None and old.requires_grad
-            parameter = None if new is None else nn.Parameter(new.detach(), trained)
-            setattr(self.base_layer, name, parameter)
+            if new is not None and not isinstance(new, nn.Parameter):
+                new = nn.Parameter(new.detach(), trained)
+            setattr(self.base_layer, name, new)
+
+    def forget(self) -> None:
+        """Let the original parameters of what is merged go."""
+        self._original = None
 
     def extra_repr(self) -> str:
         return ", ".join(f"{name}: {said.algorithm}" for name, said in self.settings.items())

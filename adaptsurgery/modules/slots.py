@@ -61,14 +61,19 @@ def put(layer: nn.Module, suffix: str, adapter: str, tensor: Tensor) -> None:
     home.register_parameter(leaf or adapter, parameter)
 
 
-def take(layer: nn.Module, suffix: str, adapter: str) -> Tensor:
-    """The tensor of ``adapter`` under PEFT's suffix."""
+def place(layer: nn.Module, suffix: str, adapter: str) -> tuple[nn.Module, str]:
+    """The module that holds the tensor of ``adapter`` under PEFT's suffix, and its name there."""
     bank, _, leaf = suffix.partition(".")
     home = layer._modules[bank]
     assert home is not None
     holder = home._modules[adapter] if leaf else home
     assert holder is not None
-    return stored(holder, leaf or adapter)
+    return holder, leaf or adapter
+
+
+def take(layer: nn.Module, suffix: str, adapter: str) -> Tensor:
+    """The tensor of ``adapter`` under PEFT's suffix."""
+    return stored(*place(layer, suffix, adapter))
 
 
 def drop(layer: nn.Module, suffix: str, adapter: str) -> None:

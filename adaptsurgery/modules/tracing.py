@@ -7,16 +7,13 @@ and none of their numbers. What meets the input is recorded alone.
 
 from __future__ import annotations
 
-from typing import Any
+from typing import Any, Self, cast
 
 import torch
 from torch import Tensor
 from torch.fx import Node, Proxy
 from torch.overrides import TorchFunctionMode, is_tensor_method_or_property
-from torch.utils._pytree import tree_any, tree_map
-
-_DRAWN = {torch.rand, torch.bernoulli, torch.rand_like}  # anew on every call, so never a constant
-
+from torch.utils._pytree import tree_leaves
 
 class Recording(TorchFunctionMode):
     """Records in the trace of ``proxy`` what is done to tensors that come from parameters."""
@@ -24,39 +21,46 @@ class Recording(TorchFunctionMode):
     def __init__(self, proxy: Proxy) -> None:
         super().__init__()
         self.tracer = proxy.tracer
-        self.proxies: dict[int, tuple[Tensor, Proxy]] = {}
+        self.known: dict[int, tuple[Tensor, Node]] = {}  # the tensor, so that no other takes its id
+
+    def __enter__(self) -> Self:
+        self._plain = self.tracer.create_arg
+        self.tracer.create_arg = self._argument  # type: ignore[method-assign]
+        return cast(Self, super().__enter__())
+
+    def __exit__(self, *raised: Any) -> None:
+        self.tracer.create_arg = self._plain  # type: ignore[method-assign]
+        super().__exit__(*raised)
+
+    def _argument(self, value: Any) -> Any:
+        """A node's argument: a tensor that comes from parameters is the node that it came from."""
+        found = self.known.get(id(value))
+        return self._plain(value) if found is None else found[1]
 
     def __torch_function__(
         self, func: Any, types: Any, args: Any = (), kwargs: dict[str, Any] | None = None
     ) -> Any:
-        kwargs = kwargs or {}
-        if tree_any(lambda value: isinstance(value, Proxy), (args, kwargs)):
-            return self._record(func, args, kwargs)
-        out = func(*args, **kwargs)
-        if _holds_tensors(out) and (func in _DRAWN or tree_any(self._known, (args, kwargs))):
-            made = self._record(func, args, kwargs)
+        given = tree_leaves((args, kwargs or {}))
+        if any(isinstance(value, Proxy) for value in given):
+            return self._record(func, args, kwargs or {})
+        out = func(*args, **kwargs or {})
+        tensors = [value for value in given if isinstance(value, Tensor)]
+        # What is made of no tensor is recorded too: random numbers are drawn anew on every call.
+        if _holds_tensors(out) and (not tensors or any(map(self._follows, tensors))):
+            made = self._record(func, args, kwargs or {})
             several = isinstance(out, (tuple, list))
             for n, tensor in enumerate(out if several else [out]):
-                # The tensor is held too, so that no other takes its id.
-                self.proxies[id(tensor)] = (tensor, made[n] if several else made)
+                self.known[id(tensor)] = (tensor, (made[n] if several else made).node)
         return out
 
-    def _known(self, value: object) -> bool:
-        return isinstance(value, torch.nn.Parameter) or id(value) in self.proxies
-
-    def proxied(self, value: Any) -> Any:
-        """The proxy of a tensor that comes from parameters; anything else as it is."""
-        if isinstance(value, torch.nn.Parameter) and id(value) not in self.proxies:
-            node = self.tracer.create_arg(value)
-            assert isinstance(node, Node)
-            self.proxies[id(value)] = (value, Proxy(node, self.tracer))
-        return self.proxies[id(value)][1] if id(value) in self.proxies else value
+    def _follows(self, tensor: Tensor) -> bool:
+        return isinstance(tensor, torch.nn.Parameter) or id(tensor) in self.known
 
     def _record(self, func: Any, args: Any, kwargs: Any) -> Proxy:
-        args, kwargs = tree_map(self.proxied, (args, kwargs))
         name = func.__name__
         if name == "__get__":  # a property: Tensor.T and its like
-            return self.tracer.create_proxy("call_function", getattr, (args[0], func.__self__.__name__), {})
+            args = (args[0], func.__self__.__name__)
+            return self.tracer.create_proxy("call_function", getattr, args, {})
         method = is_tensor_method_or_property(func)
         kind, target = ("call_method", name) if method else ("call_function", func)
         return self.tracer.create_proxy(kind, target, args, kwargs)

@@ -1,0 +1,256 @@
+"""Adapters of a live model in files: PEFT's folder directly, other layouts through the format layer.
+
+    base_model.model.<path>.lora_A.weight        a layer's tensors, without the adapter's name
+    base_model.model.<path>.weight               modules_to_save
+    base_model.model.<path>.base_layer.bias      biases that are trained beside it
+"""
+
+from __future__ import annotations
+
+import json
+import tempfile
+from collections.abc import Collection, Iterable, Iterator, Mapping
+from dataclasses import replace
+from fnmatch import fnmatchcase
+from pathlib import Path
+
+import torch
+from torch import Tensor, nn
+
+from adaptsurgery.checkpoint.atomic import output
+from adaptsurgery.checkpoint.bridge import from_torch, to_torch
+from adaptsurgery.checkpoint.hub import resolve
+from adaptsurgery.checkpoint.pickles import read_pickle
+from adaptsurgery.checkpoint.safetensors import read_safetensors
+from adaptsurgery.checkpoint.writer import write_safetensors
+from adaptsurgery.core.config import FILE, AdapterConfig
+from adaptsurgery.jobs.adapter import load
+from adaptsurgery.jobs.report import Report
+from adaptsurgery.modules import slots
+from adaptsurgery.modules.layer import AdaptedLayer
+from adaptsurgery.modules.model import AdaptedModel
+from adaptsurgery_formats.errors import FileError, KeyRefused, ShapeError
+from adaptsurgery_formats.peft import PREFIX
+
+WEIGHTS = "adapter_model.safetensors"
+_IN_FILES = {"lora_magnitude_vector.weight": "lora_magnitude_vector"}
+
+
+def adapter_state(model: AdaptedModel, adapter: str) -> dict[str, Tensor]:
+    """An adapter's tensors under PEFT's keys for files."""
+    state: dict[str, Tensor] = {}
+    layers = [(name, layer) for name, layer in model.layers() if adapter in layer.settings]
+    for name, layer in layers:
+        for suffix, tensor in layer.tensors(adapter).items():
+            state.setdefault(f"{PREFIX}{name}.{_IN_FILES.get(suffix, suffix)}", tensor.detach())
+    for name, module in model.saved_modules():
+        if adapter in module.modules_to_save:
+            held = module.tensors(adapter)
+            state |= {f"{PREFIX}{name}.{key}": tensor for key, tensor in held.items()}
+    for name, bias in _biases(model, adapter, layers):
+        state.setdefault(f"{PREFIX}{name}", bias.detach())
+    return _once(state)
+
+
+def _biases(
+    model: AdaptedModel, adapter: str, layers: Iterable[tuple[str, AdaptedLayer]]
+) -> Iterator[tuple[str, Tensor]]:
+    said = getattr(model.peft_config[adapter], "bias", "none")
+    if said == "all":
+        for name, parameter in model.model.named_parameters():
+            if name.rpartition(".")[2] == "bias" and ".modules_to_save." not in f".{name}":
+                yield name.replace(".original_module.", "."), parameter
+    elif said != "none":
+        for name, layer in layers:
+            if isinstance(bias := getattr(layer.base_layer, "bias", None), Tensor):
+                yield f"{name}.base_layer.bias", bias
+
+
+def _once(state: Mapping[str, Tensor]) -> dict[str, Tensor]:
+    """Every tensor once: a module under two names is saved under the first."""
+    seen: dict[tuple[int, torch.Size], str] = {}
+    kept = {}
+    for key, tensor in state.items():
+        mark = (tensor.data_ptr(), tensor.shape)
+        if tensor.is_meta or not tensor.numel() or seen.setdefault(mark, key) == key:
+            kept[key] = tensor
+    return kept
+
+
+def write_folder(model: AdaptedModel, adapter: str, folder: Path) -> None:
+    """adapter_model.safetensors and adapter_config.json in a folder; other files there stay.
+
+    Raises ValueRefused for numbers that are not finite or on the meta device, FileError.
+    """
+    tensors = {key: from_torch(t.contiguous()) for key, t in adapter_state(model, adapter).items()}
+    said = replace(model.peft_config[adapter], inference_mode=True).to_dict()
+    folder.mkdir(parents=True, exist_ok=True)
+    with output(folder / WEIGHTS, overwrite=True) as path:
+        write_safetensors(path, tensors, {"format": "pt"})
+    with output(folder / FILE, overwrite=True) as path:
+        path.write_text(json.dumps(said, indent=2, sort_keys=True), "utf-8")
+
+
+def write_layout(
+    model: AdaptedModel, adapter: str, path: Path, layout: str, base: str | None, overwrite: bool
+) -> Report:
+    """The adapter in another layout, checked as every conversion is."""
+    with tempfile.TemporaryDirectory() as folder:
+        write_folder(model, adapter, Path(folder))
+        held = load(folder, base=base or shapes_of(model.model))
+        return held.save(path, layout, overwrite=overwrite)
+
+
+def read_adapter(
+    path: str | Path, model: nn.Module, base: str | None = None
+) -> tuple[AdapterConfig, dict[str, Tensor]]:
+    """The config and the tensors of an adapter of any layout, under PEFT's keys.
+
+    A flat name is looked up in ``base``, by default in the live model's own modules.
+    """
+    place = Path(path)
+    place = place if place.exists() else resolve(str(path), kind="adapter")
+    if place.is_dir() and (place / FILE).is_file():
+        return AdapterConfig.from_pretrained(place), _tensors(place)
+    with tempfile.TemporaryDirectory() as folder:
+        made = Path(folder) / "peft"
+        load(place, base=base or shapes_of(model)).save(made, "peft")
+        if not (made / FILE).is_file():
+            parts = sorted(p.name for p in made.iterdir())
+            raise FileError(
+                "this file adapts several models",
+                where=str(place),
+                seen=", ".join(parts),
+                next="convert it to PEFT first and load the part's folder",
+                code="several-components",
+            )
+        return AdapterConfig.from_pretrained(made), _tensors(made)
+
+
+def _tensors(folder: Path) -> dict[str, Tensor]:
+    if (folder / WEIGHTS).is_file():
+        found = read_safetensors(folder / WEIGHTS).tensors
+    elif (folder / "adapter_model.bin").is_file():
+        found = read_pickle(folder / "adapter_model.bin")
+    else:
+        raise FileError(f"there is no {WEIGHTS} in it", where=str(folder), code="no-such-file")
+    return {key: to_torch(tensor) for key, tensor in found.items()}
+
+
+def shapes_of(model: nn.Module) -> dict[str, tuple[int, ...]]:
+    """The shape of every module's weight by the module's name, as the base was built."""
+    found = {}
+    for name, parameter in model.named_parameters(remove_duplicate=False):
+        path, _, leaf = name.replace(".base_layer.", ".").replace(".original_module.", ".").rpartition(".")
+        if leaf == "weight" and path:
+            found[path] = tuple(parameter.shape)
+    return found
+
+
+def load_state(
+    model: AdaptedModel,
+    adapter: str,
+    state: Mapping[str, Tensor],
+    *,
+    ignore: Collection[str] = (),
+    where: str = "",
+) -> None:
+    """Give an adapter the numbers of a file, keys by keys; all are checked before one is changed.
+
+    ``ignore`` holds keys, or patterns of keys, that may be missing or left over. Raises KeyRefused
+    ("missing-keys", "unexpected-keys"), ShapeError.
+    """
+    homes = _homes(model, adapter)
+    given = {_in_model(key): tensor for key, tensor in state.items()}
+    needed = {key for key, (_, must) in homes.items() if must}
+    missing = _unexcused(needed - given.keys(), ignore)
+    unexpected = _unexcused(given.keys() - homes.keys(), ignore)
+    for keys, trouble, code in (
+        (missing, "are missing", "missing-keys"),
+        (unexpected, "belong to no tensor of the adapter", "unexpected-keys"),
+    ):
+        if keys:
+            raise KeyRefused(
+                f"{len(keys)} of {len(given)} keys {trouble}",
+                where=where,
+                items=keys[:20],
+                next="ignore=[…] names keys, or patterns of them, that may be",
+                code=code,
+            )
+    wrong = [
+        f"{key}: {list(given[key].shape)}, in the model {list(homes[key][0].shape)}"
+        for key in given.keys() & homes.keys()
+        if given[key].shape != homes[key][0].shape
+    ]
+    if wrong:
+        raise ShapeError(
+            f"{len(wrong)} tensors do not fit", where=where, items=sorted(wrong)[:20],
+            next="take the adapter_config.json that the file was saved with",
+        )  # fmt: skip
+    for key in given.keys() & homes.keys():
+        homes[key][0].set(given[key])
+
+
+class _Home:
+    """Where a tensor lives in the model."""
+
+    def __init__(self, module: nn.Module, name: str) -> None:
+        self.module, self.name = module, name
+
+    @property
+    def held(self) -> Tensor:
+        held = self.module._parameters.get(self.name)
+        found = self.module._buffers[self.name] if held is None else held
+        assert found is not None
+        return found
+
+    @property
+    def shape(self) -> torch.Size:
+        return self.held.shape
+
+    def set(self, tensor: Tensor) -> None:
+        """Into the tensor itself; one without numbers is replaced."""
+        held = self.held
+        if not held.is_meta:
+            with torch.no_grad():
+                held.copy_(tensor)
+        elif self.name in self.module._parameters:
+            new = nn.Parameter(tensor.to(held.dtype), held.requires_grad)
+            self.module._parameters[self.name] = new
+        else:
+            self.module._buffers[self.name] = tensor.to(held.dtype)
+
+
+def _homes(model: AdaptedModel, adapter: str) -> dict[str, tuple[_Home, bool]]:
+    """Every key that a file of the adapter may have → its tensor's place, and whether it must."""
+    homes: dict[str, tuple[_Home, bool]] = {}
+    seen: set[int] = set()
+    for name, layer in model.layers():
+        if adapter in layer.settings:
+            for suffix in layer.settings[adapter].suffixes.values():
+                home = _Home(*slots.place(layer, suffix, adapter))
+                homes[f"{PREFIX}{name}.{suffix}"] = (home, id(layer) not in seen)
+            seen.add(id(layer))
+    for name, wrapper in model.saved_modules():
+        if adapter in wrapper.modules_to_save:
+            copy = wrapper.modules_to_save[adapter]
+            for inner, module in copy.named_modules():
+                for leaf in (*module._parameters, *module._buffers):
+                    if leaf in module.state_dict(keep_vars=True):
+                        path = f"{inner}.{leaf}" if inner else leaf
+                        homes[f"{PREFIX}{name}.{path}"] = (_Home(module, leaf), True)
+    for name, module in model.model.named_modules():
+        for leaf, parameter in module._parameters.items():
+            # What a file may have beside: trained biases, resized embeddings.
+            if parameter is not None and leaf in ("weight", "bias"):
+                homes.setdefault(f"{PREFIX}{name}.{leaf}", (_Home(module, leaf), False))
+    return homes
+
+
+def _in_model(key: str) -> str:
+    suffix = "lora_magnitude_vector"
+    return f"{key}.weight" if key.endswith(suffix) else key
+
+
+def _unexcused(keys: Iterable[str], ignore: Collection[str]) -> list[str]:
+    return sorted(key for key in keys if not any(fnmatchcase(key, mark) for mark in ignore))

@@ -1,0 +1,576 @@
+"""Adapters in a live model: put in, chosen, switched off, taken out, merged."""
+
+from __future__ import annotations
+
+import copy
+import warnings
+from collections.abc import Collection, Iterable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from dataclasses import replace
+from typing import Any, ClassVar
+
+import torch
+from torch import Tensor, nn
+
+from adaptsurgery.core.config import AdapterConfig
+from adaptsurgery.core.update import Update
+from adaptsurgery.modules import slots
+from adaptsurgery.modules.layer import AdaptedLayer
+from adaptsurgery.modules.saved import SavedModule
+from adaptsurgery.modules.walk import Walk, model_type, outputs
+from adaptsurgery.targeting import Target, find_targets
+from adaptsurgery_formats.errors import NameLookupError, SurgeryError, ValueRefused, nearest
+
+Names = str | Sequence[str]
+
+
+class AdaptedModel(nn.Module):
+    """A model whose layers hold adapters, changed in place: ``model`` is the model itself.
+
+    Takes what PEFT's LoraModel and its like take. ``low_cpu_mem_usage`` leaves the adapter's tensors
+    on the meta device, to be loaded; ``state_dict`` names, by its keys alone, the modules to adapt.
+    ``peft_config`` holds the configs by adapter. Raises what ``add_adapter`` raises.
+    """
+
+    algorithm: ClassVar[str] = ""  # the one that is taken; "" takes all, side by side
+    model: nn.Module
+
+    def __init__(
+        self,
+        model: nn.Module,
+        config: AdapterConfig | Mapping[str, AdapterConfig],
+        adapter_name: str = "default",
+        low_cpu_mem_usage: bool = False,
+        state_dict: Mapping[str, Tensor] | None = None,
+    ) -> None:
+        super().__init__()
+        if any(isinstance(m, (AdaptedLayer, SavedModule)) for m in model.modules()):
+            raise ValueRefused(
+                "the model has adapters in it already",
+                next="add_adapter on what holds them, or unload() first",
+                code="adapted-already",
+            )
+        self.model = model
+        self.training = model.training
+        self.peft_config: dict[str, AdapterConfig] = {}
+        self.active_adapters: list[str] = []
+        self.enabled = True
+        configs = config if isinstance(config, Mapping) else {adapter_name: config}
+        trained = [p for p in model.parameters() if p.requires_grad]
+        model.requires_grad_(False)
+        try:
+            for name, one in configs.items():
+                self.add_adapter(name, one, low_cpu_mem_usage, state_dict=state_dict)
+        except BaseException:
+            for parameter in trained:
+                parameter.requires_grad_(True)
+            raise
+        self.set_adapter(next(iter(configs)), inference_mode=next(iter(configs.values())).inference_mode)
+
+    def __getattr__(self, name: str) -> Any:
+        try:
+            return super().__getattr__(name)
+        except AttributeError:
+            if name == "model" or "model" not in self.__dict__.get("_modules", {}):
+                raise
+        return getattr(self.model, name)
+
+    def forward(self, *args: Any, **kwargs: Any) -> Any:
+        return self.model(*args, **kwargs)
+
+    def train(self, mode: bool = True) -> AdaptedModel:
+        """As of any module; ValueRefused to train while adapters are merged."""
+        if mode and self.merged_adapters:
+            raise ValueRefused(
+                f"training would pass by the merged {', '.join(self.merged_adapters)}",
+                next="unmerge_adapter() first",
+                code="merged",
+            )
+        super().train(mode)
+        return self
+
+    # --- what there is ---------------------------------------------------------------------------
+
+    def layers(self) -> Iterator[tuple[str, AdaptedLayer]]:
+        """The adapted layers by the base's names for them."""
+        for name, module in Walk.of(self.model).modules.items():
+            if isinstance(module, AdaptedLayer):
+                yield name, module
+
+    def saved_modules(self) -> Iterator[tuple[str, SavedModule]]:
+        """The modules with copies to save, by the base's names for them."""
+        for name, module in Walk.of(self.model).modules.items():
+            if isinstance(module, SavedModule):
+                yield name, module
+
+    def _holders(self) -> Iterator[AdaptedLayer | SavedModule]:
+        for module in self.model.modules():
+            if isinstance(module, (AdaptedLayer, SavedModule)):
+                yield module
+
+    @property
+    def active_adapter(self) -> str | list[str]:
+        """The active adapter, or all of them where there are several."""
+        return self.active_adapters[0] if len(self.active_adapters) == 1 else self.active_adapters
+
+    @property
+    def merged_adapters(self) -> list[str]:
+        """The adapters that are merged in some layer."""
+        if "model" not in self._modules:
+            return []
+        found = (m.merged for m in self.model.modules() if isinstance(m, AdaptedLayer))
+        return list(dict.fromkeys(name for merged in found for name in merged))
+
+    def update(self, path: str, adapter: str) -> Update:
+        """An adapter's update of one layer, of its live tensors. NameLookupError for no such layer."""
+        held = {name: layer for name, layer in self.layers() if adapter in layer.settings}
+        if path not in held:
+            raise NameLookupError(f"`{adapter}` has no `{path}`", next=nearest(path, held))
+        return held[path].update(adapter)
+
+    # --- putting in ------------------------------------------------------------------------------
+
+    def add_adapter(
+        self,
+        adapter_name: str,
+        config: AdapterConfig,
+        low_cpu_mem_usage: bool = False,
+        *,
+        state_dict: Mapping[str, Tensor] | None = None,
+    ) -> None:
+        """Put an adapter in, not active. The model is as it was if anything is refused.
+
+        Raises ValueRefused for a name that is taken or has a dot, for a config of another algorithm,
+        a quantised layer, a module that is targeted twice, and what ``find_targets`` and the config
+        refuse.
+        """
+        self._check_name(adapter_name)
+        self._check_config(config)
+        config = copy.deepcopy(config)
+        walk = Walk.of(self.model)
+        wanted = config if state_dict is None else _of_keys(config, state_dict)
+        found = find_targets(
+            walk.kinds(),
+            wanted,
+            model_type=model_type(self.model),
+            outputs=outputs(walk, self.model),
+        )
+        for note in found.notes:
+            warnings.warn(f"{note.where}: {note.text} [{note.code}]", stacklevel=4)
+        layers = self._planned(walk, found.chosen, config, low_cpu_mem_usage)
+        self._attach(walk, adapter_name, config, layers)
+        self._save_whole(walk, adapter_name, found.saved)
+        self.peft_config[adapter_name] = config
+        self._biases(config, [layer for layer, _ in layers])
+        self._activate()
+
+    def _planned(
+        self, walk: Walk, chosen: Iterable[Target], config: AdapterConfig, empty: bool
+    ) -> list[tuple[AdaptedLayer, Update]]:
+        """The layers and their new updates, while nothing is changed."""
+        layers: dict[int, tuple[AdaptedLayer, Update, Target]] = {}
+        for target in chosen:
+            module = walk.modules[target.name]
+            if id(module) in layers:
+                _check_same(layers[id(module)][2], target)
+                continue
+            try:
+                layer = module if isinstance(module, AdaptedLayer) else AdaptedLayer(module)
+                layers[id(module)] = (layer, _new_update(layer, target, config, empty), target)
+            except SurgeryError as error:
+                error.where = error.where or target.name
+                raise
+        _tell_shared(walk, {target.name for target in chosen}, layers)
+        return [(layer, update) for layer, update, _ in layers.values()]
+
+    def _attach(
+        self,
+        walk: Walk,
+        adapter: str,
+        config: AdapterConfig,
+        layers: Iterable[tuple[AdaptedLayer, Update]],
+    ) -> None:
+        for layer, update in layers:
+            layer.add(adapter, update, config)
+            if id(layer.base_layer) in walk.places:
+                walk.put(layer.base_layer, layer)
+
+    def _save_whole(self, walk: Walk, adapter: str, names: Iterable[str]) -> None:
+        for name in names:
+            module = walk.modules[name]
+            if not isinstance(module, SavedModule):
+                wrapper = SavedModule(module)
+                walk.put(module, wrapper)
+                module = wrapper
+            if adapter not in module.modules_to_save:
+                module.add(adapter)
+
+    def _biases(self, config: AdapterConfig, layers: Iterable[AdaptedLayer]) -> None:
+        said = getattr(config, "bias", "none")
+        if said == "all":
+            for name, parameter in self.model.named_parameters():
+                if name.rpartition(".")[2] == "bias" and "modules_to_save" not in name:
+                    parameter.requires_grad_(True)
+        elif said != "none":
+            for layer in layers:
+                if isinstance(bias := getattr(layer.base_layer, "bias", None), Tensor):
+                    bias.requires_grad_(True)
+
+    def _check_name(self, name: str) -> None:
+        if name in self.peft_config:
+            raise ValueRefused(
+                f"there is an adapter `{name}` already",
+                next="another name, or delete_adapter first",
+                code="name-taken",
+            )
+        if not isinstance(name, str) or not name.isprintable() or not name.strip() or "." in name:
+            raise ValueRefused(
+                f"{name!r} is no adapter's name: it is a part of its tensors' keys",
+                next="a name without dots",
+                code="bad-name",
+            )
+        if hasattr(slots.Bank(), name) or hasattr(nn.ModuleDict(), name):
+            raise ValueRefused(
+                f"`{name}` is what torch calls something of every module",
+                next="another name",
+                code="bad-name",
+            )
+
+    def _check_config(self, config: AdapterConfig) -> None:
+        if not isinstance(config, AdapterConfig):
+            raise ValueRefused(
+                f"a {type(config).__name__} is no config of this house",
+                next="LoraConfig, LoHaConfig, LoKrConfig or HRAConfig of adaptsurgery",
+                code="bad-config",
+            )
+        if self.algorithm not in ("", config.algorithm):
+            raise ValueRefused(
+                f"a {type(self).__name__} does not take a {type(config).__name__}",
+                next="get_peft_model(…, mixed=True) takes all algorithms side by side",
+                code="mixed-algorithms",
+            )
+        trained = [n for n, c in self.peft_config.items() if getattr(c, "bias", "none") != "none"]
+        if trained and getattr(config, "bias", "none") != "none":
+            raise ValueRefused(
+                f"the base's biases are trained with `{trained[0]}` already: they are not kept apart",
+                next='bias="none"',
+                code="biases-shared",
+            )
+
+    # --- choosing --------------------------------------------------------------------------------
+
+    def set_adapter(
+        self,
+        adapter_name: Names,
+        inference_mode: bool = False,
+        weights: Sequence[float] | None = None,
+    ) -> None:
+        """Make one or several adapters active, in order; they alone are trainable.
+
+        ``weights`` multiply what each adds; a rotation and a DoRA take 1. NameLookupError for an
+        unknown name, ValueRefused while adapters are merged.
+        """
+        names = [adapter_name] if isinstance(adapter_name, str) else list(dict.fromkeys(adapter_name))
+        for name in names:
+            self._known(name)
+        if self.merged_adapters:
+            raise ValueRefused(
+                f"{', '.join(self.merged_adapters)} is merged", next="unmerge_adapter() first", code="merged"
+            )
+        strengths = [1.0] * len(names) if weights is None else [float(w) for w in weights]
+        if len(strengths) != len(names):
+            raise ValueRefused(f"{len(strengths)} weights for {len(names)} adapters", code="bad-weights")
+        for name, weight in zip(names, strengths):
+            self._weigh(name, weight)
+        self.active_adapters = names
+        self._activate(inference_mode)
+
+    def _weigh(self, adapter: str, weight: float) -> None:
+        for module in self._holders():
+            if isinstance(module, AdaptedLayer) and adapter in module.settings:
+                said = module.settings[adapter]
+                if said.weight != weight:
+                    module.settings[adapter] = replace(said, weight=weight)
+                    try:
+                        module.update(adapter)  # refused where a weight has no meaning
+                    except SurgeryError:
+                        module.settings[adapter] = said
+                        raise
+
+    def _activate(self, inference: bool = False) -> None:
+        """Tell every layer what is active, and train that alone."""
+        active = tuple(self.active_adapters)
+        for module in self._holders():
+            module.active, module.enabled = active, self.enabled
+            held = module.settings if isinstance(module, AdaptedLayer) else module.modules_to_save
+            for name in held:
+                trained = name in active and not inference
+                for tensor in parameters_of(module, name):
+                    tensor.requires_grad_(trained)
+
+    def _known(self, name: str) -> str:
+        if name not in self.peft_config:
+            hint = nearest(name, self.peft_config) or f"there are {', '.join(self.peft_config) or 'none'}"
+            raise NameLookupError(f"there is no adapter `{name}`", next=hint, code="unknown-adapter")
+        return name
+
+    def disable_adapter_layers(self) -> None:
+        """Let the base alone compute; what is merged is taken out."""
+        merged = {id(m): m.merged for m in self._holders() if isinstance(m, AdaptedLayer)}
+        for module in self._holders():
+            module.enabled = False
+            if isinstance(module, AdaptedLayer) and merged[id(module)]:
+                module.unmerge()
+        self.enabled = False
+
+    def enable_adapter_layers(self) -> None:
+        """Let the active adapters compute again."""
+        self.enabled = True
+        for module in self._holders():
+            module.enabled = True
+
+    @contextmanager
+    def disable_adapter(self) -> Iterator[None]:
+        """Within this context the base alone computes; what was merged is merged again after it."""
+        was, merged = self.enabled, [(m, m.merged) for m in self._holders() if isinstance(m, AdaptedLayer)]
+        self.disable_adapter_layers()
+        try:
+            yield
+        finally:
+            for layer, names in merged:
+                layer.merge(names)
+            if was:
+                self.enable_adapter_layers()
+
+    def delete_adapter(self, adapter_name: str) -> None:
+        """Take an adapter out. The first of the others becomes active where it was the only active one.
+
+        NameLookupError for an unknown name, ValueRefused for one that is merged.
+        """
+        self._known(adapter_name)
+        if adapter_name in self.merged_adapters:
+            raise ValueRefused(
+                f"`{adapter_name}` is merged into the base",
+                next="unmerge_adapter() first, or merge_and_unload() to keep it there",
+                code="merged",
+            )
+        for module in self._holders():
+            held = module.settings if isinstance(module, AdaptedLayer) else module.modules_to_save
+            if adapter_name in held:
+                module.drop(adapter_name)
+        del self.peft_config[adapter_name]
+        left = [name for name in self.active_adapters if name != adapter_name]
+        if self.active_adapters and not left and self.peft_config:
+            left = [next(iter(self.peft_config))]
+            warnings.warn(f"`{adapter_name}` was active; now `{left[0]}` is", stacklevel=2)
+        self.active_adapters = left
+        self._activate()
+
+    # --- merging ---------------------------------------------------------------------------------
+
+    def merge_adapter(
+        self, adapter_names: Names | None = None, safe_merge: bool = False, *, keep: bool = True
+    ) -> None:
+        """Fold adapters (the active ones) into the base's weights; ``unmerge_adapter`` undoes it.
+
+        Several merged one after the other are as if merged at once. With ``keep`` the original
+        weights are held, and come back bit for bit; without, they are computed back, up to rounding,
+        and a DoRA cannot be. ``safe_merge`` refuses weights that are not finite.
+        ValueRefused while the model trains: merged adapters are not trained.
+        """
+        if self.training:
+            raise ValueRefused(
+                "merged adapters are not trained, and the model is in training mode",
+                next="eval() first; or merge_and_unload() for good",
+                code="training",
+            )
+        self._merge(self._chosen(adapter_names), safe_merge, keep)
+
+    def _chosen(self, names: Names | None) -> list[str]:
+        if names is None:
+            return list(self.active_adapters)
+        return [self._known(n) for n in ([names] if isinstance(names, str) else names)]
+
+    def _merge(self, names: Sequence[str], safe: bool, keep: bool) -> None:
+        done = []
+        try:
+            for name, layer in self.layers():
+                before = layer.merged
+                try:
+                    layer.merge(names, keep=True, safe=safe)
+                except SurgeryError as error:
+                    error.where = error.where or name
+                    raise
+                done.append((layer, before))
+        except BaseException:
+            for layer, before in done:
+                layer.unmerge()
+                layer.merge(before)
+            raise
+        for layer, _ in done if not keep else ():
+            layer.forget()
+
+    def unmerge_adapter(self) -> None:
+        """Take everything that is merged out of the base's weights again."""
+        for _, layer in self.layers():
+            layer.unmerge()
+
+    def merge_and_unload(
+        self,
+        progressbar: bool = False,
+        safe_merge: bool = False,
+        adapter_names: Names | None = None,
+    ) -> nn.Module:
+        """Fold adapters (the active ones) into the base for good, and give it back as it was built.
+
+        Dropouts are no part of it, in training mode either. A weight that other modules share is no
+        longer shared afterwards, with a warning.
+        """
+        names = self._chosen(adapter_names)
+        tied = _tied(self.model)
+        self._unload(names, progressbar, safe_merge)
+        self._tell_untied(tied)
+        return self.model
+
+    def unload(self) -> nn.Module:
+        """Take all adapters out and give the base back, with its own keys and numbers."""
+        for _, layer in self.layers():
+            layer.unmerge()
+        self._unload([], False, False)
+        return self.model
+
+    def _unload(self, names: Sequence[str], progressbar: bool, safe: bool) -> None:
+        walk = Walk.of(self.model)
+        holders = {id(m): m for m in walk.modules.values() if isinstance(m, (AdaptedLayer, SavedModule))}
+        for holder in _progress(list(holders.values()), progressbar):
+            if isinstance(holder, SavedModule):
+                kept = [n for n in names if n in holder.modules_to_save]
+                new = holder.modules_to_save[kept[0]] if kept else holder.original_module
+            else:
+                holder.merge(names, keep=False, safe=safe)
+                new = holder.base_layer
+            walk.put(holder, new)
+        self.peft_config, self.active_adapters = {}, []
+
+    def _tell_untied(self, tied: Mapping[int, list[str]]) -> None:
+        after = dict(self.model.named_parameters(remove_duplicate=False))
+        for names in tied.values():
+            held = {id(after[name]) for name in names if name in after}
+            if len(held) > 1:
+                config = getattr(self.model, "config", None)
+                if getattr(config, "tie_word_embeddings", False):
+                    config.tie_word_embeddings = False  # type: ignore[union-attr]
+                warnings.warn(f"no longer one tensor: {', '.join(names)}", stacklevel=4)
+
+
+class LoraModel(AdaptedModel):
+    """A model with LoRAs in it (arXiv 2106.09685); see AdaptedModel."""
+
+    algorithm = "lora"
+
+
+class LoHaModel(AdaptedModel):
+    """A model with LoHas in it (arXiv 2108.06098); see AdaptedModel."""
+
+    algorithm = "loha"
+
+
+class LoKrModel(AdaptedModel):
+    """A model with LoKrs in it (arXiv 2309.14859); see AdaptedModel."""
+
+    algorithm = "lokr"
+
+
+class HRAModel(AdaptedModel):
+    """A model with Householder reflections in it (arXiv 2405.17484); see AdaptedModel."""
+
+    algorithm = "hra"
+
+
+MODELS: dict[str, type[AdaptedModel]] = {
+    m.algorithm: m for m in (AdaptedModel, LoraModel, LoHaModel, LoKrModel, HRAModel)
+}
+
+
+def parameters_of(module: AdaptedLayer | SavedModule, adapter: str) -> Collection[Tensor]:
+    """The parameters that an adapter has in a layer or a saved module."""
+    if isinstance(module, AdaptedLayer):
+        return module.tensors(adapter).values()
+    return list(module.modules_to_save[adapter].parameters())
+
+
+def _new_update(layer: AdaptedLayer, target: Target, config: AdapterConfig, empty: bool) -> Update:
+    """New tensors for a layer, beside its weight; in float32 where that is narrower."""
+    base = layer.layer()
+    if base.kind not in config.kinds:
+        raise ValueRefused(
+            f"{config.algorithm} is not for a {type(layer.base_layer).__name__}",
+            next=f"it takes {', '.join(sorted(config.kinds))}",
+            code="unsupported-layer",
+        )
+    device = torch.device("meta") if empty else base.weight.device
+    dtype = torch.promote_types(base.weight.dtype, torch.float32)
+    said: dict[str, Any] = {"rank": target.rank, "alpha": target.alpha, "kind": base.kind}
+    if device.type == "meta":
+        update = config.blank(base.shape, device=device, dtype=dtype, **said)
+        return update
+    with torch.no_grad():
+        weight = base.canonical().detach()
+        return config.fresh(base.shape, device=device, dtype=dtype, weight=weight, **said)
+
+
+def _check_same(first: Target, second: Target) -> None:
+    if (first.rank, first.alpha) != (second.rank, second.alpha):
+        raise ValueRefused(
+            f"one module is targeted twice, as `{first.name}` and as `{second.name}`",
+            seen=f"rank {first.rank} and {second.rank}, alpha {first.alpha} and {second.alpha}",
+            next="exclude one of the names, or give both the same rank and alpha",
+            code="targeted-twice",
+        )
+
+
+def _tell_shared(walk: Walk, chosen: set[str], layers: Collection[int]) -> None:
+    """Warn of names that are adapted only because they share a module with one that is targeted."""
+    if sum(len(walk.places.get(id(m), ())) > 1 for m in walk.modules.values()) == 0:
+        return
+    others = [n for n, m in walk.modules.items() if id(m) in layers and n not in chosen]
+    if others:
+        warnings.warn(f"adapted too, being the same module: {', '.join(others[:6])}", stacklevel=5)
+
+
+def _of_keys(config: AdapterConfig, keys: Iterable[str]) -> AdapterConfig:
+    """The config with the modules that a state dict's keys name for its targets, and no others."""
+    import re
+
+    marks = tuple(f".{suffix.partition('.')[0]}" for suffix in slots.SUFFIXES)
+    names: dict[str, None] = {}
+    for key in keys:
+        at = max((key.rfind(mark) for mark in marks), default=-1)
+        if at > 0:
+            names.setdefault(key[:at].removeprefix("base_model.").removeprefix("model."))
+    if not names:
+        raise ValueRefused("the state dict names no adapter's tensor", code="empty-adapter")
+    pattern = "|".join(f"(?:model\\.)?{re.escape(name)}" for name in names)
+    return replace(
+        config,
+        target_modules=pattern,
+        exclude_modules=None,
+        layers_to_transform=None,
+        layers_pattern=None,
+    )
+
+
+def _tied(model: nn.Module) -> dict[int, list[str]]:
+    """The names of every parameter that has several."""
+    found: dict[int, list[str]] = {}
+    for name, parameter in model.named_parameters(remove_duplicate=False):
+        found.setdefault(id(parameter), []).append(name.replace(".base_layer.", "."))
+    return {key: names for key, names in found.items() if len(names) > 1}
+
+
+def _progress(items: list[Any], shown: bool) -> Iterable[Any]:
+    if not shown:
+        return items
+    from tqdm import tqdm
+
+    return tqdm(items, desc="unloading", unit="layer")

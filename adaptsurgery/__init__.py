@@ -31,26 +31,37 @@ if TYPE_CHECKING:
     from adaptsurgery.jobs.report import Report
     from adaptsurgery.jobs.resize import resize
     from adaptsurgery.jobs.verify import verify
+    from adaptsurgery.modules.model import AdaptedModel, HRAModel, LoHaModel, LoKrModel, LoraModel
+    from adaptsurgery.modules.peft_model import PeftModel, get_peft_model
+    from adaptsurgery.modules.penalty import orthogonality
     from adaptsurgery.targeting import find_targets
     from adaptsurgery_formats.errors import SurgeryError
 
 __version__ = "0.1.0"
 __all__ = [
+    "AdaptedModel",
     "Adapter",
     "AdapterConfig",
     "HRAConfig",
+    "HRAModel",
     "LoHaConfig",
+    "LoHaModel",
     "LoKrConfig",
+    "LoKrModel",
     "LoraConfig",
+    "LoraModel",
+    "PeftModel",
     "Report",
     "SurgeryError",
     "combine",
     "convert",
     "find_targets",
     "fold",
+    "get_peft_model",
     "inspect",
     "load",
     "merge",
+    "orthogonality",
     "plan_merge",
     "resize",
     "unfold",
@@ -61,6 +72,14 @@ __all__ = [
 
 # Public name → where it lives; submodules are attributes too, at every level.
 _HOMES = {
+    "AdaptedModel": "adaptsurgery.modules.model",
+    "HRAModel": "adaptsurgery.modules.model",
+    "LoHaModel": "adaptsurgery.modules.model",
+    "LoKrModel": "adaptsurgery.modules.model",
+    "LoraModel": "adaptsurgery.modules.model",
+    "PeftModel": "adaptsurgery.modules.peft_model",
+    "get_peft_model": "adaptsurgery.modules.peft_model",
+    "orthogonality": "adaptsurgery.modules.penalty",
     "AdapterConfig": "adaptsurgery.algorithms",
     "HRAConfig": "adaptsurgery.algorithms",
     "LoHaConfig": "adaptsurgery.algorithms",

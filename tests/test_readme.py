@@ -67,7 +67,7 @@ def test_the_commands(
 
 def test_the_library(kept: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.chdir(kept)
-    library, live = blocks("python")
+    library, live, *_ = blocks("python")
     names: dict[str, object] = {}
     with redirect_stdout(StringIO()) as out:
         exec(compile(library, "README.md", "exec"), names)

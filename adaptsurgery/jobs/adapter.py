@@ -8,7 +8,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from adaptsurgery.jobs.convert import write_adapter
-from adaptsurgery.jobs.loading import AnyPath, Loaded, load_state, names_of
+from adaptsurgery.jobs.loading import AnyBase, AnyPath, Loaded, load_state, names_of
 from adaptsurgery.jobs.report import Report
 from adaptsurgery.jobs.updates import modules_of, update_of
 from adaptsurgery_formats import AdapterState, ModuleState, Note
@@ -169,14 +169,14 @@ def _placed(key: str, names: Names | None) -> tuple[str, str]:
 
 def load(
     path: AnyPath | Sequence[AnyPath],
-    base: str | os.PathLike[str] | None = None,
+    base: AnyBase | None = None,
     layout: str | None = None,
 ) -> Adapter:
     """The adapter at a path or Hub name (``org/name[@revision][:file]``).
 
     Several paths are parts of one adapter, a UNet's and its text encoders'.
-    ``base`` gives the module list (a checkpoint, a folder, a Hub name, or sd15, sd2, sdxl, flux),
-    which flat names need unless a bundled table has them; ``layout`` overrules detection. Only
+    ``base`` gives the module list (a checkpoint, a folder, a Hub name, sd15, sd2, sdxl, flux, or the
+    list itself: module path → its weight's shape), which flat names need unless a bundled table has them; ``layout`` overrules detection. Only
     headers are read until an update is asked for. Raises SurgeryError for whatever is wrong.
     """
     return Adapter(load_state(path, base=base, layout=layout))

@@ -6,7 +6,7 @@ import json
 import math
 import os
 import re
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -37,6 +37,7 @@ if TYPE_CHECKING:
     from adaptsurgery.checkpoint.base import Base
 
 AnyPath = str | os.PathLike[str]
+AnyBase = AnyPath | Mapping[str, tuple[int, ...]]
 _COMPONENT = re.compile(r"unet|transformer|text_encoder(_[23])?")
 CONFIG = "adapter_config.json"
 WEIGHTS = "adapter_model.safetensors"
@@ -58,7 +59,7 @@ class Loaded:
 def load_state(
     path: AnyPath | Sequence[AnyPath],
     *,
-    base: str | os.PathLike[str] | None = None,
+    base: AnyBase | None = None,
     layout: str | None = None,
     look_up: bool = True,
 ) -> Loaded:
@@ -164,8 +165,13 @@ def _look_up_in_tables(loaded: Loaded, must: bool) -> None:
         require_resolved(loaded.state)
 
 
-def names_of(base: str | os.PathLike[str]) -> tuple[Names, Base | None]:
-    """The module names of a base: a bundled table by its name, or a checkpoint's own list."""
+def names_of(base: AnyBase) -> tuple[Names, Base | None]:
+    """The module names of a base: a bundled table by its name, or a checkpoint's own list.
+
+    A mapping is such a list itself, of one model: module path → its weight's shape.
+    """
+    if isinstance(base, Mapping):
+        return names_of_base({"": base}, "the model"), None
     spec = os.fspath(base)
     if spec in TABLES and not os.path.lexists(spec):
         return table(spec), None

@@ -1,8 +1,8 @@
 """Adapters of a live model in files: PEFT's folder directly, other layouts through the format layer.
 
-    base_model.model.<path>.lora_A.weight        a layer's tensors, without the adapter's name
-    base_model.model.<path>.weight               modules_to_save
-    base_model.model.<path>.base_layer.bias      biases that are trained beside it
+base_model.model.<path>.lora_A.weight        a layer's tensors, without the adapter's name
+base_model.model.<path>.weight               modules_to_save
+base_model.model.<path>.base_layer.bias      biases that are trained beside it
 """
 
 from __future__ import annotations
@@ -141,7 +141,9 @@ def shapes_of(model: nn.Module) -> dict[str, tuple[int, ...]]:
     """The shape of every module's weight by the module's name, as the base was built."""
     found = {}
     for name, parameter in model.named_parameters(remove_duplicate=False):
-        path, _, leaf = name.replace(".base_layer.", ".").replace(".original_module.", ".").rpartition(".")
+        path, _, leaf = (
+            name.replace(".base_layer.", ".").replace(".original_module.", ".").rpartition(".")
+        )
         if leaf == "weight" and path:
             found[path] = tuple(parameter.shape)
     return found
@@ -235,16 +237,28 @@ def _homes(model: AdaptedModel, adapter: str) -> dict[str, tuple[_Home, bool]]:
         if adapter in wrapper.modules_to_save:
             copy = wrapper.modules_to_save[adapter]
             for inner, module in copy.named_modules():
-                for leaf in (*module._parameters, *module._buffers):
-                    if leaf in module.state_dict(keep_vars=True):
+                buffers = module._buffers.keys() - module._non_persistent_buffers_set
+                for leaf in (*module._parameters, *buffers):
+                    if getattr(module, leaf) is not None:
                         path = f"{inner}.{leaf}" if inner else leaf
                         homes[f"{PREFIX}{name}.{path}"] = (_Home(module, leaf), True)
-    for name, module in model.model.named_modules():
-        for leaf, parameter in module._parameters.items():
-            # What a file may have beside: trained biases, resized embeddings.
-            if parameter is not None and leaf in ("weight", "bias"):
-                homes.setdefault(f"{PREFIX}{name}.{leaf}", (_Home(module, leaf), False))
+    for name, module, leaf in _beside(model, adapter):
+        homes.setdefault(f"{PREFIX}{name}.{leaf}", (_Home(module, leaf), False))
     return homes
+
+
+def _beside(model: AdaptedModel, adapter: str) -> Iterator[tuple[str, nn.Module, str]]:
+    """What a file may have of the base: biases where they are trained, embeddings (PEFT's habit)."""
+    biases = getattr(model.peft_config[adapter], "bias", "none") != "none"
+    ask = getattr(model.model, "get_output_embeddings", None)
+    head = ask() if callable(ask) else None
+    head = getattr(head, "base_layer", head)
+    for name, module in model.model.named_modules():
+        name = name.removesuffix(".original_module")
+        if biases and module._parameters.get("bias") is not None:
+            yield name, module, "bias"
+        if isinstance(module, nn.Embedding) or (head is not None and module is head):
+            yield name, module, "weight"
 
 
 def _in_model(key: str) -> str:

@@ -93,7 +93,7 @@ class AdaptedLayer(nn.Module):
         self.kind = layer.kind
         self.geometry = {name: getattr(layer, name) for name in _GEOMETRY}
         self.dims, self.shape = layer.dims, layer.shape
-        self.plain = type(base_layer) in _PLAIN or layer.transposed and layer.kind == "linear"
+        self.plain = type(base_layer) in _PLAIN or (layer.transposed and layer.kind == "linear")
         self._original: tuple[Tensor, Tensor | None] | None = None
         self.train(base_layer.training)
 
@@ -254,14 +254,16 @@ class AdaptedLayer(nn.Module):
                 code="not-a-parameter",
             )
         if layer.weight.is_meta:
-            raise ValueRefused("the weight is on the meta device: it has no numbers", code="no-numbers")
+            raise ValueRefused(
+                "the weight is on the meta device: it has no numbers", code="no-numbers"
+            )
         return layer.weight, layer.bias
 
     def _set(self, weight: Tensor, bias: Tensor | None) -> None:
         """New parameters for the base layer: those that other modules share stay as they are."""
         for name, new in (("weight", weight), ("bias", bias)):
             old = getattr(self.base_layer, name, None)
-            if new is None and old is None or new is old:
+            if new is old:
                 continue
             if name == "bias" and self.kind == "embedding":
                 raise ValueRefused("an embedding has no place for a bias", code="no-bias")

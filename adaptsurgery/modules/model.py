@@ -9,16 +9,23 @@ from contextlib import contextmanager
 from dataclasses import replace
 from typing import Any, ClassVar
 
-import torch
 from torch import Tensor, nn
 
 from adaptsurgery.core.config import AdapterConfig
 from adaptsurgery.core.update import Update
-from adaptsurgery.modules import slots
+from adaptsurgery.modules.injection import (
+    attach,
+    check_name,
+    of_keys,
+    planned,
+    save_whole,
+    tied,
+    train_biases,
+)
 from adaptsurgery.modules.layer import AdaptedLayer
 from adaptsurgery.modules.saved import SavedModule
 from adaptsurgery.modules.walk import Walk, model_type, outputs
-from adaptsurgery.targeting import Target, find_targets
+from adaptsurgery.targeting import Targets, find_targets
 from adaptsurgery_formats.errors import NameLookupError, SurgeryError, ValueRefused, nearest
 
 Names = str | Sequence[str]
@@ -65,7 +72,9 @@ class AdaptedModel(nn.Module):
             for parameter in trained:
                 parameter.requires_grad_(True)
             raise
-        self.set_adapter(next(iter(configs)), inference_mode=next(iter(configs.values())).inference_mode)
+        self.set_adapter(
+            next(iter(configs)), inference_mode=next(iter(configs.values())).inference_mode
+        )
 
     def __getattr__(self, name: str) -> Any:
         try:
@@ -128,6 +137,11 @@ class AdaptedModel(nn.Module):
             raise NameLookupError(f"`{adapter}` has no `{path}`", next=nearest(path, held))
         return held[path].update(adapter)
 
+    def scales(self, config: AdapterConfig) -> dict[str, float]:
+        """The scale that a config gives each layer that it targets."""
+        found = self._targets(Walk.of(self.model), config)
+        return {t.name: config.scale(t.rank, t.alpha) for t in found.chosen}
+
     # --- putting in ------------------------------------------------------------------------------
 
     def add_adapter(
@@ -144,97 +158,24 @@ class AdaptedModel(nn.Module):
         a quantised layer, a module that is targeted twice, and what ``find_targets`` and the config
         refuse.
         """
-        self._check_name(adapter_name)
+        check_name(adapter_name, self.peft_config)
         self._check_config(config)
         config = copy.deepcopy(config)
         walk = Walk.of(self.model)
-        wanted = config if state_dict is None else _of_keys(config, state_dict)
-        found = find_targets(
-            walk.kinds(),
-            wanted,
-            model_type=model_type(self.model),
-            outputs=outputs(walk, self.model),
-        )
+        wanted = config if state_dict is None else of_keys(config, state_dict)
+        found = self._targets(walk, wanted)
         for note in found.notes:
             warnings.warn(f"{note.where}: {note.text} [{note.code}]", stacklevel=4)
-        layers = self._planned(walk, found.chosen, config, low_cpu_mem_usage)
-        self._attach(walk, adapter_name, config, layers)
-        self._save_whole(walk, adapter_name, found.saved)
+        layers = planned(walk, found.chosen, config, low_cpu_mem_usage)
+        attach(walk, adapter_name, config, layers)
+        save_whole(walk, adapter_name, found.saved)
         self.peft_config[adapter_name] = config
-        self._biases(config, [layer for layer, _ in layers])
+        train_biases(self.model, config, [layer for layer, _ in layers])
         self._activate()
 
-    def _planned(
-        self, walk: Walk, chosen: Iterable[Target], config: AdapterConfig, empty: bool
-    ) -> list[tuple[AdaptedLayer, Update]]:
-        """The layers and their new updates, while nothing is changed."""
-        layers: dict[int, tuple[AdaptedLayer, Update, Target]] = {}
-        for target in chosen:
-            module = walk.modules[target.name]
-            if id(module) in layers:
-                _check_same(layers[id(module)][2], target)
-                continue
-            try:
-                layer = module if isinstance(module, AdaptedLayer) else AdaptedLayer(module)
-                layers[id(module)] = (layer, _new_update(layer, target, config, empty), target)
-            except SurgeryError as error:
-                error.where = error.where or target.name
-                raise
-        _tell_shared(walk, {target.name for target in chosen}, layers)
-        return [(layer, update) for layer, update, _ in layers.values()]
-
-    def _attach(
-        self,
-        walk: Walk,
-        adapter: str,
-        config: AdapterConfig,
-        layers: Iterable[tuple[AdaptedLayer, Update]],
-    ) -> None:
-        for layer, update in layers:
-            layer.add(adapter, update, config)
-            if id(layer.base_layer) in walk.places:
-                walk.put(layer.base_layer, layer)
-
-    def _save_whole(self, walk: Walk, adapter: str, names: Iterable[str]) -> None:
-        for name in names:
-            module = walk.modules[name]
-            if not isinstance(module, SavedModule):
-                wrapper = SavedModule(module)
-                walk.put(module, wrapper)
-                module = wrapper
-            if adapter not in module.modules_to_save:
-                module.add(adapter)
-
-    def _biases(self, config: AdapterConfig, layers: Iterable[AdaptedLayer]) -> None:
-        said = getattr(config, "bias", "none")
-        if said == "all":
-            for name, parameter in self.model.named_parameters():
-                if name.rpartition(".")[2] == "bias" and "modules_to_save" not in name:
-                    parameter.requires_grad_(True)
-        elif said != "none":
-            for layer in layers:
-                if isinstance(bias := getattr(layer.base_layer, "bias", None), Tensor):
-                    bias.requires_grad_(True)
-
-    def _check_name(self, name: str) -> None:
-        if name in self.peft_config:
-            raise ValueRefused(
-                f"there is an adapter `{name}` already",
-                next="another name, or delete_adapter first",
-                code="name-taken",
-            )
-        if not isinstance(name, str) or not name.isprintable() or not name.strip() or "." in name:
-            raise ValueRefused(
-                f"{name!r} is no adapter's name: it is a part of its tensors' keys",
-                next="a name without dots",
-                code="bad-name",
-            )
-        if hasattr(slots.Bank(), name) or hasattr(nn.ModuleDict(), name):
-            raise ValueRefused(
-                f"`{name}` is what torch calls something of every module",
-                next="another name",
-                code="bad-name",
-            )
+    def _targets(self, walk: Walk, config: AdapterConfig) -> Targets:
+        kind, heads = model_type(self.model), outputs(walk, self.model)
+        return find_targets(walk.kinds(), config, model_type=kind, outputs=heads)
 
     def _check_config(self, config: AdapterConfig) -> None:
         if not isinstance(config, AdapterConfig):
@@ -270,16 +211,22 @@ class AdaptedModel(nn.Module):
         ``weights`` multiply what each adds; a rotation and a DoRA take 1. NameLookupError for an
         unknown name, ValueRefused while adapters are merged.
         """
-        names = [adapter_name] if isinstance(adapter_name, str) else list(dict.fromkeys(adapter_name))
+        names = (
+            [adapter_name] if isinstance(adapter_name, str) else list(dict.fromkeys(adapter_name))
+        )
         for name in names:
             self._known(name)
         if self.merged_adapters:
             raise ValueRefused(
-                f"{', '.join(self.merged_adapters)} is merged", next="unmerge_adapter() first", code="merged"
+                f"{', '.join(self.merged_adapters)} is merged",
+                next="unmerge_adapter() first",
+                code="merged",
             )
         strengths = [1.0] * len(names) if weights is None else [float(w) for w in weights]
         if len(strengths) != len(names):
-            raise ValueRefused(f"{len(strengths)} weights for {len(names)} adapters", code="bad-weights")
+            raise ValueRefused(
+                f"{len(strengths)} weights for {len(names)} adapters", code="bad-weights"
+            )
         for name, weight in zip(names, strengths):
             self._weigh(name, weight)
         self.active_adapters = names
@@ -310,8 +257,13 @@ class AdaptedModel(nn.Module):
 
     def _known(self, name: str) -> str:
         if name not in self.peft_config:
-            hint = nearest(name, self.peft_config) or f"there are {', '.join(self.peft_config) or 'none'}"
-            raise NameLookupError(f"there is no adapter `{name}`", next=hint, code="unknown-adapter")
+            hint = (
+                nearest(name, self.peft_config)
+                or f"there are {', '.join(self.peft_config) or 'none'}"
+            )
+            raise NameLookupError(
+                f"there is no adapter `{name}`", next=hint, code="unknown-adapter"
+            )
         return name
 
     def disable_adapter_layers(self) -> None:
@@ -332,7 +284,10 @@ class AdaptedModel(nn.Module):
     @contextmanager
     def disable_adapter(self) -> Iterator[None]:
         """Within this context the base alone computes; what was merged is merged again after it."""
-        was, merged = self.enabled, [(m, m.merged) for m in self._holders() if isinstance(m, AdaptedLayer)]
+        was, merged = (
+            self.enabled,
+            [(m, m.merged) for m in self._holders() if isinstance(m, AdaptedLayer)],
+        )
         self.disable_adapter_layers()
         try:
             yield
@@ -427,9 +382,9 @@ class AdaptedModel(nn.Module):
         longer shared afterwards, with a warning.
         """
         names = self._chosen(adapter_names)
-        tied = _tied(self.model)
+        shared = tied(self.model)
         self._unload(names, progressbar, safe_merge)
-        self._tell_untied(tied)
+        self._tell_untied(shared)
         return self.model
 
     def unload(self) -> nn.Module:
@@ -441,7 +396,9 @@ class AdaptedModel(nn.Module):
 
     def _unload(self, names: Sequence[str], progressbar: bool, safe: bool) -> None:
         walk = Walk.of(self.model)
-        holders = {id(m): m for m in walk.modules.values() if isinstance(m, (AdaptedLayer, SavedModule))}
+        holders = {
+            id(m): m for m in walk.modules.values() if isinstance(m, (AdaptedLayer, SavedModule))
+        }
         for holder in _progress(list(holders.values()), progressbar):
             if isinstance(holder, SavedModule):
                 kept = [n for n in names if n in holder.modules_to_save]
@@ -452,9 +409,9 @@ class AdaptedModel(nn.Module):
             walk.put(holder, new)
         self.peft_config, self.active_adapters = {}, []
 
-    def _tell_untied(self, tied: Mapping[int, list[str]]) -> None:
+    def _tell_untied(self, shared: Mapping[int, list[str]]) -> None:
         after = dict(self.model.named_parameters(remove_duplicate=False))
-        for names in tied.values():
+        for names in shared.values():
             held = {id(after[name]) for name in names if name in after}
             if len(held) > 1:
                 config = getattr(self.model, "config", None)
@@ -499,78 +456,10 @@ def parameters_of(module: AdaptedLayer | SavedModule, adapter: str) -> Collectio
     return list(module.modules_to_save[adapter].parameters())
 
 
-def _new_update(layer: AdaptedLayer, target: Target, config: AdapterConfig, empty: bool) -> Update:
-    """New tensors for a layer, beside its weight; in float32 where that is narrower."""
-    base = layer.layer()
-    if base.kind not in config.kinds:
-        raise ValueRefused(
-            f"{config.algorithm} is not for a {type(layer.base_layer).__name__}",
-            next=f"it takes {', '.join(sorted(config.kinds))}",
-            code="unsupported-layer",
-        )
-    device = torch.device("meta") if empty else base.weight.device
-    dtype = torch.promote_types(base.weight.dtype, torch.float32)
-    said: dict[str, Any] = {"rank": target.rank, "alpha": target.alpha, "kind": base.kind}
-    if device.type == "meta":
-        update = config.blank(base.shape, device=device, dtype=dtype, **said)
-        return update
-    with torch.no_grad():
-        weight = base.canonical().detach()
-        return config.fresh(base.shape, device=device, dtype=dtype, weight=weight, **said)
-
-
-def _check_same(first: Target, second: Target) -> None:
-    if (first.rank, first.alpha) != (second.rank, second.alpha):
-        raise ValueRefused(
-            f"one module is targeted twice, as `{first.name}` and as `{second.name}`",
-            seen=f"rank {first.rank} and {second.rank}, alpha {first.alpha} and {second.alpha}",
-            next="exclude one of the names, or give both the same rank and alpha",
-            code="targeted-twice",
-        )
-
-
-def _tell_shared(walk: Walk, chosen: set[str], layers: Collection[int]) -> None:
-    """Warn of names that are adapted only because they share a module with one that is targeted."""
-    if sum(len(walk.places.get(id(m), ())) > 1 for m in walk.modules.values()) == 0:
-        return
-    others = [n for n, m in walk.modules.items() if id(m) in layers and n not in chosen]
-    if others:
-        warnings.warn(f"adapted too, being the same module: {', '.join(others[:6])}", stacklevel=5)
-
-
-def _of_keys(config: AdapterConfig, keys: Iterable[str]) -> AdapterConfig:
-    """The config with the modules that a state dict's keys name for its targets, and no others."""
-    import re
-
-    marks = tuple(f".{suffix.partition('.')[0]}" for suffix in slots.SUFFIXES)
-    names: dict[str, None] = {}
-    for key in keys:
-        at = max((key.rfind(mark) for mark in marks), default=-1)
-        if at > 0:
-            names.setdefault(key[:at].removeprefix("base_model.").removeprefix("model."))
-    if not names:
-        raise ValueRefused("the state dict names no adapter's tensor", code="empty-adapter")
-    pattern = "|".join(f"(?:model\\.)?{re.escape(name)}" for name in names)
-    return replace(
-        config,
-        target_modules=pattern,
-        exclude_modules=None,
-        layers_to_transform=None,
-        layers_pattern=None,
-    )
-
-
-def _tied(model: nn.Module) -> dict[int, list[str]]:
-    """The names of every parameter that has several."""
-    found: dict[int, list[str]] = {}
-    for name, parameter in model.named_parameters(remove_duplicate=False):
-        found.setdefault(id(parameter), []).append(name.replace(".base_layer.", "."))
-    return {key: names for key, names in found.items() if len(names) > 1}
-
-
 def _progress(items: list[Any], shown: bool) -> Iterable[Any]:
     if not shown:
         return items
     from tqdm import tqdm
 
-    return tqdm(items, desc="unloading", unit="layer")
+    shown_items: Iterable[Any] = tqdm(items, desc="unloading", unit="layer")
+    return shown_items

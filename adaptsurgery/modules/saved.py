@@ -1,7 +1,7 @@
 """Modules that are trained whole beside an adapter and saved with it: PEFT's modules_to_save.
 
-    score.original_module.weight                the base's own
-    score.modules_to_save.default.weight        the adapter's copy, which is trained
+score.original_module.weight                the base's own
+score.modules_to_save.default.weight        the adapter's copy, which is trained
 """
 
 from __future__ import annotations

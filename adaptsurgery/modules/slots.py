@@ -83,7 +83,7 @@ def drop(layer: nn.Module, suffix: str, adapter: str) -> None:
     if home is None:
         return
     held = home._modules if leaf else home._parameters
-    held.pop(adapter, None)  # type: ignore[attr-defined]
+    held.pop(adapter, None)
     if not held:
         del layer._modules[bank]
 

@@ -7,13 +7,14 @@ and none of their numbers. What meets the input is recorded alone.
 
 from __future__ import annotations
 
-from typing import Any, Self, cast
+from typing import Any, Self
 
 import torch
 from torch import Tensor
 from torch.fx import Node, Proxy
 from torch.overrides import TorchFunctionMode, is_tensor_method_or_property
 from torch.utils._pytree import tree_leaves
+
 
 class Recording(TorchFunctionMode):
     """Records in the trace of ``proxy`` what is done to tensors that come from parameters."""
@@ -25,12 +26,13 @@ class Recording(TorchFunctionMode):
 
     def __enter__(self) -> Self:
         self._plain = self.tracer.create_arg
-        self.tracer.create_arg = self._argument  # type: ignore[method-assign]
-        return cast(Self, super().__enter__())
+        self.tracer.create_arg = self._argument  # type: ignore[assignment, method-assign]
+        super().__enter__()  # type: ignore[no-untyped-call]
+        return self
 
     def __exit__(self, *raised: Any) -> None:
         self.tracer.create_arg = self._plain  # type: ignore[method-assign]
-        super().__exit__(*raised)
+        super().__exit__(*raised)  # type: ignore[no-untyped-call]
 
     def _argument(self, value: Any) -> Any:
         """A node's argument: a tensor that comes from parameters is the node that it came from."""
@@ -50,7 +52,7 @@ class Recording(TorchFunctionMode):
             made = self._record(func, args, kwargs or {})
             several = isinstance(out, (tuple, list))
             for n, tensor in enumerate(out if several else [out]):
-                self.known[id(tensor)] = (tensor, (made[n] if several else made).node)
+                self.known[id(tensor)] = (tensor, _part(made, n).node if several else made.node)
         return out
 
     def _follows(self, tensor: Tensor) -> bool:
@@ -66,6 +68,11 @@ class Recording(TorchFunctionMode):
         return self.tracer.create_proxy(kind, target, args, kwargs)
 
 
+def _part(made: Any, n: int) -> Proxy:
+    part: Proxy = made[n]
+    return part
+
+
 def _holds_tensors(value: object) -> bool:
     return isinstance(value, Tensor) or (
         isinstance(value, (tuple, list)) and bool(value) and isinstance(value[0], Tensor)
@@ -74,6 +81,6 @@ def _holds_tensors(value: object) -> bool:
 
 def unreadable(x: object) -> bool:
     """Whether the sizes of ``x`` must not be read: a trace, an export or a compiler is under way."""
-    if isinstance(x, Proxy) or torch.compiler.is_compiling() or torch.jit.is_tracing():
+    if isinstance(x, Proxy) or torch.compiler.is_compiling() or torch._C._is_tracing():
         return True
     return isinstance(x, Tensor) and any(isinstance(size, torch.SymInt) for size in x.shape)

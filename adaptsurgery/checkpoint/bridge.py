@@ -41,6 +41,21 @@ def torch_dtype(name: str) -> torch.dtype:
     return found
 
 
+def torch_device(name: str) -> torch.device:
+    """The torch device of a name; raises ValueRefused "no-such-device" where there is none."""
+    import torch
+
+    try:
+        return torch.empty(0, device=name).device
+    except Exception as error:  # RuntimeError, AssertionError, and what a backend thinks of
+        raise ValueRefused(
+            f"torch finds no device `{name}` here",
+            seen=str(error).splitlines()[0][:120] if str(error) else type(error).__name__,
+            next="--device cpu",
+            code="no-such-device",
+        ) from None
+
+
 def to_torch(tensor: Tensor) -> torch.Tensor:
     """The tensor's numbers in a torch tensor of its own memory, writable, on the CPU.
 

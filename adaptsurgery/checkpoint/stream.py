@@ -15,10 +15,11 @@ import math
 import os
 from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass
+from functools import partial
 from threading import Lock
 from typing import TYPE_CHECKING
 
-from adaptsurgery.checkpoint.bridge import torch_dtype
+from adaptsurgery.checkpoint.bridge import torch_device, torch_dtype
 from adaptsurgery.checkpoint.failures import as_file_error
 from adaptsurgery.checkpoint.pool import about, run
 from adaptsurgery.checkpoint.safetensors import Span, cut_short
@@ -43,12 +44,14 @@ class Entry:
 
     With neither ``edit`` nor another ``dtype`` its bytes, from wherever they lie. ``edit`` is
     called with the compute dtype when the tensor's turn comes, so that the factors of a few tensors
-    are alive at a time. ``dtype`` (a safetensors name) is the stored one, by default the source's.
+    are alive at a time. ``quantised``: the edit begins with the source's scale, so that other than
+    floats may be read; the norms of such are not measured. ``dtype`` (a safetensors name) is the stored one, by default the source's.
     """
 
     tensor: Tensor
     edit: Callable[[torch.dtype], BlockEdit] | None = None
     dtype: str | None = None
+    quantised: bool = False
 
     @property
     def out(self) -> Tensor:
@@ -70,10 +73,12 @@ def write_stream(
     progress: Progress | None = None,
     norms: bool = False,
     sync: bool = True,
+    device: str = "cpu",
 ) -> dict[str, Norms]:
     """Write a new safetensors file; returns the norms of every edited tensor where ``norms``.
 
-    ``compute`` is "F32" or "F64"; a float64 weight is edited in float64 in any case. ``progress``
+    ``device`` is where numbers are changed; edits have to be made for it. ``compute`` is "F32" or
+    "F64"; a float64 weight is edited in float64 in any case. ``progress``
     gets counts of bytes written, one call at a time, from the workers. An error in one worker stops
     all and names the tensor; the file is left unfinished, for ``atomic.output`` to remove.
 
@@ -92,7 +97,7 @@ def write_stream(
         target.write(head, 0)
         plan = _Plan(target, sources, compute, norms)
         jobs = plan.jobs({key: entries[key] for key in order(outputs)}, len(head))
-        run(jobs, _Desk, workers)
+        run(jobs, partial(_Desk, torch_device(device) if device != "cpu" else None), workers)
         if sync:
             target.sync()
     return plan.norms()
@@ -105,6 +110,8 @@ def _check(key: str, entry: Entry) -> None:
         raise ShapeError(
             f"`{key}`: {tensor.dtype} {list(tensor.shape)} needs {tensor.nbytes} bytes, not {held}"
         )
+    if entry.quantised and entry.out.dtype in FLOAT_DTYPES:
+        return
     if not entry.copied and not {tensor.dtype, entry.out.dtype} <= set(FLOAT_DTYPES):
         raise ValueRefused(
             f"`{key}` is {tensor.dtype}: a quantised weight takes no update and no cast",
@@ -116,7 +123,8 @@ def _check(key: str, entry: Entry) -> None:
 class _Desk:
     """A worker's scratch memory, grown when a job needs more."""
 
-    def __init__(self) -> None:
+    def __init__(self, device: torch.device | None = None) -> None:
+        self.device = device  # None: the CPU
         self.held: dict[str, bytearray] = {}
 
     def bytes(self, name: str, count: int) -> memoryview:
@@ -132,6 +140,14 @@ class _Desk:
 
         held = self.bytes(name, rows * columns * dtype.itemsize)
         return torch.frombuffer(held, dtype=dtype).view(rows, columns)
+
+    def wide(self, name: str, rows: int, columns: int, dtype: torch.dtype) -> torch.Tensor:
+        """Numbers where they are changed: the CPU's memory, used again, or the device's own."""
+        import torch
+
+        if self.device is None:
+            return self.numbers(name, rows, columns, dtype)
+        return torch.empty((rows, columns), dtype=dtype, device=self.device)
 
 
 Job = Callable[[_Desk], object]
@@ -227,6 +243,7 @@ class _Change:
 
     def __init__(self, plan: _Plan, key: str, entry: Entry, at: int) -> None:
         self.plan, self.key, self.at = plan, key, at
+        self.measured = plan.measured and not entry.quantised
         self.stored, self.out = torch_dtype(entry.tensor.dtype), torch_dtype(entry.out.dtype)
         self.edit, self.compute = self._edit(entry)
         shape = entry.tensor.shape or (1,)
@@ -264,7 +281,7 @@ class _Change:
         source = self._read(desk, start, stop)
         target = self._target(desk, source)
         stride = min(stop - start, stride_of(self.columns))
-        scratch = desk.numbers("block", stride, self.columns, self.compute)
+        scratch = desk.wide("block", stride, self.columns, self.compute)
         norms = self._norms()
         change_rows(self.edit, source, target, start, scratch, norms)
         self._write(target, start, norms)
@@ -275,7 +292,7 @@ class _Change:
 
         assert self.edit is not None
         pieces = [(a, min(a + self.piece, stop)) for a in range(start, stop, self.piece)]
-        wide = desk.numbers("whole", stop - start, self.columns, self.compute)
+        wide = desk.wide("whole", stop - start, self.columns, self.compute)
         for a, b in pieces:
             wide[a - start : b - start] = self._read(desk, a, b)
         self.edit.apply(wide, start)
@@ -309,7 +326,7 @@ class _Change:
     def _norms(self) -> Norms | None:
         from adaptsurgery.core.blocks import Norms
 
-        return Norms() if self.plan.measured and self.edit else None
+        return Norms() if self.measured and self.edit else None
 
     def _write(self, target: torch.Tensor, start: int, norms: Norms | None) -> None:
         import torch

@@ -75,6 +75,9 @@ _COMMON = (
 
 @click.command()
 @_options
+@click.option(
+    "--dequantize", is_flag=True, help="Take a BASE in fp8 or int8; OUT is in bf16, or --dtype."
+)
 def command(as_json: bool, quiet: bool, **given: Any) -> None:
     """Write BASE with adapters merged into its weights.
 

@@ -30,6 +30,7 @@ if TYPE_CHECKING:
     help="A is a checkpoint, merged from --base and this; once for each adapter, in merge's order.",
 )
 @click.option("--inverse", is_flag=True, help="With --adapter: A was unmerged from --base.")
+@click.option("--dequantize", is_flag=True, help="With --adapter: as merge was given it.")
 @click.option("--allow-unmatched", is_flag=True, help="With --adapter: as merge was given it.")
 @output.json_option
 def command(
@@ -38,6 +39,7 @@ def command(
     base: str | None,
     adapters: tuple[str, ...],
     inverse: bool,
+    dequantize: bool,
     allow_unmatched: bool,
     as_json: bool,
 ) -> None:
@@ -52,7 +54,7 @@ def command(
     tensor is, with what base and adapters give in float64. Exit code 1 where anything differs by more
     than rounding.
     """
-    _check_usage(second, base, adapters, inverse or allow_unmatched)
+    _check_usage(second, base, adapters, inverse or allow_unmatched or dequantize)
     from adaptsurgery.jobs.verify import VerificationError, verify
 
     try:
@@ -62,7 +64,12 @@ def command(
             from adaptsurgery.jobs.merging.check import verify_merge
 
             report = verify_merge(
-                first, base or "", adapters, allow_unmatched=allow_unmatched, inverse=inverse
+                first,
+                base or "",
+                adapters,
+                allow_unmatched=allow_unmatched,
+                inverse=inverse,
+                dequantize=dequantize,
             )
     except VerificationError as error:
         if error.report is None:

@@ -51,6 +51,30 @@ class Place:
     bias: bool = False
 
 
+@dataclass(frozen=True, eq=False)
+class Grid:
+    """What the numbers of a quantised tensor are multiplied by, before anything is added.
+
+    Number [m, n] of the stored matrix by values[m // a, n // b] with (a, b) = ``block``; where that
+    is 0, as many rows or columns as make ``values`` (p, q) cover all.
+    """
+
+    values: Tensor
+    block: tuple[int, int] = (0, 0)
+
+    def step(self, rows: int, columns: int) -> Step:
+        """As the first step of an edit."""
+        p, q = self.values.shape
+        a, b = self.block[0] or -(-rows // p), self.block[1] or -(-columns // q)
+
+        def scale(view: Tensor, start: int) -> None:
+            lines = torch.arange(start, start + view.shape[0], device=self.values.device) // a
+            factors = self.values[lines]
+            view.mul_(factors if q == 1 else factors.repeat_interleave(b, 1)[:, :columns])
+
+        return Step(_Region(0, rows, 0, columns, (rows, columns), False), False, scale)
+
+
 class _Region(NamedTuple):
     """Stored rows [top, bottom), columns [left, right), and the canonical shape of what is there."""
 
@@ -153,11 +177,12 @@ def edit_of(
     device: torch.device | None = None,
     *,
     inverse: bool = False,
+    grid: Grid | None = None,
 ) -> BlockEdit:
     """The edit of a tensor stored with ``shape``, on blocks of the dtype ``compute``.
 
     Rotations come first, in the order given, then all deltas, then what renews norms; ``inverse``
-    takes them out in the opposite order. Factors are cast once, here. Raises ShapeError where an
+    takes them out in the opposite order. ``grid`` comes before everything. Factors are cast once, here. Raises ShapeError where an
     update does not fit its place, ValueRefused for a weight other than 1 on what does not add
     ("no-weight"), two renorms on one place ("two-renorms"), numbers that are no rotation, and
     InexactError ("no-inverse", "cannot-split") for a renorm taken out or cut.
@@ -172,6 +197,8 @@ def edit_of(
     added += [ready.delta(place, u.inner) for place, u in found if isinstance(u, Renorm)]
     renewed = [ready.renorm(place, u) for place, u in found if isinstance(u, Renorm)]
     steps = [*added, *reversed(turned)] if inverse else [*turned, *added, *renewed]
+    if grid is not None:
+        steps.insert(0, grid.step(rows, columns))
     unit = rows // shape[0] if stacked else rows
     unit = unit if any(s.whole for s in steps) else 1
     return BlockEdit(rows, columns, unit, steps, compute, bool(turned))
@@ -391,12 +418,12 @@ class Norms:
         for old, new in zip(torch.split(before, few), torch.split(after, few)):
             if self.moved:  # usually from the first rows on
                 return
-            stays = rounded(old.to(after.dtype), dtype)
+            stays = rounded(old.to(after), dtype)
             self.moved = int(not torch.equal(stays, rounded(new, dtype)))
 
     def _measure(self, before: Tensor, after: Tensor) -> None:
         few = max(1, SAMPLE // max(after.shape[1], 1))
-        old, new = before[:few].to(after.dtype).flatten(), after[:few].flatten()
+        old, new = before[:few].to(after).flatten(), after[:few].flatten()
         change = new - old
         self.before += float(old.dot(old))
         self.after += float(new.dot(new))
@@ -450,7 +477,9 @@ def settle(block: Tensor, target: Tensor, edited: bool, start: int = 0) -> None:
     most = math.inf if double else float(torch.finfo(target.dtype).max) ** 2
     if float(flat.dot(flat)) < most:
         return  # no number is larger than the norm
-    bad = ~target.isfinite() if edited else ~target.isfinite() & block.isfinite()
+    bad = ~target.isfinite()
+    if not edited:
+        bad &= block.isfinite().to(bad.device)
     if bool(bad.any()):
         row, column = (int(n) for n in bad.nonzero()[0])
         raise ValueRefused(

@@ -22,6 +22,7 @@ from adaptsurgery.jobs.inputs import open_base
 from adaptsurgery.jobs.merging.manifest import manifest_path
 from adaptsurgery.jobs.merging.match import Change
 from adaptsurgery.jobs.merging.plan import MergePlan, Options, TensorEdit
+from adaptsurgery.jobs.merging.quantised import Scale
 from adaptsurgery.jobs.report import Report, Row
 from adaptsurgery.jobs.verify import VerificationError
 from adaptsurgery_formats import AdapterState, Note
@@ -45,6 +46,7 @@ def verify_merge(
     *,
     allow_unmatched: bool = False,
     inverse: bool = False,
+    dequantize: bool = False,
 ) -> Report:
     """Tell whether ``merged`` is ``base`` with the adapters, tensor by tensor, within one rounding.
 
@@ -56,7 +58,7 @@ def verify_merge(
     """
     from adaptsurgery.jobs.merging.merge import _planned
 
-    options = Options(inverse=inverse)
+    options = Options(inverse=inverse, dequantize=dequantize)
     plan, states = _planned(base, adapters, options, allow_unmatched, False)
     found = _by_key(open_base(os.fspath(merged)))
     rows = []
@@ -121,7 +123,7 @@ def _compare(
     edit: TensorEdit, merged: Tensor, plan: MergePlan, states: list[AdapterState], where: str
 ) -> Row:
     source = _source(edit, plan, states)
-    if not edit.changes and same_bytes(source, merged):
+    if not edit.changes and edit.scale is None and same_bytes(source, merged):
         return Row(edit.key, "", "identical")
     got = to_torch(merged)
     wanted = expected(edit, source, plan, states)
@@ -163,6 +165,8 @@ def expected(
     from adaptsurgery.core.update import Delta, Renorm, Rotation
 
     out = to_torch(source).double()
+    if edit.scale is not None:
+        _scale(out, edit.scale, plan)
     ready = [(c, _update(c, plan, states)) for c in edit.changes]
     kinds: tuple[type[Update], ...] = (Rotation, Delta, Renorm)
     if plan.options.inverse:
@@ -172,6 +176,21 @@ def expected(
             if isinstance(update, kind):
                 _apply(out, change, update, plan.options.inverse)
     return out
+
+
+def _scale(out: torch.Tensor, scale: Scale, plan: MergePlan) -> None:
+    """A quantised tensor's numbers by their scales, written out to its whole shape."""
+    if scale.file < 0:
+        return
+    values = to_torch(read_safetensors(plan.files[scale.file].path).tensors[scale.key]).double()
+    if values.numel() == 1:
+        factors = values.reshape(())
+    elif scale.block == (0, 0):
+        factors = values.reshape(-1, *(1,) * (out.dim() - 1))
+    else:
+        (a, b), (rows, columns) = scale.block, out.shape
+        factors = values.repeat_interleave(a, 0).repeat_interleave(b, 1)[:rows, :columns]
+    out.mul_(factors * scale.factor)
 
 
 def _update(change: Change, plan: MergePlan, states: list[AdapterState]) -> Update:

@@ -12,6 +12,7 @@ from typing import Any
 
 from adaptsurgery.checkpoint.base import Base, Located
 from adaptsurgery.jobs.merging.align import Aligned, Alignment, Lookup, best_alignments
+from adaptsurgery.jobs.merging.quantised import READABLE, quantised_error
 from adaptsurgery.jobs.merging.sites import Piece, Site, bias_name, sites_of
 from adaptsurgery.jobs.orientation import told, turned_by
 from adaptsurgery_formats import AdapterState, ModuleState, Note
@@ -54,6 +55,11 @@ class Change:
     index: int | None = None
     turned: bool = False
 
+    def meets(self, other: Change) -> bool:
+        """Whether both change some of the same outputs."""
+        apart = self.at + self.rows <= other.at or other.at + other.rows <= self.at
+        return self.index == other.index and not apart
+
 
 @dataclass(frozen=True)
 class Saved:
@@ -91,19 +97,26 @@ class _Hit:
     site: Site
 
 
-def match(base: Base, adapters: list[AdapterState], *, allow_unmatched: bool = False) -> Matched:
+def match(
+    base: Base,
+    adapters: list[AdapterState],
+    *,
+    allow_unmatched: bool = False,
+    dequantize: bool = False,
+) -> Matched:
     """Every module of the adapters on the base's tensors.
 
     Raises NameLookupError ("unmatched-modules", "ambiguous-alignment", "ambiguous-module",
     "duplicate-module", "nothing-matched"), ShapeError where a module does not fit, LayoutError
     ("interleaved-weight", "no-bias"), ValueRefused ("quantised-weight").
     """
-    return _Matcher(base, adapters).run(allow_unmatched)
+    return _Matcher(base, adapters, dequantize).run(allow_unmatched)
 
 
 class _Matcher:
-    def __init__(self, base: Base, adapters: list[AdapterState]) -> None:
+    def __init__(self, base: Base, adapters: list[AdapterState], dequantize: bool) -> None:
         self.base, self.adapters = base, adapters
+        self.readable = (*FLOAT_DTYPES, *READABLE) if dequantize else FLOAT_DTYPES
         self.sites = sites_of(base)
         self.names = names_of_base(base.components, base.where)
         self.lookups: dict[tuple[str, bool], Lookup] = {}
@@ -122,6 +135,7 @@ class _Matcher:
         cuts = self._cuts(hits)
         for hit in hits:
             self._place(hit, cuts)
+        self._refuse_two_doras()
         self.out.modules = len(hits)
         if self.out.unmatched:
             text = f"{len(self.out.unmatched)} modules were left out: " + _listed(
@@ -272,7 +286,7 @@ class _Matcher:
         for parameters in self.base.parameters.values():
             packed = next((n for n in parameters if n.endswith((".qweight", ".weight_packed"))), "")
             if packed:
-                return _quantised_error(packed, parameters[packed], self.base.where)
+                return quantised_error(packed, parameters[packed], self.base.where)
         return None
 
     def _ambiguous(
@@ -305,6 +319,26 @@ class _Matcher:
                 )
             seen[spot] = hit
 
+    def _refuse_two_doras(self) -> None:
+        """Two norms for one row: neither adapter would have its own."""
+        for (_, name), changes in self.out.changes.items():
+            doras = [
+                c for c in changes if c.what == "weight" and "magnitude" in self._of(c).tensors
+            ]
+            for number, one in enumerate(doras):
+                other = next((c for c in doras[:number] if one.meets(c)), None)
+                if other is not None:
+                    raise ValueRefused(
+                        f"two DoRAs set the norms of `{name}`",
+                        where=self.adapters[one.adapter].where,
+                        seen=", ".join(k for c in (other, one) for k in self._of(c).keys[:1]),
+                        next="merge one of them first, and the other into the result",
+                        code="two-renorms",
+                    )
+
+    def _of(self, change: Change) -> ModuleState:
+        return self.adapters[change.adapter].modules[change.module]
+
     # -- Rows
 
     def _cuts(self, hits: list[_Hit]) -> dict[Target, tuple[int, int, int]]:
@@ -324,7 +358,8 @@ class _Matcher:
         shape = self.base.parameters[component][name].shape
         # c_attn is a Conv1D (i, 3·o) in some models and a Linear (3·o, i) in others
         total = max(shape[:2]) if "c_attn" in name else shape[0]
-        if name.endswith("in_proj_weight"):
+        thirds = name.endswith("in_proj_weight") or ("c_attn" in name and not known)
+        if thirds:
             cut = (total // 3,) * 3
         else:
             cut = _three(total, known) or _heads(self.base.configs.get(component, {})) or (0, 0, 0)
@@ -449,8 +484,8 @@ class _Matcher:
 
     def _check_float(self, component: str, name: str) -> None:
         at = self.base.parameters[component][name]
-        if at.dtype not in FLOAT_DTYPES:
-            raise _quantised_error(name, at, self.base.where)
+        if at.dtype not in self.readable:
+            raise quantised_error(name, at, self.base.where)
 
     # -- Replaced parameters
 
@@ -491,8 +526,19 @@ class _Matcher:
             text = f"`{name}` is not in the base and is added"
             self.out.notes.append(Note("added-parameter", state.where, text))
             return
-        self._check_float(home, name)
+        if tensor.dtype in FLOAT_DTYPES or tensor.dtype != parameters[name].dtype:
+            self._check_floats(home, name, tensor, state.where)
         self._note_replaced(name, parameters[name], tensor.dtype, tensor.shape, state.where)
+
+    def _check_floats(self, home: str, name: str, tensor: Tensor, where: str) -> None:
+        """A parameter is rounded to the stored dtype, from floats to floats alone."""
+        self._check_float(home, name)
+        if tensor.dtype not in FLOAT_DTYPES:
+            raise ValueRefused(
+                f"`{name}` is {self.base.parameters[home][name].dtype}, and is replaced by {tensor.dtype}",
+                where=where,
+                code="dtype",
+            )
 
     def _saved_name(self, home: str, path: str, last: str) -> str:
         """The stored name of a replaced parameter; its own, aligned, where the base has none."""
@@ -572,16 +618,6 @@ def _heads(config: Mapping[str, Any]) -> tuple[int, int, int] | None:
     width = config.get("head_dim") or hidden // heads
     kv = config.get("num_key_value_heads") or heads
     return heads * width, kv * width, kv * width
-
-
-def _quantised_error(name: str, at: Located, where: str) -> ValueRefused:
-    return ValueRefused(
-        f"`{name}` is quantised ({at.dtype})",
-        where=where,
-        seen=f"{at.dtype} {list(at.shape)}",
-        next="merge into the base in bf16 or fp16 and quantise the result again",
-        code="quantised-weight",
-    )
 
 
 def _listed(names: list[str]) -> str:

@@ -37,6 +37,7 @@ def merge(
     compute: str = "fp32",
     device: str = "cpu",
     max_shard_size: int | None = None,
+    dequantize: bool = False,
     allow_unmatched: bool = False,
     overwrite: bool = False,
     dry_run: bool = False,
@@ -52,13 +53,14 @@ def merge(
     a Hub name; ``out`` becomes the same. ``adapters`` are paths or Hub names in any layout, each
     ``"path=0.8"`` or ``(path, 0.8)`` where it has a weight. ``dtype`` ("auto", "fp32", "bf16",
     "fp16") is what float tensors are stored in, ``compute`` ("fp32", "fp64") what they are folded
-    in. ``shard_index`` of ``num_shards`` does a part of the shards; whoever is last completes the
+    in, ``device`` where. ``dequantize`` takes a base in fp8 or int8, and writes all of it in the
+    dtype that its config names (bf16) or ``dtype``. ``shard_index`` of ``num_shards`` does a part of the shards; whoever is last completes the
     output. ``norms`` False leaves ‖W‖ and ‖W' − W‖ (measured on blocks of each tensor) out of the
     manifest. A run that was killed is taken up where it stopped.
 
     Raises SurgeryError for anything that cannot be done exactly: what, where, seen, next.
     """
-    options = Options(dtype, compute, device, False, max_shard_size or 0)
+    options = Options(dtype, compute, device, False, max_shard_size or 0, dequantize)
     return _run(
         base, adapters, Path(out), options, allow_unmatched, overwrite, dry_run, workers,
         check_part(shard_index, num_shards), norms, progress, None,
@@ -142,7 +144,7 @@ def _run(
         text = "this part is done; the output appears when the others are"
         report.notes.append(Note("part-done", str(out), text))
     if options.inverse:
-        _tell_rounding(report, plan, norms)
+        _tell_rounding(report, plan, states, norms)
         if against is not None and complete:
             from adaptsurgery.jobs.merging.check import distance
 
@@ -160,7 +162,9 @@ def _planned(
     found_base = open_base(os.fspath(base), headers=dry_run)
     read = read_adapters(_several(adapters), inverse=options.inverse)
     states = [state for state, _ in read]
-    found = match(found_base, states, allow_unmatched=allow_unmatched)
+    found = match(
+        found_base, states, allow_unmatched=allow_unmatched, dequantize=options.dequantize
+    )
     check_replaced(read, found, inverse=options.inverse)
     untied = settle_ties(found_base, states, found)
     return build_plan(found_base, read, found, untied, options), states
@@ -246,15 +250,23 @@ def _tell_norms(report: Report, plan: MergePlan, norms: Norms) -> None:
         report.notes.append(Note("unchanged", _shown(plan), text))
 
 
-def _tell_rounding(report: Report, plan: MergePlan, norms: Norms) -> None:
-    """How far storage keeps the result from the original: one rounding of W', one of W."""
-    worst = max((EPS[t.dtype] for t in plan.edited), default=0.0)
-    report.facts["rounding_bound"] = worst
-    total = math.sqrt(sum(n.get("before", 0.0) ** 2 for n in norms.values()))
+def _tell_rounding(
+    report: Report, plan: MergePlan, states: Sequence[AdapterState], norms: Norms
+) -> None:
+    """How far storage keeps each element from the original's: one rounding of W', and one of W.
+
+    What was rounded away of W' stays in its element under a delta; a rotation back spreads it over
+    the row, whose norm it keeps.
+    """
+    merged = max((EPS[t.stored] for t in plan.edited), default=0.0) / 2
+    now = max((EPS[t.dtype] for t in plan.edited), default=0.0) / 2
+    turned = any("hra" in _algorithms(plan, states, t.changes) for t in plan.edited)
+    report.facts["rounding"] = {"merged": merged, "now": now, "of": "row" if turned else "element"}
+    whole = "the norm of its row" if turned else "its size"
     text = (
-        f"the merged weights were rounded once and these once more: each element is within "
-        f"{worst:.1e} of its size from the original, and of the merged one's"
+        f"beside arithmetic, each element is off the original's by {merged:.1e} of {whole} in the "
+        f"merged weight, and {now:.1e} of its own size, at most"
     )
-    if total:
+    if total := math.sqrt(sum(n.get("before", 0.0) ** 2 for n in norms.values())):
         text += f" (‖W‖ in all {total:.4g})"
     report.notes.append(Note("storage-rounding", _shown(plan), text))

@@ -13,13 +13,15 @@ import math
 import os
 import re
 from collections.abc import Iterator, Mapping, Sequence
-from dataclasses import asdict, dataclass, field
+from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
 from adaptsurgery.checkpoint.base import PICKLES, Base, BaseFile
 from adaptsurgery.jobs.inputs import Input, base_input, refuse_pickles
+from adaptsurgery.jobs.merging.configs import config_changes
 from adaptsurgery.jobs.merging.match import Change, Matched, Saved, Target
+from adaptsurgery.jobs.merging.quantised import Quantised, Scale, quantised_of
 from adaptsurgery_formats import AdapterState, Note
 from adaptsurgery_formats.errors import FileError, ValueRefused, nearest
 from adaptsurgery_formats.tensors import DTYPE_BYTES, FLOAT_DTYPES
@@ -29,6 +31,7 @@ MANIFEST = "adaptsurgery_manifest.json"
 _WEIGHTS = (".safetensors", *PICKLES, ".h5", ".msgpack", ".onnx", ".gguf", ".index.json")
 _VARIANT_INDEX = re.compile(r"\.(?:safetensors|bin)\.index\..+\.json")
 DTYPES = {"auto": "", "fp32": "F32", "bf16": "BF16", "fp16": "F16"}
+DTYPE_NAMES = {long: short for short, long in DTYPES.items()} | {"F64": "fp64"}
 COMPUTE = ("fp32", "fp64")
 _TORCH = 220 << 20  # what torch itself holds
 _SCRATCH = 12 << 20  # a worker's blocks
@@ -43,6 +46,7 @@ class Options:
     device: str = "cpu"
     inverse: bool = False
     max_shard_size: int = 0
+    dequantize: bool = False
 
 
 @dataclass(frozen=True)
@@ -59,7 +63,7 @@ class AdapterInput:
 class TensorEdit:
     """A tensor of the output: where its numbers come from, and what changes them.
 
-    ``file`` and ``source`` are a base file's number and the key in it; a ``saved`` parameter comes
+    ``scale`` is what a quantised source is multiplied by first. ``file`` and ``source`` are a base file's number and the key in it; a ``saved`` parameter comes
     from an adapter instead. Without changes and in the source's dtype it is copied.
     """
 
@@ -71,6 +75,7 @@ class TensorEdit:
     stored: str = ""  # the source's dtype
     saved: Saved | None = None
     changes: tuple[Change, ...] = ()
+    scale: Scale | None = None
 
     @property
     def nbytes(self) -> int:
@@ -78,7 +83,8 @@ class TensorEdit:
 
     @property
     def copied(self) -> bool:
-        return self.saved is None and not self.changes and self.dtype == self.stored
+        plain = self.saved is None and self.scale is None
+        return plain and not self.changes and self.dtype == self.stored
 
 
 @dataclass(frozen=True)
@@ -100,7 +106,7 @@ class ShardJob:
 class MergePlan:
     """Everything that has to be done, and for what. ``folder``: the output is a directory.
 
-    ``indexes`` are the index files to write: name → component. ``configs``: changes of a
+    ``indexes`` are the index files to write: name → component. ``configs``: patches of a
     component's config.json. ``copies``: other files that come along.
     """
 
@@ -173,7 +179,13 @@ def _job(data: dict[str, Any]) -> ShardJob:
 def _tensor(data: dict[str, Any]) -> TensorEdit:
     changes = tuple(Change(**{**c, "shape": tuple(c["shape"])}) for c in data["changes"])
     saved = Saved(**data["saved"]) if data["saved"] else None
-    return TensorEdit(**{**data, "shape": tuple(data["shape"]), "changes": changes, "saved": saved})
+    scale = _scale(data["scale"]) if data["scale"] else None
+    told = {"shape": tuple(data["shape"]), "changes": changes, "saved": saved, "scale": scale}
+    return TensorEdit(**{**data, **told})
+
+
+def _scale(data: dict[str, Any]) -> Scale:
+    return Scale(**{**data, "grid": tuple(data["grid"]), "block": tuple(data["block"])})
 
 
 def _needs_all_rows(edit: TensorEdit) -> bool:
@@ -201,25 +213,31 @@ def build_plan(
         options=options,
         jobs=jobs,
         indexes=_indexes(base, jobs),
-        configs=_configs(base, found, [state for state, _ in adapters], untied, options),
+        configs=config_changes(base, found, [state for state, _ in adapters], untied, options),
         copies=tuple(_copies(base)),
         modules=found.modules,
         unmatched=tuple(found.unmatched),
-        notes=tuple((n.code, n.where, n.text) for n in _notes(base, found)),
+        notes=tuple((n.code, n.where, n.text) for n in _notes(base, found, jobs)),
     )
 
 
-def _notes(base: Base, found: Matched) -> list[Note]:
-    other = left_out(base)
-    if not other:
-        return found.notes
-    text = "not part of the model, and not carried along: " + ", ".join(other[:5])
-    return [*found.notes, Note("weights-left-out", base.where, text)]
+def _notes(base: Base, found: Matched, jobs: Sequence[ShardJob]) -> list[Note]:
+    notes = list(found.notes)
+    plain = [t for job in jobs for t in job.tensors if t.scale is not None]
+    if plain:
+        dtypes = ", ".join(sorted({DTYPE_NAMES[t.dtype] for t in plain}))
+        text = f"{len(plain)} quantised weights are written in {dtypes}, their scales left out"
+        notes.append(Note("dequantised", base.where, text))
+    if other := left_out(base):
+        text = "not part of the model, and not carried along: " + ", ".join(other[:5])
+        notes.append(Note("weights-left-out", base.where, text))
+    return notes
 
 
 def check_options(options: Options) -> None:
     """Refuse options that have no meaning."""
-    for name, known in (("dtype", tuple(DTYPES)), ("compute", COMPUTE), ("device", ("cpu",))):
+    _check_device(options.device)
+    for name, known in (("dtype", tuple(DTYPES)), ("compute", COMPUTE)):
         value = getattr(options, name)
         if value not in known:
             raise ValueRefused(
@@ -227,6 +245,14 @@ def check_options(options: Options) -> None:
                 next=nearest(value, known) or f"one of {', '.join(known)}",
                 code="no-such-option",
             )
+
+
+def _check_device(device: str) -> None:
+    """A name that torch could know; whether it is there shows when the work begins."""
+    if not re.fullmatch(r"(cpu|cuda|mps|xpu|hpu|npu)(:\d+)?", device):
+        raise ValueRefused(
+            f"--device {device} is no device", next="cpu, cuda, cuda:1, mps", code="no-such-option"
+        )
 
 
 def adapter_input(path: Path, weight: float, layout: str) -> AdapterInput:
@@ -252,6 +278,7 @@ def _edits(
     base: Base, adapters: Sequence[AdapterState], found: Matched, options: Options
 ) -> dict[int, list[TensorEdit]]:
     """The output's tensors by the base file that they come from or lie beside."""
+    quantised = quantised_of(base) if options.dequantize else Quantised()
     keys = {
         (at.file, at.key): (component, name)
         for component, parameters in base.parameters.items()
@@ -260,14 +287,16 @@ def _edits(
     edits: dict[int, list[TensorEdit]] = {n: [] for n in range(len(base.files))}
     for number, file in enumerate(base.files):
         for key, tensor in file.tensors.items():
+            if (number, key) in quantised.gone:
+                continue
             target = keys.get((number, key), ("", "\0"))
-            edit = TensorEdit(
-                key, _output_dtype(tensor.dtype, options), tensor.shape, number, key, tensor.dtype
-            )
+            edit = TensorEdit(key, tensor.dtype, tensor.shape, number, key, tensor.dtype)
+            edit = _plain(edit, quantised, options)
             edits[number].append(_changed(edit, target, adapters, found))
     for target in dict.fromkeys([*found.heads, *found.saved]):
         if target[1] not in base.parameters[target[0]]:
-            number, edit = _added(base, target, adapters, found, options)
+            number, edit = _added(base, target, adapters, found)
+            edit = _plain(edit, quantised, options)
             edits[number].append(_changed(edit, target, adapters, found))
     return edits
 
@@ -275,6 +304,13 @@ def _edits(
 def _output_dtype(dtype: str, options: Options) -> str:
     wanted = DTYPES[options.dtype]
     return wanted if wanted and dtype in FLOAT_DTYPES else dtype
+
+
+def _plain(edit: TensorEdit, quantised: Quantised, options: Options) -> TensorEdit:
+    """The tensor in the dtype that it is stored in, and what its numbers are multiplied by."""
+    spot = (edit.file, edit.source)
+    dtype = quantised.dtypes.get(spot, edit.dtype)
+    return replace(edit, dtype=_output_dtype(dtype, options), scale=quantised.scales.get(spot))
 
 
 def _changed(
@@ -288,9 +324,8 @@ def _changed(
     shape = edit.shape
     if saved is not None:
         shape = adapters[saved.adapter].saved[saved.component][saved.name].shape
-    return TensorEdit(
-        edit.key, edit.dtype, shape, edit.file, edit.source, edit.stored, saved, changes
-    )
+    scale = None if saved is not None else edit.scale
+    return replace(edit, shape=shape, saved=saved, changes=changes, scale=scale)
 
 
 def _added(
@@ -298,21 +333,19 @@ def _added(
     target: Target,
     adapters: Sequence[AdapterState],
     found: Matched,
-    options: Options,
 ) -> tuple[int, TensorEdit]:
     """A tensor that the base lacks: a head written apart, or a parameter that an adapter brings."""
     component, name = target
     parameters = base.parameters[component]
     if target in found.heads:
         at = parameters[found.heads[target][1]]
-        dtype = _output_dtype(at.dtype, options)
-        return at.file, TensorEdit(name, dtype, at.shape, at.file, at.key, at.dtype)
+        return at.file, TensorEdit(name, at.dtype, at.shape, at.file, at.key, at.dtype)
     saved = found.saved[target]
     tensor = adapters[saved.adapter].saved[saved.component][saved.name]
     last = max(at.file for at in parameters.values())
     example = next(iter(parameters.items()))
     prefix = example[1].key.removesuffix(example[0])
-    return last, TensorEdit(prefix + name, _output_dtype(tensor.dtype, options), tensor.shape)
+    return last, TensorEdit(prefix + name, tensor.dtype, tensor.shape)
 
 
 # -- Files
@@ -405,32 +438,6 @@ def _component_of(base: Base, index: str) -> str:
     folder = index.rpartition("/")[0]
     components = {f.component for f in base.files}
     return folder if folder in components else ""
-
-
-def _configs(
-    base: Base,
-    found: Matched,
-    adapters: Sequence[AdapterState],
-    untied: set[str],
-    options: Options,
-) -> dict[str, dict[str, Any]]:
-    """What changes in each component's config.json: ties, vocabulary, dtype."""
-    changes: dict[str, dict[str, Any]] = {}
-    for component, config in base.configs.items():
-        change: dict[str, Any] = {}
-        if component in untied:
-            change["tie_word_embeddings"] = False
-        for (home, name), saved in found.saved.items():
-            at = base.parameters[home].get(name)
-            rows = adapters[saved.adapter].saved[saved.component][saved.name].shape[0]
-            if home == component and at and at.shape[0] == config.get("vocab_size") != rows:
-                change["vocab_size"] = rows
-        if options.dtype != "auto":
-            long = {"fp32": "float32", "bf16": "bfloat16", "fp16": "float16"}[options.dtype]
-            change |= {key: long for key in ("dtype", "torch_dtype") if key in config}
-        if change:
-            changes[component] = change
-    return changes
 
 
 def _copies(base: Base) -> Iterator[str]:

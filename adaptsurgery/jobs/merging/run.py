@@ -20,9 +20,11 @@ from adaptsurgery.checkpoint.safetensors import read_safetensors
 from adaptsurgery.checkpoint.writer import file_size
 from adaptsurgery.jobs.inputs import Input, check_inputs
 from adaptsurgery.jobs.merging.adapters import parse_adapter
+from adaptsurgery.jobs.merging.configs import patched
 from adaptsurgery.jobs.merging.manifest import manifest_of, manifest_path
 from adaptsurgery.jobs.merging.match import Change
 from adaptsurgery.jobs.merging.plan import MANIFEST, MergePlan, ShardJob, TensorEdit, stem_of
+from adaptsurgery.jobs.merging.quantised import Scale
 from adaptsurgery.jobs.partial import GoneError, Partial, busy, replace_json, write_json
 from adaptsurgery_formats import AdapterState
 from adaptsurgery_formats.errors import FileError, SurgeryError
@@ -32,7 +34,7 @@ if TYPE_CHECKING:
     import torch
 
     from adaptsurgery.checkpoint.stream import Entry
-    from adaptsurgery.core.blocks import BlockEdit, Place
+    from adaptsurgery.core.blocks import BlockEdit, Grid, Place
 
 Progress = Callable[[int, int], object]
 Norms = dict[str, dict[str, float]]
@@ -207,6 +209,7 @@ class _Runner:
             compute="F64" if self.plan.options.compute == "fp64" else "F32",
             progress=self._tell,
             norms=self.norms,
+            device=self.plan.options.device,
         )
         return {key: _norms(value) for key, value in found.items()}
 
@@ -217,8 +220,8 @@ class _Runner:
             tensor = self.states[edit.saved.adapter].saved[edit.saved.component][edit.saved.name]
         else:
             tensor = self._base(edit.file)[edit.source]
-        factory = partial(self._edit, edit) if edit.changes else None
-        return Entry(tensor, factory, edit.dtype)
+        factory = partial(self._edit, edit) if edit.changes or edit.scale else None
+        return Entry(tensor, factory, edit.dtype, quantised=edit.scale is not None)
 
     def _base(self, number: int) -> Mapping[str, Tensor]:
         if number not in self.bases:
@@ -226,10 +229,24 @@ class _Runner:
         return self.bases[number]
 
     def _edit(self, edit: TensorEdit, compute: torch.dtype) -> BlockEdit:
+        from adaptsurgery.checkpoint.bridge import torch_device
         from adaptsurgery.core.blocks import edit_of
 
         places = [self._place(change) for change in edit.changes]
-        return edit_of(places, edit.shape, compute, inverse=self.plan.options.inverse)
+        device = torch_device(self.plan.options.device)
+        grid = self._grid(edit.scale, compute) if edit.scale else None
+        inverse = self.plan.options.inverse
+        return edit_of(places, edit.shape, compute, device, inverse=inverse, grid=grid)
+
+    def _grid(self, scale: Scale, compute: torch.dtype) -> Grid:
+        import torch
+
+        from adaptsurgery.checkpoint.bridge import to_torch, torch_device
+        from adaptsurgery.core.blocks import Grid
+
+        values = torch.ones(1) if scale.file < 0 else to_torch(self._base(scale.file)[scale.key])
+        device = torch_device(self.plan.options.device)
+        return Grid(values.to(device, compute).reshape(scale.grid) * scale.factor, scale.block)
 
     def _place(self, change: Change) -> Place:
         from adaptsurgery.core.blocks import Place
@@ -324,7 +341,7 @@ def _complete(plan: MergePlan, content: Path) -> None:
     for component, changes in plan.configs.items():
         path = content / component / "config.json"
         config = json.loads(path.read_text("utf-8"))
-        replace_json(path, {**config, **changes})
+        replace_json(path, patched(config, changes))
     for name, component in plan.indexes.items():
         write_json(content / name, _index(plan, component, base / name))
 

@@ -116,6 +116,30 @@ def tied_embedding(parameters: Parameters) -> list[str]:
     return found if len(found) == 1 else []
 
 
+def head_of(embedding: str) -> str:
+    """The output head that may be an embedding's table: lm_head, or language_model.lm_head of
+    language_model.model.embed_tokens.weight."""
+    segments = embedding.split(".")
+    inner = "model" if "embed_tokens" in segments else "transformer"
+    stem = segments[:-3] if segments[-3:-2] == [inner] else []
+    return ".".join([*stem, HEAD])
+
+
+def is_shared(name: str) -> bool:
+    """Whether this is the one table of an encoder and a decoder: T5's, BART's."""
+    return name == "shared.weight" or name.endswith(".shared.weight")
+
+
+def users_of_shared(name: str) -> tuple[str, ...]:
+    """The parameters that are a shared table in the model, wherever a file leaves them out."""
+    stem = name.removesuffix("shared.weight")
+    return (
+        f"{stem}encoder.embed_tokens.weight",
+        f"{stem}decoder.embed_tokens.weight",
+        f"{HEAD}.weight",
+    )
+
+
 class _Finder:
     """The sites of one component, gathered rule by rule; the first to name a path has it."""
 
@@ -137,7 +161,15 @@ class _Finder:
             for path, site in list(rule()):
                 self.sites.setdefault(path, site)
         for embedding in tied_embedding(self.parameters):
-            self.sites.setdefault(HEAD, Site((Piece(embedding),), tied=f"{HEAD}.weight"))
+            head = head_of(embedding)
+            self.sites.setdefault(head, Site((Piece(embedding),), tied=f"{head}.weight"))
+        for name in [n for n in self.parameters if is_shared(n)]:
+            why = (
+                f"`{name}` is it too, with other tables; a change of one has no place in the model"
+            )
+            for user in users_of_shared(name):
+                path = user.removesuffix(".weight")
+                self.sites.setdefault(path, Site((Piece(name),), refused=why))
         for path, site in list(self.sites.items()):
             for other in _other_spellings(path):
                 self.sites.setdefault(other, site)

@@ -10,13 +10,21 @@ from __future__ import annotations
 from collections.abc import Mapping
 from typing import Any
 
-from adaptsurgery.checkpoint.base import Base
+from adaptsurgery.checkpoint.base import Base, Located
+from adaptsurgery.jobs.merging.configs import FLAG, is_text_of, may_tie
 from adaptsurgery.jobs.merging.match import Change, Matched, Target
-from adaptsurgery.jobs.merging.sites import HEAD, tied_embedding
+from adaptsurgery.jobs.merging.sites import (
+    EMBEDDINGS,
+    HEAD,
+    head_of,
+    is_shared,
+    tied_embedding,
+    users_of_shared,
+)
 from adaptsurgery_formats import AdapterState, ModuleState, Note
+from adaptsurgery_formats.errors import LayoutError
 from adaptsurgery_formats.tensors import DTYPE_BYTES, Tensor, same_bytes
 
-FLAG = "tie_word_embeddings"
 # Classes whose head is called lm_head; others (Whisper's proj_out) are not untied by themselves.
 _WITH_HEAD = ("ForCausalLM", "LMHeadModel")
 
@@ -27,11 +35,11 @@ def settle_ties(base: Base, adapters: list[AdapterState], found: Matched) -> set
     for component, parameters in base.parameters.items():
         config = base.configs.get(component, {})
         for embedding in tied_embedding(parameters):
-            table, head = (component, embedding), (component, f"{HEAD}.weight")
+            table, head = (component, embedding), (component, f"{head_of(embedding)}.weight")
             if head not in found.heads and not _touched(found, table):
                 continue
             if head not in found.heads and not _is_tied(config):
-                if config.get(FLAG) or not config:
+                if any_tied(config) or not config:
                     text = (
                         f"`{embedding}` changes, and what is tied to it with it, as in PEFT's merge"
                     )
@@ -49,13 +57,18 @@ def settle_ties(base: Base, adapters: list[AdapterState], found: Matched) -> set
             else:
                 found.heads[head] = table
                 untied.add(component)
-                found.notes.append(Note("untied", base.where, _said(embedding, bool(config))))
+                found.notes.append(
+                    Note("untied", base.where, _said(embedding, head[1], bool(config)))
+                )
+        if _head_apart(base, found, component):
+            untied.add(component)
+        _settle_shared(base, found, component)
     return untied
 
 
-def _said(embedding: str, has_config: bool) -> str:
+def _said(embedding: str, head: str, has_config: bool) -> str:
     text = (
-        f"`{HEAD}.weight` was tied to `{embedding}`, and the adapters change the two differently: "
+        f"`{head}` was tied to `{embedding}`, and the adapters change the two differently: "
         "written apart"
     )
     if has_config:
@@ -66,7 +79,65 @@ def _said(embedding: str, has_config: bool) -> str:
 def _is_tied(config: Mapping[str, Any]) -> bool:
     """Whether a config without a stored head has a head at all, and does not deny the tie."""
     named = config.get("architectures") or [""]
-    return str(named[0]).endswith(_WITH_HEAD) and config.get(FLAG) is not False
+    composite = str(named[0]).endswith("ForConditionalGeneration") and is_text_of(config)
+    return (str(named[0]).endswith(_WITH_HEAD) or composite) and may_tie(config)
+
+
+def any_tied(config: Mapping[str, Any]) -> bool:
+    """Whether a config says in so many words that the head is the embedding."""
+    text = config.get("text_config")
+    return bool(config.get(FLAG) or (isinstance(text, Mapping) and text.get(FLAG)))
+
+
+def _head_apart(base: Base, found: Matched, component: str) -> bool:
+    """Whether a head that is stored, though the config ties it, becomes another than the table.
+
+    A loader that trusts the config would drop the head.
+    """
+    config, parameters = base.configs.get(component, {}), base.parameters[component]
+    head = (component, f"{HEAD}.weight")
+    tables = [n for n in parameters if n.endswith(EMBEDDINGS)]
+    if head[1] not in parameters or not any_tied(config) or len(tables) != 1:
+        return False
+    if not _touched(found, head) or not _copies(parameters, tables[0], head[1]):
+        return False
+    text = f"`{head[1]}` is stored beside `{tables[0]}` and changes: {FLAG} set to false in config.json"
+    found.notes.append(Note("untied", base.where, text))
+    return True
+
+
+def _settle_shared(base: Base, found: Matched, component: str) -> None:
+    """T5's one table: a file's copies of it change as it does; a change of a copy alone is refused."""
+    parameters = base.parameters[component]
+    for name in [n for n in parameters if is_shared(n)]:
+        shared, tied = (component, name), may_tie(base.configs.get(component, {}))
+        for user in users_of_shared(name):
+            is_head = user == f"{HEAD}.weight"
+            if user in parameters and (tied or not is_head) and _copies(parameters, name, user):
+                _follow(base, found, shared, (component, user))
+        if _touched(found, shared):
+            text = f"`{name}` changes for all that use it: encoder, decoder, and a tied output head"
+            found.notes.append(Note("tied-table", base.where, text))
+
+
+def _follow(base: Base, found: Matched, shared: Target, user: Target) -> None:
+    if _touched(found, user):
+        raise LayoutError(
+            f"`{user[1]}` is a copy of `{shared[1]}`, which the model reads in its place",
+            where=base.where,
+            next=f"an adapter of `{shared[1]}`",
+            code="shared-table",
+        )
+    for kind in (found.changes, found.saved):
+        if shared in kind:
+            kind[user] = kind[shared]  # type: ignore[assignment]
+
+
+def _copies(parameters: Mapping[str, Located], first: str, second: str) -> bool:
+    a, b = parameters[first], parameters[second]
+    if a.tensor is None or b.tensor is None or a.shape != b.shape or a.dtype != b.dtype:
+        return False
+    return same_bytes(a.tensor, b.tensor)
 
 
 def _touched(found: Matched, target: Target) -> bool:

@@ -24,6 +24,7 @@ from torch import Tensor
 
 from adaptsurgery.algorithms.lora import LoRA
 from adaptsurgery.core.config import AdapterConfig, Shapes, kaiming_
+from adaptsurgery.core.exporting import plain_operations
 from adaptsurgery.core.update import Rotation, compute_dtype, widened
 from adaptsurgery_formats.errors import ShapeError, ValueRefused
 
@@ -89,10 +90,14 @@ class HRA(Rotation):
         wide = widened(self.u)
         columns = wide / torch.linalg.vector_norm(wide, dim=0)
         one = torch.eye(self.rank, dtype=wide.dtype, device=wide.device)
+        plain = plain_operations()
         if self.apply_gs:
-            return torch.linalg.qr(columns).Q, 2 * one
-        upper = torch.triu(columns.t() @ columns, 1) + one / 2
-        return columns, torch.linalg.solve_triangular(upper, one, upper=True)
+            basis = orthonormal(columns) if plain else torch.linalg.qr(columns).Q
+            return basis, 2 * one
+        above = torch.triu(columns.t() @ columns, 1)
+        if plain:
+            return columns, inverse_of_half_plus(above, one)
+        return columns, torch.linalg.solve_triangular(above + one / 2, one, upper=True)
 
     def turning(self, sample: Tensor, back: bool = False) -> Callable[[Tensor], Tensor]:
         """rows ↦ rows − ((rows·U)·T)·Uᵀ, or with Tᵀ where ``back``: O(r) a number, R never built."""
@@ -202,3 +207,36 @@ class HRAConfig(AdapterConfig):
             next="an even r without apply_GS; or init_weights=False, for a random R",
             code="no-initial-value",
         )
+
+
+def inverse_of_half_plus(above: Tensor, one: Tensor) -> Tensor:
+    """(½I + N)⁻¹ of a strictly upper triangular N (r, r) by products alone, for export; I is ``one``.
+
+    [A B; 0 C]⁻¹ = [A⁻¹ −A⁻¹BC⁻¹; 0 C⁻¹] on all blocks of one size at once, the size doubling:
+    log2(r) steps. Unlike the powers of N, which overflow, it is as accurate as substitution.
+    """
+    inverse, within = 2 * one, torch.zeros_like(above)
+    place = torch.arange(above.shape[0], device=above.device)
+    size = 1
+    while size < above.shape[0]:
+        size *= 2
+        block = torch.floor_divide(place, size)
+        wider = above * torch.eq(block[:, None], block).to(above.dtype)
+        inverse = inverse - inverse @ (wider - within) @ inverse
+        within = wider
+    return inverse
+
+
+def orthonormal(columns: Tensor) -> Tensor:
+    """Gram–Schmidt of unit columns (n, r) by products alone, for export: halves, each after the other.
+
+    The second half is cleared of the first twice, which is enough.
+    """
+    count = columns.shape[1]
+    if count == 1:
+        return columns / torch.linalg.vector_norm(columns, dim=0)
+    first = orthonormal(columns[:, : count // 2])
+    second = columns[:, count // 2 :]
+    for _ in range(2):
+        second = second - first @ (first.t() @ second)
+    return torch.cat([first, orthonormal(second)], dim=1)

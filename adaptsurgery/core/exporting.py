@@ -1,0 +1,30 @@
+"""Whether what is computed is traced for export: then only operations that every exporter has.
+
+A formula may have two forms, one that is fast and one of plain products; both stand in its
+algorithm's file, and this says which is wanted.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from contextlib import contextmanager
+from contextvars import ContextVar
+
+import torch
+
+_PLAIN: ContextVar[bool] = ContextVar("plain", default=False)
+
+
+def plain_operations() -> bool:
+    """True within ``exporting`` and under torch.export."""
+    return _PLAIN.get() or torch.compiler.is_exporting()
+
+
+@contextmanager
+def exporting() -> Iterator[None]:
+    """Have formulas take their plain form."""
+    token = _PLAIN.set(True)
+    try:
+        yield
+    finally:
+        _PLAIN.reset(token)

@@ -17,6 +17,7 @@ from pathlib import Path
 from typing import Any, ClassVar, Self, TypeVar
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor, nn
 
 from adaptsurgery.core.geometry import KERNEL_DIMS
@@ -375,7 +376,9 @@ class LycorisConfig(PatternConfig):
 
 
 def _kept(shape: tuple[int, ...], dropped: float, like: Tensor) -> Tensor:
-    return (torch.rand(shape, device=like.device) > dropped).to(like.dtype)
+    """Ones, each 0 with the probability ``dropped``: by F.dropout, which a graph can turn off."""
+    ones = torch.ones(shape, dtype=like.dtype, device=like.device)
+    return (F.dropout(ones, dropped) != 0).to(like.dtype)
 
 
 def tensors_of(update: Update) -> dict[str, Tensor]:

@@ -128,6 +128,8 @@ class Emitter(TorchFunctionMode):
         name = _ALIASES.get(name, name)
         if name == "to" and result.device == args[0].device:
             args, kwargs = (args[0], result.dtype), {}
+        elif name == "dropout":
+            args, kwargs = (args[0], args[1] if len(args) > 1 else kwargs["p"], True), {}
         elif name == "einsum":
             args = (args[0], list(args[1:]))
         elif name in _SIZES and isinstance(args[1], int):

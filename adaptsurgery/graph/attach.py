@@ -1,0 +1,366 @@
+"""``attach`` and ``detach``: adapters into a graph and out of it, the same kind of graph as came in.
+
+Both go one way: a copy of the graph, every adapter taken out of it, and those that are wanted put in.
+So the adapters of one layer are always composed by the one law, in the order they were attached,
+and what a base looks like never depends on what was on it before.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass, replace
+from typing import Any, Literal, TypeVar
+
+import torch
+from torch import Tensor, nn
+from torch.export import ExportedProgram
+from torch.fx import GraphModule
+
+from adaptsurgery.algorithms import AdapterConfig
+from adaptsurgery.core.cost import Form, cheapest
+from adaptsurgery.core.update import Delta, Rotation, Update, parts_of
+from adaptsurgery.graph.dropout import is_training, set_dropouts
+from adaptsurgery.graph.find import find_sites
+from adaptsurgery.graph.record import Attached, described
+from adaptsurgery.graph.sites import Site
+from adaptsurgery.graph.splice import Splicer, joined
+from adaptsurgery.graph.strip import Found, adapters_of, strip
+from adaptsurgery.graph.workspace import Workspace
+from adaptsurgery_formats.errors import NameLookupError, ShapeError, ValueRefused, nearest
+
+G = TypeVar("G", ExportedProgram, GraphModule)
+Mode = Literal["auto", "factored", "weight"]
+POSITIONS = 512  # how many tokens "auto" reckons with where the graph leaves it open
+
+
+@dataclass
+class Session:
+    """A graph being changed: the copy, what is on it, and what shall be."""
+
+    work: Workspace
+    found: Found
+    wanted: dict[str, list[Attached]]
+    training: bool
+
+    @classmethod
+    def of(cls, g: Any) -> Session:
+        work = Workspace(g)
+        found = adapters_of(g)
+        wanted = {site: list(adapters) for site, adapters in found.items()}
+        training = is_training(work) if found else False
+        if found:
+            strip(work, found)
+        return cls(work, found, wanted, training)
+
+    @property
+    def names(self) -> list[str]:
+        """The adapters' names, in the order of attaching."""
+        return list(dict.fromkeys(a.name for on in self.wanted.values() for a in on))
+
+    def base(self) -> Any:
+        """The graph without adapters, as it stands now."""
+        return self.work.source if not self.found else bare(self.work, self.found)
+
+    def check_name(self, name: str) -> None:
+        """Raise NameLookupError unless an adapter of that name is there."""
+        if name not in self.names:
+            known = ", ".join(f"`{n}`" for n in self.names)
+            raise NameLookupError(
+                f"the graph has no adapter `{name}`",
+                seen=f"adapters: {known or 'none'}",
+                next=nearest(name, self.names),
+                code="no-adapter",
+            )
+
+    def remove(self, name: str) -> list[str]:
+        """Have an adapter out of what is wanted; the names of its tensors."""
+        self.check_name(name)
+        gone = [t for on in self.wanted.values() for a in on if a.name == name for t in a.names]
+        self.wanted = {
+            site: kept
+            for site, on in self.wanted.items()
+            if (kept := [a for a in on if a.name != name])
+        }
+        for tensor in gone:
+            self.work.drop_tensor(tensor)
+        return gone
+
+    def finish(self) -> Any:
+        """Put what is wanted onto the bare copy, and give it back."""
+        if self.wanted:
+            sites = {site.path: site for site in find_sites(self.base())}
+            for path, adapters in self.wanted.items():
+                put(self.work, sites[path], adapters)
+            set_dropouts(self.work, self.training, base=False)
+        return self.work.finish()
+
+
+def bare(work: Workspace, found: Found) -> Any:
+    """The stripped copy as a graph by itself, to look for sites in."""
+    names = {t for on in found.values() for a in on for t in a.names}
+    held = {name: work.state.pop(name) for name in names & work.state.keys()}
+    graph = work.finish()
+    work.state = {**work.state, **held}
+    return graph
+
+
+def put(work: Workspace, site: Site, adapters: list[Attached]) -> None:
+    """All adapters of one site, composed, at each of its calls."""
+    held = {name: work.tensor(name) for a in adapters for name in a.names}
+    updates, names = [], {}
+    for attached in adapters:
+        update = attached.update(held)
+        updates.append(update)
+        names |= _names_of(attached, update)
+    whole, configs = joined(adapters, updates)
+    form: Form = "folded" if all(a.form == "folded" for a in adapters) else "factored"
+    splicers: dict[tuple[str, ...], Splicer] = {}
+    before = _known_replacements(work)
+    for number, call in enumerate(site.calls):
+        if call.graph not in splicers:
+            splicers[call.graph] = Splicer(
+                work, site, whole, tuple(adapters), form, names, configs, call.graph
+            )
+        splicers[call.graph].splice(call, number)
+    if _known_replacements(work) != before:
+        raise ValueRefused(
+            f"`{site.path}`: the adapter would fix a size that the graph leaves open",
+            next="mode weight, or a static export",
+            code="specialised",
+        )
+
+
+def _names_of(attached: Attached, update: Update) -> dict[int, str]:
+    """id of each tensor of an update → its name in the state."""
+    names = {}
+    for part, built in zip(attached.parts, parts_of(update)):
+        for slot, tensor in _slots(built).items():
+            names[id(tensor)] = part.slots[slot]
+    return names
+
+
+def _slots(update: Update) -> dict[str, Tensor]:
+    from adaptsurgery.core.config import tensors_of
+
+    return tensors_of(update)
+
+
+def _known_replacements(work: Workspace) -> dict[Any, Any]:
+    shapes = work.fake.shape_env
+    return dict(shapes.replacements) if shapes is not None else {}
+
+
+# --- the public doors ----------------------------------------------------------------------------
+
+
+def attach(
+    g: G,
+    what: Any,
+    name: str = "default",
+    mode: Mode = "auto",
+    *,
+    generator: torch.Generator | None = None,
+    dtype: torch.dtype | None = None,
+) -> G:
+    """``g`` with an adapter: a graph of the same kind, ``g`` itself untouched.
+
+    ``what`` is a config (fresh initial values, PEFT's) or a Plan made from one, or a mapping from
+    module paths to updates, such as ``adaptsurgery.load`` returns. ``mode`` "factored" computes the
+    adapter beside the layer, "weight" folds it into the weight on every call, and "auto" takes what
+    core/cost.py finds cheaper. Its tensors become parameters, called ``path.name.algorithm_slot``,
+    of ``dtype`` (by default their own; float32 where they are fresh).
+
+    Several adapters on one layer are one update, W' = W·R1·R2·… + Σ s·Δ, then a Renorm, with
+    rotations in the order of attaching.
+
+    Raises ValueRefused for a name that is taken, a plan of another graph, a layer that no adapter
+    can be put on, or a size that the adapter would fix; NameLookupError for paths that match no
+    layer; ShapeError for an update that does not fit its layer. ``g`` is as it was after any of them.
+    """
+    session = Session.of(g)
+    _check_free(name, session)
+    base = session.base()
+    sites = {alias: s for s in find_sites(base) for alias in (*s.aliases, s.path)}
+    chosen = _chosen(base, what, sites, session.work, generator, dtype)
+    for path, (update, config) in chosen.items():
+        site = sites[path]
+        _check_site(site, update)
+        parts, tensors = described(update, _prefix(site.path, name), _taken(session.work, site, name))
+        for full, tensor in tensors.items():
+            kept = tensor.detach().clone().to(dtype or tensor.dtype)
+            session.work.set_tensor(full, nn.Parameter(kept, kept.is_floating_point()))
+        form = _form(mode, site, update, config)
+        attached = Attached(name, form, site.shape, parts, _dropout(config))
+        session.wanted.setdefault(site.path, []).append(attached)
+    result: G = session.finish()
+    return result
+
+
+def detach(g: G, name: str = "default") -> G:
+    """``g`` without an adapter: the base's own code, and outputs equal to the bit. Others stay.
+
+    Raises NameLookupError where there is no adapter of that name.
+    """
+    session = Session.of(g)
+    session.remove(name)
+    result: G = session.finish()
+    return result
+
+
+def set_scale(g: G, scale: float, name: str = "default") -> G:
+    """``g`` with an adapter at ``scale`` times its strength as attached or loaded.
+
+    Raises ValueRefused for HRA and DoRA, which do not add, at any other scale than 1.
+    """
+    return _with_updates(g, name, lambda update: update.scaled(scale))
+
+
+def _with_updates(g: G, name: str, change: Callable[[Update], Update]) -> G:
+    session = Session.of(g)
+    session.check_name(name)
+    for site, adapters in session.wanted.items():
+        session.wanted[site] = [
+            _rescaled(a, change(a.update(_tensors(session.work, a)))) if a.name == name else a
+            for a in adapters
+        ]
+    result: G = session.finish()
+    return result
+
+
+def _rescaled(attached: Attached, update: Update) -> Attached:
+    scales = [getattr(getattr(part, "inner", part), "scale", 1.0) for part in parts_of(update)]
+    parts = tuple(replace(p, scale=s) for p, s in zip(attached.parts, scales))
+    return replace(attached, parts=parts)
+
+
+def _tensors(work: Workspace, attached: Attached) -> dict[str, Tensor]:
+    return {name: work.tensor(name) for name in attached.names}
+
+
+def _check_free(name: str, session: Session) -> None:
+    if not name.isidentifier():
+        raise ValueRefused(
+            f"`{name}` is no name for an adapter", next="letters, digits and _", code="bad-name"
+        )
+    if name in session.names:
+        raise ValueRefused(
+            f"the graph has an adapter `{name}` already",
+            next=f"another name; or detach(g, {name!r}) first",
+            code="name-taken",
+        )
+
+
+def _chosen(
+    base: Any,
+    what: Any,
+    sites: Mapping[str, Site],
+    work: Workspace,
+    generator: torch.Generator | None,
+    dtype: torch.dtype | None,
+) -> dict[str, tuple[Update, AdapterConfig | None]]:
+    """Path → the update for it, and the config that it is made from."""
+    if isinstance(what, Mapping):
+        return {path: (update, None) for path, update in _matched(what, sites).items()}
+    from adaptsurgery.graph.plan import Plan, plan
+
+    made = what if isinstance(what, Plan) else plan(base, what)
+    made.check(base)
+    config, found = made.config, {}
+    for target in made.targets:
+        site = sites[target.name]
+        update = config.fresh(
+            site.shape,
+            rank=target.rank,
+            alpha=target.alpha,
+            kind=site.kind,
+            dtype=dtype or torch.float32,
+            generator=generator,
+            weight=_weight(work, site),
+        )
+        found[target.name] = (update, config)
+    return found
+
+
+def _matched(what: Mapping[str, Update], sites: Mapping[str, Site]) -> dict[str, Update]:
+    """Updates by path, every one of which a layer of the graph has."""
+    lost = [path for path in what if path not in sites]
+    if lost or not what:
+        raise NameLookupError(
+            f"{len(lost)} of {len(what)} modules of the adapter are no layers of the graph"
+            if what
+            else "the adapter has no modules",
+            items=lost[:20],
+            next=nearest(lost[0], sites) if lost else "",
+            code="no-site",
+        )
+    return {path: what[path] for path in what}
+
+
+def _weight(work: Workspace, site: Site) -> Tensor | None:
+    """A site's canonical weight, where it is a tensor of the graph's."""
+    if not site.weight:
+        return None
+    held = work.tensor(site.weight).detach()
+    return held.t() if site.transposed else held
+
+
+def _check_site(site: Site, update: Update) -> None:
+    if not site.adaptable:
+        raise ValueRefused(
+            f"`{site.path}` takes no adapter: {site.reason}", code="not-adaptable"
+        )
+    for part in parts_of(update):
+        plain = getattr(part, "inner", part)
+        if not isinstance(plain, (Delta, Rotation)):
+            raise ValueRefused(f"`{site.path}`: a {type(plain).__name__} is no adapter of a layer")
+        try:
+            plain.check_fits(site.shape)
+        except ShapeError as error:
+            raise ShapeError(f"`{site.path}`: {error.what}", seen=error.seen) from None
+
+
+def _prefix(path: str, name: str) -> str:
+    return f"{path}.{name}" if path else name
+
+
+def _taken(work: Workspace, site: Site, name: str) -> list[str]:
+    """A name that the model has already is not used again."""
+    prefix = _prefix(site.path, name)
+    if work.is_program:
+        return [held for held in work.state if held.startswith(prefix)]
+    return [held for held in dict(work.top.named_parameters()) if held.startswith(prefix)]
+
+
+def _dropout(config: AdapterConfig | None) -> dict[str, Any]:
+    names = ("lora_dropout", "rank_dropout", "module_dropout")
+    shares = {n: getattr(config, n, 0.0) for n in names if getattr(config, n, 0.0)}
+    if shares and getattr(config, "rank_dropout_scale", False):
+        shares["rank_dropout_scale"] = True
+    return shares
+
+
+def _form(mode: Mode, site: Site, update: Update, config: AdapterConfig | None) -> Form:
+    """How the adapter is computed at a site."""
+    if mode not in ("auto", "factored", "weight"):
+        raise ValueRefused(
+            f"no mode is called `{mode}`", next="one of auto, factored, weight", code="bad-mode"
+        )
+    if mode != "auto":
+        return "folded" if mode == "weight" else "factored"
+    deltas = [part for part in parts_of(update) if isinstance(part, Delta)]
+    if len(deltas) != len(parts_of(update)) or not site.weight or site.groups > 1:
+        return "factored"
+    layer = site.layer(torch.empty(_stored_shape(site), device="meta"))
+    prices: dict[Form, int] = {"factored": 0, "folded": 0}
+    for delta in deltas:
+        own = delta.prices(POSITIONS, layer, config is not None)
+        prices["factored"] += own.get("factored", 0)
+        prices["folded"] += own.get("folded", math.prod(site.shape) * POSITIONS)
+    return cheapest(prices)
+
+
+def _stored_shape(site: Site) -> tuple[int, ...]:
+    return site.shape[::-1] if site.transposed else site.shape
+
+

@@ -1,0 +1,145 @@
+"""What surgery notes on the nodes that it adds: enough to take an adapter out again, or to go on.
+
+The note is a string of JSON in meta["custom"], the one place that torch keeps through save, load,
+re-export and decompositions. ``site`` and ``call`` say whose node it is (call -1: of all calls of
+the site); ``role`` which of the layer's values it stands in for, "x", "weight", "bias" or "out";
+``adapters`` what is on the site, in order.
+"""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Callable, Iterable, Mapping
+from dataclasses import asdict, dataclass, field, fields, replace
+from typing import Any, TypeVar
+
+from torch import Tensor
+from torch.fx import Node
+
+from adaptsurgery.algorithms import AdapterConfig, build
+from adaptsurgery.core.config import tensors_of
+from adaptsurgery.core.cost import Form
+from adaptsurgery.core.update import Composition, Delta, Renorm, Update, compose, parts_of
+from adaptsurgery.graph.sites import RECORD
+
+U = TypeVar("U", bound=Update)
+SHARED = -1
+
+
+@dataclass(frozen=True)
+class Part:
+    """One plain update: ``slots`` maps its tensors to names in the state_dict."""
+
+    algorithm: str
+    slots: dict[str, str]
+    scale: float = 1.0
+    options: dict[str, Any] = field(default_factory=dict)
+
+
+@dataclass(frozen=True)
+class Attached:
+    """One adapter on one site. ``dropout`` holds its config's shares, where there are any."""
+
+    name: str
+    form: Form
+    shape: tuple[int, ...]
+    parts: tuple[Part, ...]
+    dropout: dict[str, Any] = field(default_factory=dict)
+
+    @property
+    def names(self) -> list[str]:
+        """Every tensor of it, by its name in the state_dict."""
+        return [name for part in self.parts for name in part.slots.values()]
+
+    @property
+    def config(self) -> AdapterConfig | None:
+        """A config that drops as the adapter's own does."""
+        return AdapterConfig.known[self.parts[0].algorithm](**self.dropout) if self.dropout else None
+
+    def update(self, tensors: Mapping[str, Tensor]) -> Update:
+        """The Update of the tensors that a state_dict holds."""
+        return compose([self._built(part, tensors) for part in self.parts])
+
+    def _built(self, part: Part, tensors: Mapping[str, Tensor]) -> Update:
+        slots = {slot: tensors[name].detach() for slot, name in part.slots.items()}
+        return build(part.algorithm, slots, part.scale, self.shape, **part.options)
+
+    @classmethod
+    def of_json(cls, said: dict[str, Any]) -> Attached:
+        parts = tuple(Part(**part) for part in said["parts"])
+        return cls(**{**said, "parts": parts, "shape": tuple(said["shape"])})
+
+
+@dataclass(frozen=True)
+class Tag:
+    """The note of one node."""
+
+    site: str
+    call: int
+    role: str = ""
+    adapters: tuple[Attached, ...] = ()
+    module: str = ""  # the call_module that the node took the place of, and its node's name
+    node: str = ""
+
+    def write(self, node: Node) -> None:
+        said = {name: value for name, value in asdict(self).items() if value}
+        node.meta["custom"] = {**(node.meta.get("custom") or {}), RECORD: json.dumps(said)}
+
+
+def tag_of(node: Node) -> Tag | None:
+    """The note of a node, None where surgery did not make it."""
+    text = (node.meta.get("custom") or {}).get(RECORD)
+    if text is None:
+        return None
+    said = json.loads(text)
+    adapters = tuple(Attached.of_json(a) for a in said.pop("adapters", ()))
+    return Tag(said.pop("site", ""), said.pop("call", 0), adapters=adapters, **said)
+
+
+def described(
+    update: Update, prefix: str, taken: Iterable[str]
+) -> tuple[tuple[Part, ...], dict[str, Tensor]]:
+    """An update as parts whose tensors have names under ``prefix``, and the tensors by name."""
+    used, tensors, parts = set(taken), {}, []
+    for update_part in parts_of(update):
+        plain = update_part.inner if isinstance(update_part, Renorm) else update_part
+        slots = {}
+        for slot, tensor in tensors_of(update_part).items():
+            name = _free(f"{prefix}.{plain.name}_{slot}", used)
+            used.add(name)
+            slots[slot], tensors[name] = name, tensor
+        scale = plain.scale if isinstance(plain, Delta) else 1.0
+        parts.append(Part(plain.name, slots, scale, _options(plain)))
+    return tuple(parts), tensors
+
+
+def _options(update: Update) -> dict[str, Any]:
+    own = {f.name: getattr(update, f.name) for f in fields(update)}  # type: ignore[arg-type]
+    return {
+        name: value
+        for name, value in own.items()
+        if name not in ("scale", "weight_shape") and not isinstance(value, Tensor | None)
+    }
+
+
+def _free(name: str, used: set[str]) -> str:
+    number, found = 1, name
+    while found in used:
+        number += 1
+        found = f"{name}_{number}"
+    return found
+
+
+def mapped(update: U, change: Callable[[Tensor], Tensor]) -> U:
+    """The same update with other tensors in its slots."""
+    if isinstance(update, Composition):
+        parts = [mapped(part, change) for part in parts_of(update)]
+        return compose(parts)  # type: ignore[return-value]
+    changes: dict[str, Any] = {}
+    for f in fields(update):  # type: ignore[arg-type]
+        value = getattr(update, f.name)
+        if isinstance(value, Tensor):
+            changes[f.name] = change(value)
+        elif isinstance(value, Update):
+            changes[f.name] = mapped(value, change)
+    return replace(update, **changes)  # type: ignore[type-var]

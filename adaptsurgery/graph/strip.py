@@ -1,0 +1,126 @@
+"""Taking adapters out: the base reads its own values again, and what surgery added is erased.
+
+What a noted node stands in for is found by following it back through its own adapter's nodes to what
+was there before: the last such node in the graph's order is the layer's own input, weight, bias or
+output, since parameters come first. So it holds after a re-export or a decomposition too, where
+names have changed and one node has become several.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+
+from torch.fx import GraphModule, Node
+
+from adaptsurgery.graph.emit import retarget
+from adaptsurgery.graph.record import SHARED, Attached, Tag, tag_of
+from adaptsurgery.graph.walk import Graph, View
+from adaptsurgery.graph.workspace import Workspace, remove_operand
+
+Found = dict[str, tuple[Attached, ...]]
+
+
+def adapters_of(g: Graph) -> Found:
+    """Site path → the adapters on it, in order, as the graph's own notes have them."""
+    found: Found = {}
+    for scope in View(g).scopes:
+        for node in scope.module.graph.nodes:
+            tag = tag_of(node)
+            if tag is not None and tag.adapters:
+                found.setdefault(tag.site, tag.adapters)
+    return found
+
+
+def strip(work: Workspace, found: Found) -> None:
+    """Take every adapter out of the copy; their tensors stay in its state."""
+    names = {name for adapters in found.values() for a in adapters for name in a.names}
+    parameters = _parameter_nodes(work, names)
+    for path, module in work.modules():
+        _Stripper(module, parameters.get(path, set())).run()
+    for path, nodes in sorted(parameters.items(), key=lambda item: -len(item[0])):
+        _erase_parameters(work, path, nodes)
+
+
+def _parameter_nodes(work: Workspace, names: set[str]) -> dict[tuple[str, ...], set[Node]]:
+    """The nodes of adapters' parameters by graph, operands of nested graphs included."""
+    source = View(work.source)
+    wanted: dict[tuple[str, ...], set[str]] = {}
+    for scope in source.scopes:
+        held = {node.name for node, name in scope.names.items() if name in names}
+        wanted.setdefault(scope.path, set()).update(held)
+    return {
+        path: {node for node in module.graph.nodes if node.name in wanted.get(path, set())}
+        for path, module in work.modules()
+    }
+
+
+def _erase_parameters(work: Workspace, path: tuple[str, ...], nodes: set[Node]) -> None:
+    """Erase parameters' nodes, which only calls of nested graphs still read."""
+    module = work.module(path)
+    for node in nodes:
+        for caller in list(node.users):
+            branches = [inner for _, inner in work.branches(path, caller)]
+            place = remove_operand(caller, node)
+            for inner in branches:
+                places = [n for n in inner.graph.nodes if n.op == "placeholder"]
+                if not places[place].users:
+                    inner.graph.erase_node(places[place])
+        module.graph.erase_node(node)
+
+
+class _Stripper:
+    """One graph."""
+
+    def __init__(self, module: GraphModule, parameters: set[Node]) -> None:
+        self.module, self.parameters = module, parameters
+        self.place = {node: n for n, node in enumerate(module.graph.nodes)}
+        self.tags: Mapping[Node, Tag] = {
+            node: tag for node in module.graph.nodes if (tag := tag_of(node)) is not None
+        }
+        self.original: dict[Node, Node] = {}
+
+    def run(self) -> None:
+        for node, tag in self.tags.items():
+            outside = [user for user in node.users if user not in self.tags]
+            if outside:
+                self.original[node] = self._original(node, tag)
+                retarget(outside, node, self.original[node])
+        for node in sorted(self.tags, key=self.place.__getitem__, reverse=True):
+            self.module.graph.erase_node(node)
+
+    def _original(self, node: Node, tag: Tag) -> Node:
+        if tag.module:
+            return self._called_again(node, tag)
+        entries = [n for n in self._entries(node, tag)]
+        last = max(entries, key=self.place.__getitem__)
+        return self.original.get(last, last)
+
+    def _entries(self, node: Node, tag: Tag) -> list[Node]:
+        """What the adapter's nodes before ``node`` read that is not the adapter's."""
+        seen, queue, found = {node}, [node], []
+        while queue:
+            for source in queue.pop().all_input_nodes:
+                if source in seen:
+                    continue
+                seen.add(source)
+                other = self.tags.get(source)
+                if other and other.site == tag.site and other.call in (tag.call, SHARED):
+                    queue.append(source)
+                elif source not in self.parameters:
+                    found.append(source)
+        return found
+
+    def _called_again(self, node: Node, tag: Tag) -> Node:
+        """The call of a module that a node took the place of."""
+        x = max(
+            (n for n in self._entries(node, tag) if n.op != "get_attr"), key=self.place.__getitem__
+        )
+        with self.module.graph.inserting_before(node):
+            made = self.module.graph.create_node(
+                "call_module", tag.module, (self.original.get(x, x),), name=tag.node
+            )
+        for key in ("nn_module_stack", "stack_trace"):
+            if key in node.meta:
+                made.meta[key] = node.meta[key]
+        self.place[made] = self.place[node]
+        return made

@@ -18,8 +18,9 @@ from torch.export import ExportedProgram
 from torch.fx import GraphModule
 
 from adaptsurgery.algorithms import AdapterConfig
+from adaptsurgery.core.config import tensors_of
 from adaptsurgery.core.cost import Form, cheapest
-from adaptsurgery.core.update import Delta, Rotation, Update, parts_of
+from adaptsurgery.core.update import Delta, Renorm, Rotation, Update, parts_of
 from adaptsurgery.graph.dropout import is_training, set_dropouts
 from adaptsurgery.graph.find import find_sites
 from adaptsurgery.graph.record import Attached, described
@@ -135,15 +136,9 @@ def _names_of(attached: Attached, update: Update) -> dict[int, str]:
     """id of each tensor of an update → its name in the state."""
     names = {}
     for part, built in zip(attached.parts, parts_of(update)):
-        for slot, tensor in _slots(built).items():
+        for slot, tensor in tensors_of(built).items():
             names[id(tensor)] = part.slots[slot]
     return names
-
-
-def _slots(update: Update) -> dict[str, Tensor]:
-    from adaptsurgery.core.config import tensors_of
-
-    return tensors_of(update)
 
 
 def _known_replacements(work: Workspace) -> dict[Any, Any]:
@@ -229,7 +224,8 @@ def _with_updates(g: G, name: str, change: Callable[[Update], Update]) -> G:
 
 
 def _rescaled(attached: Attached, update: Update) -> Attached:
-    scales = [getattr(getattr(part, "inner", part), "scale", 1.0) for part in parts_of(update)]
+    plain = [part.inner if isinstance(part, Renorm) else part for part in parts_of(update)]
+    scales = [part.scale if isinstance(part, Delta) else 1.0 for part in plain]
     parts = tuple(replace(p, scale=s) for p, s in zip(attached.parts, scales))
     return replace(attached, parts=parts)
 
@@ -267,8 +263,7 @@ def _chosen(
     made = what if isinstance(what, Plan) else plan(base, what)
     made.check(base)
     config, found = made.config, {}
-    for target in made.targets:
-        site = sites[target.name]
+    for site, target in made.placed:
         update = config.fresh(
             site.shape,
             rank=target.rank,
@@ -278,7 +273,7 @@ def _chosen(
             generator=generator,
             weight=_weight(work, site),
         )
-        found[target.name] = (update, config)
+        found[site.path] = (update, config)
     return found
 
 
@@ -311,7 +306,7 @@ def _check_site(site: Site, update: Update) -> None:
             f"`{site.path}` takes no adapter: {site.reason}", code="not-adaptable"
         )
     for part in parts_of(update):
-        plain = getattr(part, "inner", part)
+        plain = part.inner if isinstance(part, Renorm) else part
         if not isinstance(plain, (Delta, Rotation)):
             raise ValueRefused(f"`{site.path}`: a {type(plain).__name__} is no adapter of a layer")
         try:

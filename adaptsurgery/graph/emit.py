@@ -20,7 +20,10 @@ from adaptsurgery_formats.errors import ValueRefused
 
 Maker = Callable[[], Node]
 # Python's names of what aten calls otherwise.
-_ALIASES = {"__rsub__": "rsub", "true_divide": "div", "__rmul__": "mul", "__radd__": "add"}
+_ALIASES = {
+    "__rsub__": "rsub", "__rmul__": "mul", "__radd__": "add", "true_divide": "div",
+    "__eq__": "eq", "__ne__": "ne", "__floordiv__": "floor_divide",
+}  # fmt: skip
 _SIZES = ("view", "reshape", "permute", "expand")  # their sizes may come one by one
 
 
@@ -35,8 +38,9 @@ class Emitter(TorchFunctionMode):
         super().__init__()
         self.graph = graph
         self.point: Node | None = None
-        self.made: list[Node] = []  # in order, since ``take``
+        self.made: list[Node] = []  # in the order of making
         self._nodes: dict[int, Node | Maker] = {}
+        self._makers: dict[int, Maker] = {}
         self._held: list[Tensor] = []  # so that no id is used twice
         self._derived: set[int] = set()
         self._constant: set[int] = set()
@@ -49,10 +53,19 @@ class Emitter(TorchFunctionMode):
         self._nodes[id(tensor)] = node
         self._held.append(tensor)
         if weight:
-            self._derived.add(id(tensor))
+            self.mark_weight(tensor)
         if constant:
             self._constant.add(id(tensor))
         return tensor
+
+    def mark_weight(self, tensor: Tensor) -> None:
+        """Have ``derives`` tell what comes of a tensor; one that is not bound has no node."""
+        self._derived.add(id(tensor))
+        self._held.append(tensor)
+
+    def has_node(self, tensor: Tensor) -> bool:
+        """Whether a tensor stands for a node."""
+        return id(tensor) in self._nodes
 
     def node(self, tensor: Tensor) -> Node:
         """The node that a tensor stands for."""
@@ -64,24 +77,27 @@ class Emitter(TorchFunctionMode):
                 code="weight-not-shown",
             )
         if not isinstance(found, Node):
+            self._makers[id(tensor)] = found
             found = self._nodes[id(tensor)] = found()
         return found
+
+    def constant_nodes(self) -> set[Node]:
+        """The nodes that hold for every call."""
+        found = ((key, node) for key, node in self._nodes.items() if key in self._constant)
+        return {node for _, node in found if isinstance(node, Node)}
+
+    def forget_erased(self) -> None:
+        """Tensors whose nodes were erased are computed anew when they are needed again."""
+        gone = {k for k, n in self._nodes.items() if isinstance(n, Node) and n._erased}
+        self._once = {k: t for k, t in self._once.items() if id(t) not in gone}
+        for key in gone:
+            self._nodes.pop(key)
+            if key in self._makers:
+                self._nodes[key] = self._makers[key]
 
     def derives(self, tensor: Tensor) -> bool:
         """Whether a tensor was computed from one that was bound as a weight, or is one."""
         return id(tensor) in self._derived
-
-    def is_constant(self, tensor: Tensor) -> bool:
-        return id(tensor) in self._constant
-
-    def take(self) -> list[Node]:
-        """The nodes made since the last call, less those that nothing uses."""
-        made, self.made = self.made, []
-        for node in reversed(made):
-            if not node.users and not node.meta.get("kept"):
-                self._forget(node)
-                self.graph.erase_node(node)
-        return [node for node in made if not node._erased]
 
     def add(self, op: str, target: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Node:
         """A new node before ``point``."""

@@ -79,7 +79,7 @@ class Splicer:
     configs: list[AdapterConfig | None]  # one for each part of the update
     path: tuple[str, ...] = ()
     emitter: Emitter = field(init=False)
-    fakes: dict[int, Tensor] = field(default_factory=dict)
+    own: dict[str, Tensor] = field(default_factory=dict)  # the layer's tensors, by their nodes
 
     def __post_init__(self) -> None:
         self.module = self.work.module(self.path)
@@ -146,23 +146,31 @@ class Splicer:
 
     def _of_module(self, node: Node, slot: str, tensor: Tensor) -> Tensor:
         emit = self.emitter
-        fake = self.work.fake.from_tensor(tensor.detach(), static_shapes=True)
-        return emit.bind(
-            fake,
-            lambda: emit.add("get_attr", f"{node.target}.{slot}", (), {}),
-            weight=slot == "weight",
-            constant=True,
-        )
+        key = f"{node.target}.{slot}"
+        if key not in self.own:
+            self.own[key] = emit.bind(
+                self.work.fake.from_tensor(tensor.detach(), static_shapes=True),
+                lambda: emit.add("get_attr", key, (), {}),
+                weight=slot == "weight",
+                constant=True,
+            )
+        return self.own[key]
 
     def _of_node(self, name: str, weight: bool = False) -> Tensor:
         """A tensor for the node that holds the weight; one that no node shows has a shape alone."""
-        if not name:
-            shape = self.site.shape[::-1] if self.site.transposed else self.site.shape
-            with self.work.fake:
-                fake = torch.empty(shape)
-            self.emitter._derived.add(id(fake))
-            self.emitter._held.append(fake)
-            return fake
+        if name not in self.own:
+            self.own[name] = self._of_no_node() if not name else self._named(name, weight)
+        return self.own[name]
+
+    def _of_no_node(self) -> Tensor:
+        """A weight that is known by its shape alone."""
+        shape = self.site.shape[::-1] if self.site.transposed else self.site.shape
+        with self.work.fake:
+            fake = torch.empty(shape)
+        self.emitter.mark_weight(fake)
+        return fake
+
+    def _named(self, name: str, weight: bool) -> Tensor:
         node = self.nodes[name]
         value = node.meta.get("val")
         if isinstance(value, Tensor):
@@ -220,17 +228,15 @@ class Splicer:
         return note
 
     def _is_own(self, tensor: Tensor, layer: Layer) -> bool:
-        """Whether a tensor is the layer's own weight as it is, seen either way."""
-        if tensor is layer.weight:
+        """Whether a tensor is the layer's own bias or weight as it is, seen either way."""
+        emit = self.emitter
+        if tensor is layer.weight or tensor is layer.bias:
             return True
-        if not self.emitter.derives(tensor) or id(tensor) not in self.emitter._nodes:
+        if not emit.has_node(tensor) or not emit.has_node(layer.weight):
+            return not emit.has_node(tensor)
+        if not emit.derives(tensor) or emit.node(tensor).target is not torch.ops.aten.t.default:
             return False
-        node = self.emitter.node(tensor)
-        if node.target is not torch.ops.aten.t.default or id(layer.weight) not in (
-            self.emitter._nodes
-        ):
-            return False
-        return node.args[0] is self.emitter.node(layer.weight)
+        return emit.node(tensor).args[0] is emit.node(layer.weight)
 
     def _settle(
         self,
@@ -248,7 +254,7 @@ class Splicer:
             self._computed(forward, layer)
         last = noted[-1]
         written = emit.made
-        at = written.index(last.node)
+        after = written[written.index(last.node) + 1 :]
         values = self._values(last, layer)
         functional = module is not None and bool(values.keys() - {"x"})
         if functional:
@@ -258,7 +264,7 @@ class Splicer:
         else:
             own_output = self.nodes[call.output]
             roles = self._given(call, group, last, layer, values)
-            for node in written[at + 1 :][::-1]:
+            for node in after[::-1]:
                 own_output.append(node)
             last.node.replace_all_uses_with(own_output)
             end = own_output if out is last.out else emit.node(out)
@@ -281,7 +287,7 @@ class Splicer:
         with exporting(), self.work.fake, emit:
             out = layer.plain(forward.x, forward.weight, forward.bias)
         forward.node.replace_all_uses_with(emit.node(out))
-        emit._nodes[id(forward.out)] = emit.node(out)
+        emit.bind(forward.out, emit.node(out))
         at = made.index(forward.node)
         made[at : at + 1] = emit.made
         emit.made = made
@@ -372,11 +378,7 @@ class Splicer:
             self.module.graph.erase_node(forward)
         role_of = {node: role for role, node in roles.items()}
         kept = set(ends)
-        constant = {
-            node
-            for key, node in emit._nodes.items()
-            if isinstance(node, Node) and key in emit._constant
-        }
+        constant = emit.constant_nodes()
         made = emit.made
         for node in reversed(made):
             if not node.users and node not in kept:
@@ -404,20 +406,13 @@ class Splicer:
         if replaced is not None:
             self.module.graph.erase_node(replaced)
         emit.made = []
-        self._forget_erased()
+        emit.forget_erased()
 
     def _value_of(self, node: Node) -> Any:
         return next(
             (n.meta["val"] for n in self.nodes.values() if n.target == node.target and "val" in n.meta),
             None,
         )
-
-    def _forget_erased(self) -> None:
-        emit = self.emitter
-        gone = {k for k, n in emit._nodes.items() if isinstance(n, Node) and n._erased}
-        emit._once = {k: t for k, t in emit._once.items() if id(t) not in gone}
-        for key in gone:
-            del emit._nodes[key]
 
 
 def _not_shown(site: Site, what: str) -> SurgeryError:

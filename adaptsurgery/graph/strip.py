@@ -37,8 +37,8 @@ def strip(work: Workspace, found: Found) -> None:
     parameters = _parameter_nodes(work, names)
     for path, module in work.modules():
         _Stripper(module, parameters.get(path, set())).run()
-    for path, nodes in sorted(parameters.items(), key=lambda item: -len(item[0])):
-        _erase_parameters(work, path, nodes)
+    for node in parameters.get((), set()):
+        _erase_parameter(work, (), node)
 
 
 def _parameter_nodes(work: Workspace, names: set[str]) -> dict[tuple[str, ...], set[Node]]:
@@ -54,18 +54,14 @@ def _parameter_nodes(work: Workspace, names: set[str]) -> dict[tuple[str, ...], 
     }
 
 
-def _erase_parameters(work: Workspace, path: tuple[str, ...], nodes: set[Node]) -> None:
-    """Erase parameters' nodes, which only calls of nested graphs still read."""
-    module = work.module(path)
-    for node in nodes:
-        for caller in list(node.users):
-            branches = [inner for _, inner in work.branches(path, caller)]
-            place = remove_operand(caller, node)
-            for inner in branches:
-                places = [n for n in inner.graph.nodes if n.op == "placeholder"]
-                if not places[place].users:
-                    inner.graph.erase_node(places[place])
-        module.graph.erase_node(node)
+def _erase_parameter(work: Workspace, path: tuple[str, ...], node: Node) -> None:
+    """Erase a parameter's node, with the operands that led it into nested graphs."""
+    for caller in list(node.users):
+        place = remove_operand(caller, node)
+        for step, inner in work.branches(path, caller):
+            places = [n for n in inner.graph.nodes if n.op == "placeholder"]
+            _erase_parameter(work, (*path, step), places[place])
+    work.module(path).graph.erase_node(node)
 
 
 class _Stripper:

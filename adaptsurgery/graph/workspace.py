@@ -282,9 +282,8 @@ def _copied(module: GraphModule) -> GraphModule:
     out = copy.deepcopy(module, memo)
     for hooks in ("_forward_pre_hooks", "_forward_pre_hooks_with_kwargs", "_forward_hooks"):
         getattr(out, hooks).update(getattr(module, hooks))
-    for name in ("train", "eval"):  # an exported module refuses both
-        if name in vars(module):
-            setattr(out, name, vars(module)[name])
+    for name, value in vars(module).items():  # what a GraphModule's constructor leaves behind
+        vars(out).setdefault(name, value)
     out.training = module.training
     return out
 

@@ -234,7 +234,8 @@ def orthonormal(columns: Tensor) -> Tensor:
     """
     count = columns.shape[1]
     if count == 1:
-        return columns / torch.linalg.vector_norm(columns, dim=0)
+        unit: Tensor = columns / torch.linalg.vector_norm(columns, dim=0)
+        return unit
     first = orthonormal(columns[:, : count // 2])
     second = columns[:, count // 2 :]
     for _ in range(2):

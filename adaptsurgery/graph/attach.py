@@ -91,10 +91,17 @@ class Session:
         """Put what is wanted onto the bare copy, and give it back."""
         if self.wanted:
             sites = {site.path: site for site in find_sites(self.base())}
+            counts = {name: self._places(name, sites) for name in self.names}
             for path, adapters in self.wanted.items():
-                put(self.work, sites[path], adapters)
+                counted = [replace(a, places=counts[a.name]) for a in adapters]
+                put(self.work, sites[path], counted)
             set_dropouts(self.work, self.training, base=False)
         return self.work.finish()
+
+    def _places(self, name: str, sites: Mapping[str, Site]) -> int:
+        """How many sites an adapter is on, counted in each graph that calls them."""
+        on = (path for path, held in self.wanted.items() if any(a.name == name for a in held))
+        return sum(len({call.graph for call in sites[path].calls}) for path in on)
 
 
 def bare(work: Workspace, found: Found) -> Any:
@@ -109,7 +116,8 @@ def bare(work: Workspace, found: Found) -> Any:
 def put(work: Workspace, site: Site, adapters: list[Attached]) -> None:
     """All adapters of one site, composed, at each of its calls."""
     held = {name: work.tensor(name) for a in adapters for name in a.names}
-    updates, names = [], {}
+    updates: list[Update] = []
+    names: dict[int, str] = {}
     for attached in adapters:
         update = attached.update(held)
         updates.append(update)
@@ -176,12 +184,14 @@ def attach(
     session = Session.of(g)
     _check_free(name, session)
     base = session.base()
-    sites = {alias: s for s in find_sites(base) for alias in (*s.aliases, s.path)}
+    sites = _by_name(find_sites(base))
     chosen = _chosen(base, what, sites, session.work, generator, dtype)
     for path, (update, config) in chosen.items():
         site = sites[path]
-        _check_site(site, update)
-        parts, tensors = described(update, _prefix(site.path, name), _taken(session.work, site, name))
+        check_site(site, update)
+        parts, tensors = described(
+            update, prefix(site.path, name), _taken(session.work, site, name)
+        )
         for full, tensor in tensors.items():
             kept = tensor.detach().clone().to(dtype or tensor.dtype)
             session.work.set_tensor(full, nn.Parameter(kept, kept.is_floating_point()))
@@ -234,6 +244,12 @@ def _tensors(work: Workspace, attached: Attached) -> dict[str, Tensor]:
     return {name: work.tensor(name) for name in attached.names}
 
 
+def _by_name(sites: list[Site]) -> dict[str, Site]:
+    """Sites by every path of theirs."""
+    named = {alias: site for site in sites for alias in site.aliases}
+    return named | {site.path: site for site in sites}
+
+
 def _check_free(name: str, session: Session) -> None:
     if not name.isidentifier():
         raise ValueRefused(
@@ -262,7 +278,8 @@ def _chosen(
 
     made = what if isinstance(what, Plan) else plan(base, what)
     made.check(base)
-    config, found = made.config, {}
+    config = made.config
+    found: dict[str, tuple[Update, AdapterConfig | None]] = {}
     for site, target in made.placed:
         update = config.fresh(
             site.shape,
@@ -300,11 +317,9 @@ def _weight(work: Workspace, site: Site) -> Tensor | None:
     return held.t() if site.transposed else held
 
 
-def _check_site(site: Site, update: Update) -> None:
+def check_site(site: Site, update: Update) -> None:
     if not site.adaptable:
-        raise ValueRefused(
-            f"`{site.path}` takes no adapter: {site.reason}", code="not-adaptable"
-        )
+        raise ValueRefused(f"`{site.path}` takes no adapter: {site.reason}", code="not-adaptable")
     for part in parts_of(update):
         plain = part.inner if isinstance(part, Renorm) else part
         if not isinstance(plain, (Delta, Rotation)):
@@ -315,16 +330,15 @@ def _check_site(site: Site, update: Update) -> None:
             raise ShapeError(f"`{site.path}`: {error.what}", seen=error.seen) from None
 
 
-def _prefix(path: str, name: str) -> str:
+def prefix(path: str, name: str) -> str:
     return f"{path}.{name}" if path else name
 
 
 def _taken(work: Workspace, site: Site, name: str) -> list[str]:
     """A name that the model has already is not used again."""
-    prefix = _prefix(site.path, name)
-    if work.is_program:
-        return [held for held in work.state if held.startswith(prefix)]
-    return [held for held in dict(work.top.named_parameters()) if held.startswith(prefix)]
+    start = prefix(site.path, name)
+    held = work.state if work.is_program else dict(work.top.named_parameters())
+    return [full for full in held if full.startswith(start)]
 
 
 def _dropout(config: AdapterConfig | None) -> dict[str, Any]:
@@ -357,5 +371,3 @@ def _form(mode: Mode, site: Site, update: Update, config: AdapterConfig | None) 
 
 def _stored_shape(site: Site) -> tuple[int, ...]:
     return site.shape[::-1] if site.transposed else site.shape
-
-

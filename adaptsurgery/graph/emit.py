@@ -220,5 +220,3 @@ def _key(name: str, args: tuple[Any, ...], kwargs: dict[str, Any]) -> object:
     except TypeError:
         return None
     return key
-
-

@@ -38,13 +38,18 @@ class Part:
 
 @dataclass(frozen=True)
 class Attached:
-    """One adapter on one site. ``dropout`` holds its config's shares, where there are any."""
+    """One adapter on one site. ``dropout`` holds its config's shares, where there are any.
+
+    ``places`` counts its sites, once for each graph that calls them: where a program shows fewer,
+    notes were lost.
+    """
 
     name: str
     form: Form
     shape: tuple[int, ...]
     parts: tuple[Part, ...]
     dropout: dict[str, Any] = field(default_factory=dict)
+    places: int = 0
 
     @property
     def names(self) -> list[str]:
@@ -54,7 +59,9 @@ class Attached:
     @property
     def config(self) -> AdapterConfig | None:
         """A config that drops as the adapter's own does."""
-        return AdapterConfig.known[self.parts[0].algorithm](**self.dropout) if self.dropout else None
+        return (
+            AdapterConfig.known[self.parts[0].algorithm](**self.dropout) if self.dropout else None
+        )
 
     def update(self, tensors: Mapping[str, Tensor]) -> Update:
         """The Update of the tensors that a state_dict holds."""

@@ -198,7 +198,7 @@ class Splicer:
 
     def _guessed(self, weight: Tensor) -> Tensor:
         """An input for a graph that notes no shapes; no size of it reaches the graph."""
-        o, i, *kernel = self.site.shape
+        i, *kernel = self.site.shape[1:]
         reach = [k * max(self.site.dilation or (1,)) + 7 for k in kernel]
         channels = i * self.site.groups
         shape = [3, channels, *reach] if kernel else [3, 5, channels]
@@ -410,7 +410,11 @@ class Splicer:
 
     def _value_of(self, node: Node) -> Any:
         return next(
-            (n.meta["val"] for n in self.nodes.values() if n.target == node.target and "val" in n.meta),
+            (
+                n.meta["val"]
+                for n in self.nodes.values()
+                if n.target == node.target and "val" in n.meta
+            ),
             None,
         )
 
@@ -432,5 +436,3 @@ def joined(adapters: Iterable[Attached], updates: Iterable[Update]) -> tuple[Upd
             config_of[id(part)] = attached.config
     whole = compose(updates)
     return whole, [config_of[id(part)] for part in parts_of(whole)]
-
-

@@ -8,6 +8,7 @@ names have changed and one node has become several.
 
 from __future__ import annotations
 
+from collections import Counter
 from collections.abc import Mapping
 
 from torch.fx import GraphModule, Node
@@ -16,19 +17,40 @@ from adaptsurgery.graph.emit import retarget
 from adaptsurgery.graph.record import SHARED, Attached, Tag, tag_of
 from adaptsurgery.graph.walk import Graph, View
 from adaptsurgery.graph.workspace import Workspace, remove_operand
+from adaptsurgery_formats.errors import ValueRefused
 
 Found = dict[str, tuple[Attached, ...]]
 
 
 def adapters_of(g: Graph) -> Found:
-    """Site path → the adapters on it, in order, as the graph's own notes have them."""
+    """Site path → the adapters on it, in order, as the graph's own notes have them.
+
+    Raises ValueRefused where some of the notes are gone.
+    """
     found: Found = {}
+    places: dict[tuple[str, tuple[str, ...]], tuple[Attached, ...]] = {}
     for scope in View(g).scopes:
         for node in scope.module.graph.nodes:
             tag = tag_of(node)
             if tag is not None and tag.adapters:
                 found.setdefault(tag.site, tag.adapters)
+                places[tag.site, scope.path] = tag.adapters
+    _check_whole(list(places.values()))
     return found
+
+
+def _check_whole(places: list[tuple[Attached, ...]]) -> None:
+    seen = Counter(a.name for adapters in places for a in adapters)
+    said = {a.name: a.places for adapters in places for a in adapters}
+    for name, count in said.items():
+        if seen[name] != count:
+            raise ValueRefused(
+                f"the notes of the adapter `{name}` are not whole: torch drops those within no_grad, "
+                "autocast or cond when it exports or decomposes a program again",
+                seen=f"{seen[name]} of {count} places",
+                next="go back to the program that was attached to, and detach or merge there",
+                code="notes-lost",
+            )
 
 
 def strip(work: Workspace, found: Found) -> None:
@@ -87,8 +109,7 @@ class _Stripper:
     def _original(self, node: Node, tag: Tag) -> Node:
         if tag.module:
             return self._called_again(node, tag)
-        entries = [n for n in self._entries(node, tag)]
-        last = max(entries, key=self.place.__getitem__)
+        last = max(self._entries(node, tag), key=self.place.__getitem__)
         return self.original.get(last, last)
 
     def _entries(self, node: Node, tag: Tag) -> list[Node]:

@@ -168,12 +168,16 @@ class Workspace:
             for spec in self.source.graph_signature.input_specs
             if spec.kind in (InputKind.TOKEN, InputKind.PARAMETER) and hasattr(spec.arg, "name")
         }
+        node: Node
         for node in self.top.graph.nodes:
-            if node.op != "placeholder" or (node.name not in ahead and node.name not in self._added):
+            if node.op != "placeholder" or (
+                node.name not in ahead and node.name not in self._added
+            ):
                 return node
         raise AssertionError("a graph has an output")
 
     def _first_operation(self) -> Node:
+        node: Node
         for node in self.top.graph.nodes:
             if node.op not in ("placeholder", "get_attr"):
                 return node

@@ -134,7 +134,7 @@ class Layer:
             return found if bias is None else found + bias
         padding: Any = self.padding
         if self.padding_mode != "zeros":
-            x, padding = F.pad(x, self.pads(), mode=self.padding_mode), 0
+            x, padding = F.pad(x, self.pads(), mode=self.padding_mode), (0,) * self.dims
         return self._convolve(x, weight, bias, self.stride, padding, self.dilation, self.groups)
 
     def pointwise(self, y: Tensor, matrix: Tensor) -> Tensor:

@@ -1,0 +1,266 @@
+"""attach ≡ the eager fold; detach ≡ identity, to the bit; merge ≡ fold: on every kind of graph."""
+
+from __future__ import annotations
+
+import subprocess
+import sys
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from nets import (
+    ALGORITHMS,
+    Convs,
+    Guarded,
+    Mlp,
+    Tied,
+    close,
+    code,
+    equal,
+    example,
+    exported,
+    folded,
+    made,
+    run,
+    update_for,
+    updates_for,
+    wanted,
+)
+from torch import nn
+from torch.export import ExportedProgram
+
+from adaptsurgery.algorithms import HRA, LoRA
+from adaptsurgery.core.update import compose
+from adaptsurgery.graph.attach import attach, detach, set_scale
+from adaptsurgery.graph.dropout import set_train
+from adaptsurgery.graph.merge import merge
+from adaptsurgery.graph.state import adapter_parameters, adapter_state, adapters, load_state
+from adaptsurgery_formats.errors import NameLookupError, ShapeError, ValueRefused
+
+KINDS = ("program", "module", "symbolic")
+
+
+def graph_of(model: nn.Module, kind: str) -> Any:
+    if kind == "symbolic":
+        return torch.fx.symbolic_trace(model)
+    program = exported(model)
+    return program if kind == "program" else program.module()
+
+
+@pytest.mark.parametrize("kind", KINDS)
+@pytest.mark.parametrize("mode", ["factored", "weight"])
+@pytest.mark.parametrize("algorithm", ALGORITHMS)
+@pytest.mark.parametrize("net", [Guarded, Convs])
+def test_the_laws(net: type[nn.Module], algorithm: str, mode: Any, kind: str) -> None:
+    model = made(net)
+    g = graph_of(model, kind)
+    before, x = code(g), example(model, 7)
+    plain, updates = run(g, x), updates_for(model, algorithm, bias=True)
+    h = attach(g, updates, mode=mode)
+    assert type(h) is type(g) or isinstance(h, torch.fx.GraphModule)
+    close(run(h, x), wanted(model, updates, x))
+    assert code(g) == before and equal(run(g, x), plain), "the input was changed"
+    back = detach(h)
+    assert code(back) == before and equal(run(back, x), plain)
+    assert state_names(back) == state_names(g)
+    one = merge(h)
+    close(run(one, x), wanted(model, updates, x))
+    assert "default" not in " ".join(state_names(one)) and adapters(one) == []
+
+
+def state_names(g: Any) -> list[str]:
+    return sorted(g.state_dict if isinstance(g, ExportedProgram) else g.state_dict())
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_several_adapters_by_the_one_law(kind: str) -> None:
+    """W·Ra·Rb + Δ: rotations in the order of attaching, the Δ sees the original x."""
+    model = made(Mlp)
+    g, x = graph_of(model, kind), example(model, 5)
+    parts = {n: update_for(a, (8, 6), seed=s) for s, (n, a) in enumerate(
+        {"one": "hra", "two": "lora", "three": "hra", "four": "dora"}.items()
+    )}  # fmt: skip
+    h = g
+    for name, update in parts.items():
+        h = attach(h, {"a": update}, name)
+    assert adapters(h) == [*parts]
+    whole = compose(parts.values())
+    close(run(h, x), wanted(model, {"a": whole}, x))
+    turned = compose([parts["three"], parts["one"]])
+    assert not equal(
+        run(folded(model, {"a": turned}), x.double()),
+        wanted(model, {"a": compose([parts["one"], parts["three"]])}, x),
+    )
+    h = detach(h, "one")
+    close(run(h, x), wanted(model, {"a": compose([*parts.values()][1:])}, x))
+    for name in ("four", "two", "three"):
+        h = detach(h, name)
+    assert code(h) == code(g)
+
+
+def test_the_same_after_a_file_in_a_fresh_process(tmp_path: Path) -> None:
+    model = made(Guarded)
+    program, x = exported(model), example(model, 7)
+    updates = updates_for(model, "loha")
+    torch.export.save(program, tmp_path / "base.pt2")
+    torch.export.save(attach(program, updates), tmp_path / "adapted.pt2")
+    torch.save((x, run(program, x), wanted(model, updates, x)), tmp_path / "x.pt")
+    script = """
+import sys, torch
+sys.path.insert(0, sys.argv[2])
+from nets import close, code, equal, run
+from adaptsurgery.graph.attach import detach
+folder = sys.argv[1]
+x, plain, wanted = torch.load(folder + "/x.pt")
+base, adapted = (torch.export.load(f"{folder}/{n}.pt2") for n in ("base", "adapted"))
+close(run(adapted, x), wanted)
+back = detach(adapted)
+assert code(back) == code(base) and equal(run(back, x), plain)
+"""
+    here = str(Path(__file__).parent)
+    subprocess.run([sys.executable, "-c", script, str(tmp_path), here], check=True)
+
+
+@pytest.mark.parametrize("algorithm", ["lora", "lokr", "hra", "dora"])
+def test_detach_after_a_decomposition_and_a_new_export(algorithm: str) -> None:
+    model = made(Mlp)
+    program, x = exported(model), example(model, 7)
+    h = attach(program, updates_for(model, algorithm))
+    lower = h.run_decompositions()
+    assert adapters(lower) == ["default"]
+    assert equal(run(detach(lower), x), run(program.run_decompositions(), x))
+    sizes = ({0: torch.export.Dim("batch", min=2, max=64)},)
+    again = torch.export.export(h.module(), (example(model),), dynamic_shapes=sizes)
+    assert equal(run(detach(again), x), run(program, x))
+
+
+def test_notes_that_torch_lost_are_told() -> None:
+    """What stands within no_grad loses its notes when a program is decomposed."""
+    model = made(Guarded)
+    lower = attach(exported(model), updates_for(model, "lora")).run_decompositions()
+    with pytest.raises(ValueRefused, match="not whole") as raised:
+        detach(lower)
+    assert raised.value.code == "notes-lost"
+
+
+@pytest.mark.parametrize("strict", [False, True])
+@pytest.mark.parametrize("kind", KINDS)
+def test_a_tied_head_is_merged_by_itself(kind: str, strict: bool) -> None:
+    model = made(Tied)
+    g = exported(model, strict=strict) if kind == "program" else graph_of(model, kind)
+    x, updates = example(model, 7), {"head": update_for("lora", (10, 6))}
+    want = _untied(model, updates)
+    close(run(attach(g, updates), x), run(want, x))
+    one = merge(attach(g, updates))
+    close(run(one, x), run(want, x))
+    assert equal(run(g, x), run(model, x))
+
+
+def _untied(model: nn.Module, updates: Any) -> nn.Module:
+    out = folded(model, updates)
+    assert isinstance(out, Tied)
+    out.embed.weight = nn.Parameter(out.embed.weight.detach().clone())
+    return out
+
+
+def test_state_scale_and_other_numbers() -> None:
+    model = made(Mlp)
+    g, x = exported(model), example(model, 7)
+    updates = updates_for(model, "lora")
+    h = attach(g, updates, mode="factored")
+    state = adapter_state(h)
+    assert list(state) == ["a", "b"]
+    first, given = state["a"], updates["a"]
+    assert isinstance(first, LoRA) and isinstance(given, LoRA)
+    assert torch.equal(first.up, given.up) and first.scale == given.scale
+    double = {path: update.scaled(2.0) for path, update in updates.items()}
+    close(run(set_scale(h, 2.0), x), wanted(model, double, x))
+    other = updates_for(model, "hra")
+    loaded = load_state(h, other)
+    close(run(loaded, x), wanted(model, other, x))
+    assert not any("lora" in name for name in loaded.state_dict)
+    close(run(h, x), wanted(model, updates, x))
+
+
+def test_the_parameters_are_those_of_the_module() -> None:
+    model = made(Mlp)
+    h = attach(exported(model), updates_for(model, "lora"))
+    parameters = adapter_parameters(h)
+    held = dict(h.module().named_parameters())
+    assert [*parameters] == [
+        f"{p}.default.lora_{slot}" for p in ("a", "b") for slot in ("up", "down")
+    ]
+    assert all(parameters[name] is held[name] and held[name].requires_grad for name in parameters)
+    on = set_train(h, True)
+    assert all(adapter_parameters(on)[name] is p for name, p in parameters.items())
+
+
+def test_dropouts_of_the_base_are_turned() -> None:
+    model = made(Mlp)
+    g, x = exported(model), example(model, 7)
+    on = set_train(g)
+    assert not equal(run(on, x), run(on, x))
+    off = set_train(on, False)
+    assert code(off) == code(g) and equal(run(off, x), run(g, x))
+
+
+# --- what is refused -----------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_what_is_refused_leaves_the_input_alone(kind: str) -> None:
+    model = made(Mlp)
+    g = graph_of(model, kind)
+    before = code(g)
+    h = attach(g, updates_for(model, "lora"))
+    after = code(h)
+    good = update_for("lora", (8, 6))
+    cases: list[tuple[Any, type[Exception], str]] = [
+        (lambda: attach(h, {"a": good}), ValueRefused, "name-taken"),
+        (lambda: attach(g, {"nothing": good}), NameLookupError, "no-site"),
+        (lambda: attach(g, {}), NameLookupError, "no-site"),
+        (lambda: attach(g, {"a": good, "b": good}), ShapeError, "bad-shape"),
+        (lambda: attach(g, {"a": good}, "not a name"), ValueRefused, "bad-name"),
+        (lambda: attach(g, {"a": good}, mode="other"), ValueRefused, "bad-mode"),  # type: ignore[arg-type]
+        (lambda: detach(h, "other"), NameLookupError, "no-adapter"),
+        (lambda: detach(g), NameLookupError, "no-adapter"),
+        (lambda: merge(g), NameLookupError, "no-adapter"),
+        (lambda: load_state(h, {"a": good}), NameLookupError, "other-modules"),
+        (lambda: set_scale(attach(g, {"a": HRA(torch.randn(6, 2))}), 2), ValueRefused, "no-weight"),
+    ]
+    for call, error, slug in cases:
+        with pytest.raises(error) as raised:
+            call()
+        assert raised.value.code == slug  # type: ignore[attr-defined]
+    assert code(g) == before and code(h) == after
+
+
+def test_a_failure_half_way_leaves_the_input_alone(monkeypatch: pytest.MonkeyPatch) -> None:
+    model = made(Mlp)
+    g, x = exported(model), example(model, 5)
+    before, plain, names = code(g), run(g, x), state_names(g)
+    real, count = LoRA.delta, 0
+
+    def failing(self: LoRA, *args: Any, **options: Any) -> Any:
+        nonlocal count
+        count += 1
+        if count > 1:
+            raise RuntimeError("half-way")
+        return real(self, *args, **options)
+
+    monkeypatch.setattr(LoRA, "delta", failing)
+    with pytest.raises(RuntimeError, match="half-way"):
+        attach(g, updates_for(model, "lora"), mode="factored")
+    assert code(g) == before and equal(run(g, x), plain) and state_names(g) == names
+
+
+def test_a_merge_in_a_wrong_order_is_refused() -> None:
+    model = made(Mlp)
+    h = attach(exported(model), {"a": update_for("lora", (8, 6))}, "delta")
+    h = attach(h, {"a": update_for("hra", (8, 6))}, "turn")
+    with pytest.raises(ValueRefused, match="before a rotation"):
+        merge(h, "delta")
+    x = example(model, 5)
+    close(run(merge(h, "turn"), x), [t.double() for t in run(h, x)])
+    close(run(merge(h), x), [t.double() for t in run(h, x)])

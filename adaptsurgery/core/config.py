@@ -20,6 +20,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from adaptsurgery.core.exporting import plain_operations
 from adaptsurgery.core.geometry import KERNEL_DIMS
 from adaptsurgery.core.update import Update
 from adaptsurgery_formats import peft_config
@@ -376,9 +377,11 @@ class LycorisConfig(PatternConfig):
 
 
 def _kept(shape: tuple[int, ...], dropped: float, like: Tensor) -> Tensor:
-    """Ones, each 0 with the probability ``dropped``: by F.dropout, which a graph can turn off."""
-    ones = torch.ones(shape, dtype=like.dtype, device=like.device)
-    return (F.dropout(ones, dropped) != 0).to(like.dtype)
+    """Ones, each 0 with the probability ``dropped``; for export by F.dropout, which can be turned off."""
+    if plain_operations():
+        ones = torch.ones(shape, dtype=like.dtype, device=like.device)
+        return (F.dropout(ones, dropped) != 0).to(like.dtype)
+    return (torch.rand(shape, device=like.device) > dropped).to(like.dtype)
 
 
 def tensors_of(update: Update) -> dict[str, Tensor]:

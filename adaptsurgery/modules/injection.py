@@ -22,6 +22,11 @@ from adaptsurgery_formats.errors import SurgeryError, ValueRefused
 from adaptsurgery_formats.peft import SUFFIXES
 
 
+def _whole(name: str) -> bool:
+    """Whether a parameter belongs to a module that is saved whole, or to the original of one."""
+    return not {"modules_to_save", "original_module"}.isdisjoint(name.split("."))
+
+
 def check_name(name: str, taken: Collection[str]) -> None:
     """Raise ValueRefused for a name that no adapter can have."""
     if name in taken:
@@ -94,7 +99,7 @@ def train_biases(model: nn.Module, config: AdapterConfig, layers: Iterable[Adapt
     said = getattr(config, "bias", "none")
     if said == "all":
         for name, parameter in model.named_parameters():
-            if name.rpartition(".")[2] == "bias" and "modules_to_save" not in name:
+            if name.rpartition(".")[2] == "bias" and not _whole(name):
                 parameter.requires_grad_(True)
     elif said != "none":
         for layer in layers:

@@ -17,6 +17,8 @@ _PLAIN: ContextVar[bool] = ContextVar("plain", default=False)
 
 def plain_operations() -> bool:
     """True within ``exporting`` and under torch.export."""
+    if torch.compiler.is_dynamo_compiling():  # which cannot read a context variable
+        return bool(torch.compiler.is_exporting())
     return _PLAIN.get() or torch.compiler.is_exporting()
 
 

@@ -8,13 +8,15 @@ FedPara (arXiv 2108.06098), as LyCORIS (arXiv 2309.14859) and PEFT write it:
 
 With P[o, (p, q)] = w1_a[o, p]·w2_a[o, q] and Q[(p, q), n] = w1_b[p, n]·w2_b[q, n] (Khatri–Rao)
 Δ = P·Q exactly: a LoRA of rank r².
+
+``fit`` and ``extract`` find a LoHa near the difference of two weights (core/hadamard.py).
 """
 
 from __future__ import annotations
 
 import math
-from dataclasses import dataclass
-from typing import ClassVar
+from dataclasses import dataclass, replace
+from typing import Any, ClassVar
 
 import torch
 from torch import Tensor, nn
@@ -22,7 +24,10 @@ from torch import Tensor, nn
 from adaptsurgery.algorithms.lora import LoRA, Truncation
 from adaptsurgery.core.config import LycorisConfig, Shapes, kaiming_
 from adaptsurgery.core.cost import Form, price
+from adaptsurgery.core.fit import Fit, Goal, cut_down, difference, rank_for
 from adaptsurgery.core.geometry import Layer
+from adaptsurgery.core.hadamard import nearest_product
+from adaptsurgery.core.residual import full_norm, in_range, powers, relative_error
 from adaptsurgery.core.update import Delta
 
 HALF = 128 * 1024  # numbers of each half of Δ that are built at a time
@@ -180,3 +185,67 @@ class LoHaConfig(LycorisConfig):
                 kaiming_(tensor, generator)
         if self.init_weights:
             nn.init.zeros_(tensors["w2_a" if self.init_weights == "lycoris" else "w2_b"])
+
+
+def fit(base: Tensor, tuned: Tensor, goal: Goal, *, seed: int = 0) -> Fit:
+    """A LoHa near W1 − W0, of the goal's size; convolutions flat, (o, i·∏k), at scale 1.
+
+    Never farther than the LoRA of its rank. The best one there is cannot be told, so a rank found
+    for ``energy`` or ``max_error`` is the least of those tried, by doubling and bisection. Raises
+    ShapeError, ValueRefused.
+    """
+    delta, exponent = in_range(difference(base, tuned))
+    fits: dict[int, Fit] = {}
+
+    def at(rank: int) -> Fit:
+        if rank not in fits:
+            fits[rank] = _fitted(delta, exponent, rank, seed)
+        return fits[rank]
+
+    matrix = delta.flatten(1)
+    rank = rank_for(
+        goal,
+        most=min(matrix.shape),
+        parameters=lambda rank: 2 * rank * sum(matrix.shape),
+        error_at=lambda rank: at(rank).error,
+    )
+    return replace(at(rank), notes=(*cut_down(goal, rank), *at(rank).notes))
+
+
+def extract(
+    base: Tensor,
+    tuned: Tensor,
+    *,
+    rank: int | None = None,
+    energy: float | None = None,
+    max_error: float | None = None,
+    budget: int | None = None,
+    seed: int = 0,
+    **own: Any,
+) -> LoHa:
+    """The update of ``fit``, with the goal given by its name; ``own`` options as there."""
+    goal = Goal(rank=rank, energy=energy, max_error=max_error, budget=budget)
+    found = fit(base, tuned, goal, seed=seed, **own).update
+    assert isinstance(found, LoHa)
+    return found
+
+
+def _fitted(delta: Tensor, exponent: int, rank: int, seed: int) -> Fit:
+    """Of a D·2⁻ᵉ ``in_range``."""
+    found = nearest_product(delta.flatten(1), rank, seed)
+    columns = found.columns.transpose(1, 2)
+    factors = (found.rows[0], columns[0], found.rows[1], columns[1])
+    slots = [factor.to(delta).contiguous() for factor in factors]
+    shape = tuple(delta.shape)
+    error = relative_error(LoHa(*slots, weight_shape=shape), delta)
+    grown = [slot * power for slot, power in zip(slots, powers(exponent, 4))]
+    norm, (low, high) = full_norm(delta, exponent), powers(exponent, 2)
+    return Fit(
+        update=LoHa(*grown, weight_shape=shape),
+        error=error,
+        norm=norm,
+        rank=rank,
+        parameters=sum(slot.numel() for slot in slots),
+        spectrum=found.spectrum * low * high,
+        notes=found.notes if norm else ("the two weights are equal: Δ is zero",),
+    )

@@ -32,7 +32,7 @@ from adaptsurgery.core.kronecker import (
     LowRank,
     Tucker,
     Whole,
-    leading,
+    leading_vector,
     nearest_product,
     outer_error,
     rearranged,
@@ -487,7 +487,7 @@ class _Search:
 
     @cached_property
     def start(self) -> Tensor:
-        return leading(self.rearranged, self.seed)
+        return leading_vector(self.rearranged, self.seed)
 
     @cached_property
     def limit(self) -> float:

@@ -18,6 +18,8 @@ from dataclasses import dataclass, field
 import torch
 from torch import Tensor
 
+from adaptsurgery.core.lanczos import leading
+
 STEPS = 30  # pairs of half-steps
 GAIN = 1e-8  # of ‖R‖²: a step that captures no more than that is the last
 LANCZOS = 400
@@ -42,7 +44,7 @@ def times(matrix: Tensor, vector: Tensor) -> Tensor:
     return out
 
 
-def leading(matrix: Tensor, seed: int = 0) -> Tensor:
+def leading_vector(matrix: Tensor, seed: int = 0) -> Tensor:
     """The leading left singular vector (p,) of a matrix (p, q), in float64; σ1² to 1e-6 or better.
 
     The eigenvector of the small Gram matrix where a side is short; else Golub–Kahan–Lanczos with
@@ -192,12 +194,14 @@ class Tucker(Cut):
 def leading_space(matrix: Tensor, rank: int, warm: Tensor | None = None) -> Tensor:
     """An orthonormal basis (m, r) of the leading left singular space of a float64 matrix (m, n).
 
-    Exact where a side is short, or where there is no ``warm`` basis to begin with; else two steps
-    of orthogonal iteration from that, which never capture less than it did.
+    Exact where a side is short, by Lanczos where there is no ``warm`` basis to begin with; else two
+    steps of orthogonal iteration from that, which never capture less than it did.
     """
     rank = min(rank, *matrix.shape)
-    if warm is None or min(matrix.shape) <= EXACT:
+    if min(matrix.shape) <= EXACT:
         return _exact_space(matrix, rank)
+    if warm is None:
+        return _orthonormal(leading(matrix, rank).u)
     for _ in range(2):
         warm = _orthonormal(matrix @ (matrix.t() @ warm))
     return warm

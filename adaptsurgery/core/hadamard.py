@@ -30,14 +30,17 @@ from torch import Tensor
 from adaptsurgery.core.lanczos import Leading, leading
 
 SWEEPS = 60
-LIFTED = 4  # the first sweeps, and every eighth
+LIFTED = 4
 GAIN = 1e-4  # of the squared error: three sweeps in a row that gain less are the last
-STARTS = 16
+STARTS = 16  # one after the other
+TOGETHER = 1 << 18  # numbers of D in as many starts as are one, up to STARTS
+CLOSE = 1e-8  # of ‖D‖²: a start that is there arrives
 START_SWEEPS = 40
 CLIFF = 1.25  # singular values r² and r² + 1 differ by that where D came from a product
 EXACT = 1e-14  # of ‖D‖²: nothing to gain in float32
 ROUNDING = 1e-10  # of ‖D‖²: what float32 leaves outside of an exact product's space
 CANCELLING = 1e3  # of ‖D‖: terms as large as that leave nothing of the result in low precision
+UNSOUND = 1e4  # of ‖D‖²: the same, in the sum of the squares, while the search is on
 MOST = 64  # ranks beyond are written as the LoRA that they start from
 FINE = 1 << 16  # numbers of a D that is worked on in float64
 BLOCK = 1 << 20  # numbers of D that are looked at together
@@ -54,13 +57,14 @@ class Product(NamedTuple):
 
 
 def khatri_rao(side: Tensor) -> Tensor:
-    """(2, m, r) → (m, r²): row by row the outer product of both halves."""
-    return (side[0, :, :, None] * side[1, :, None, :]).flatten(1)
+    """(…, 2, m, r) → (…, m, r²): row by row the outer product of both halves."""
+    first, second = side.unbind(-3)
+    return (first[..., :, None] * second[..., None, :]).flatten(-2)
 
 
 def product(rows: Tensor, columns: Tensor) -> Tensor:
     """(A1·B1ᵀ) ∘ (A2·B2ᵀ), (m, n)."""
-    return (rows[0] @ columns[0].t()) * (rows[1] @ columns[1].t())
+    return (rows @ columns.mT).prod(-3)
 
 
 class Target(ABC):
@@ -115,46 +119,59 @@ class _Rows:
 
     def __init__(self, target: Target, other: Tensor) -> None:
         c = khatri_rao(other)
-        r = other.shape[2]
+        r = other.shape[-1]
         self.rank, self.ridge = r, target.ridge
-        self.p, self.q = target.times(c), c.t() @ c
-        whole = self.q.view(r, r, r, r)
+        self.p, self.q = target.times(c), c.mT @ c
+        whole = self.q.reshape(*self.q.shape[:-2], r, r, r, r)
         # (q, q') → (p, p') for a1 given a2, and the other way round.
         self.tables = (
-            whole.permute(1, 3, 0, 2).reshape(r * r, r * r),
-            whole.permute(0, 2, 1, 3).reshape(r * r, r * r),
+            whole.movedim((-3, -1), (-4, -3)).flatten(-4, -3).flatten(-2),
+            whole.movedim((-4, -2), (-4, -3)).flatten(-4, -3).flatten(-2),
         )
 
+    def _squares(self, rows: Tensor) -> Tensor:
+        """(…, r²) → (…, r, r)."""
+        return rows.reshape(*rows.shape[:-1], self.rank, self.rank)
+
     def value(self, own: Tensor) -> Tensor:
+        """Of every row, less its part of ‖D‖²."""
         f = khatri_rao(own)
-        return ((f @ self.q - 2 * self.p) * f).sum(1)
+        return ((f @ self.q - 2 * self.p) * f).sum(-1)
+
+    def terms(self, own: Tensor) -> Tensor:
+        """Σ of the squared norms of the r² products of rank one that D̂ is the sum of."""
+        return (khatri_rao(own).square() @ self.q.diagonal(dim1=-2, dim2=-1)[..., None]).sum(
+            (-1, -2)
+        )
 
     def solved(self, own: Tensor) -> Tensor:
         """a1 given a2, then a2 given that; both of one norm."""
-        sides = self.p.view(-1, self.rank, self.rank)
-        first, second = own
+        sides = self._squares(self.p)
+        first, second = own.unbind(-3)
         first = self._solve(self.tables[0], sides, first, second)
-        second = self._solve(self.tables[1], sides.transpose(1, 2), second, first)
+        second = self._solve(self.tables[1], sides.mT, second, first)
         return _evened(first, second)
 
     def _solve(self, table: Tensor, sides: Tensor, own: Tensor, other: Tensor) -> Tensor:
-        squares = (other[:, :, None] * other[:, None, :]).flatten(1)
-        normal = (squares @ table).view(-1, self.rank, self.rank)
+        squares = (other[..., :, None] * other[..., None, :]).flatten(-2)
+        normal = self._squares(squares @ table)
         return _ridged(normal, (sides @ other[..., None])[..., 0], own, self.ridge)
 
     def lifted(self, own: Tensor) -> Tensor:
         """The leading pair of each row's P·Q⁻¹, by power iteration from where the row is."""
         damped = self.q.clone()
-        damped.diagonal().add_(1e-8 * damped.diagonal().mean() + _TINY)
+        diagonal = damped.diagonal(dim1=-2, dim2=-1)
+        diagonal.add_(1e-8 * diagonal.mean(-1, keepdim=True) + _TINY)
         factor, _ = torch.linalg.cholesky_ex(damped)
-        free = torch.cholesky_solve(self.p.t(), factor).t().reshape(-1, self.rank, self.rank)
-        first = _unit(own[0] + 1e-3 * own[0].norm(dim=1, keepdim=True))
+        free = self._squares(torch.cholesky_solve(self.p.mT, factor).mT.contiguous())
+        before = own.select(-3, 0)
+        first = _unit(before + 1e-3 * before.norm(dim=-1, keepdim=True))
         for _ in range(6):
-            second = _unit((free.transpose(1, 2) @ first[..., None])[..., 0])
+            second = _unit((free.mT @ first[..., None])[..., 0])
             grown = (free @ second[..., None])[..., 0]
             first = _unit(grown)
         # The sign of a pair is free: the one nearer to the last, so that a step has a direction.
-        turned = torch.where((first * own[0]).sum(1, keepdim=True) < 0, -1.0, 1.0)
+        turned = torch.where((first * before).sum(-1, keepdim=True) < 0, -1.0, 1.0)
         return self.solved(_evened(grown * turned, second * turned))
 
 
@@ -162,28 +179,30 @@ _TINY = torch.finfo(torch.float64).tiny
 
 
 def _unit(rows: Tensor) -> Tensor:
-    unit: Tensor = rows / rows.norm(dim=1, keepdim=True).clamp_min(_TINY)
+    unit: Tensor = rows / rows.norm(dim=-1, keepdim=True).clamp_min(_TINY)
     return unit
 
 
 def _evened(first: Tensor, second: Tensor) -> Tensor:
-    """The same outer products, row by row, from rows of one norm: a side (2, m, r)."""
-    norms = torch.stack([first, second]).norm(dim=2, keepdim=True).clamp_min(_TINY)
-    evened: Tensor = torch.stack([first, second]) / norms * norms.prod(0).sqrt()
+    """The same outer products, row by row, from rows of one norm: a side (…, 2, m, r)."""
+    side = torch.stack([first, second], -3)
+    norms = side.norm(dim=-1, keepdim=True).clamp_min(_TINY)
+    evened: Tensor = side / norms * norms.prod(-3, keepdim=True).sqrt()
     return evened
 
 
 def _ridged(normal: Tensor, right: Tensor, own: Tensor, ridge: float) -> Tensor:
-    """The solution (m, r) of m systems (r, r), drawn a little to ``own``: near singular ones stay."""
-    extra = ridge * normal.diagonal(dim1=1, dim2=2).mean(1, keepdim=True) + _TINY
-    normal.diagonal(dim1=1, dim2=2).add_(extra)
+    """The solution (…, m, r) of systems (r, r), drawn a little to ``own``: near singular ones stay."""
+    diagonal = normal.diagonal(dim1=-2, dim2=-1)
+    extra = ridge * diagonal.mean(-1, keepdim=True) + _TINY
+    diagonal.add_(extra)
     factor, _ = torch.linalg.cholesky_ex(normal)
     return torch.cholesky_solve((right + extra * own)[..., None], factor)[..., 0]
 
 
-def _side(target: Target, other: Tensor, own: Tensor, lift: bool) -> tuple[Tensor, float]:
+def _side(target: Target, other: Tensor, own: Tensor, lift: bool) -> tuple[Tensor, Tensor]:
     """A better ``own`` side, and ‖D − D̂‖² of it."""
-    r = own.shape[2]
+    r = own.shape[-1]
     if isinstance(target, Dense) and 4 * r * r > min(target.matrix.shape):
         return _uncompressed(target.matrix, other, own, target.ridge)
     rows = _Rows(target, other)
@@ -193,12 +212,16 @@ def _side(target: Target, other: Tensor, own: Tensor, lift: bool) -> tuple[Tenso
         tried = rows.lifted(own)
         reached = rows.value(tried)
         better = reached < value
-        new = torch.where(better[:, None], tried, new)
+        new = torch.where(better[..., None, :, None], tried, new)
         value = torch.where(better, reached, value)
-    return new, max(0.0, target.square + float(value.sum()))
+    left = (target.square + value.sum(-1)).clamp_min(0)
+    # Where large terms cancel, the sum above has lost its digits, and the sides are of no use.
+    return new, left.masked_fill(rows.terms(new) > UNSOUND * target.square, math.inf)
 
 
-def _uncompressed(matrix: Tensor, other: Tensor, own: Tensor, ridge: float) -> tuple[Tensor, float]:
+def _uncompressed(
+    matrix: Tensor, other: Tensor, own: Tensor, ridge: float
+) -> tuple[Tensor, Tensor]:
     """Both halves from D: the normal matrix of a row is Bᵀ·diag(w²)·B, w its row of the other half."""
     narrow = other.to(matrix)
     r, left = other.shape[2], 0.0
@@ -216,30 +239,43 @@ def _uncompressed(matrix: Tensor, other: Tensor, own: Tensor, ridge: float) -> t
         done.append(_evened(*part))
         missing = block - product(done[-1].to(matrix), narrow)
         left += float(torch.linalg.vector_norm(missing, dtype=torch.float64)) ** 2
-    return torch.cat(done, 1), left
+    return torch.cat(done, 1), own.new_tensor(left)
 
 
 def refine(
-    target: Target, rows: Tensor, columns: Tensor, sweeps: int, gain: float = GAIN
-) -> tuple[Tensor, Tensor, float]:
-    """The best sides of some sweeps from a start, and their ‖D − D̂‖²/‖D‖²."""
-    flipped, best, least = target.flipped(), (rows, columns), math.inf
-    stride, idle = 0.5, 0
+    target: Target,
+    rows: Tensor,
+    columns: Tensor,
+    sweeps: int,
+    *,
+    gain: float = GAIN,
+    lifted: int = LIFTED,
+    enough: float = EXACT,
+) -> tuple[Tensor, Tensor, Tensor]:
+    """The best sides of some sweeps from a start, and their ‖D − D̂‖²/‖D‖².
+
+    Of several starts at once (s, 2, …) where there are, until one is good ``enough`` or all stall.
+    The first ``lifted`` sweeps and every eighth lift.
+    """
+    flipped, best = target.flipped(), (rows, columns)
+    least = rows.new_full(rows.shape[:-3], math.inf)
+    stride, idle = torch.full_like(least, 0.5), torch.zeros_like(least)
     for sweep in range(sweeps):
-        lift = sweep < LIFTED or sweep % 8 == 0
+        lift = sweep < lifted or sweep % 8 == 0
         rows, _ = _side(target, columns, rows, lift)
         columns, left = _side(flipped, rows, columns, lift)
-        left /= target.square
-        if left < least:
-            idle = idle + 1 if least - left < gain * least else 0
-            ahead = rows + stride * (rows - best[0]), columns + stride * (columns - best[1])
-            best, least = (rows, columns), left
-            rows, columns = ahead
-            stride = min(1.05 * stride, 1.0)
-        else:
-            rows, columns = best
-            stride /= 2
-        if least <= EXACT or idle == 3 or stride < 1e-3:
+        left = left / target.square
+        better = left < least
+        idle = torch.where(better, torch.where(least - left < gain * least, idle + 1, 0), idle)
+        least = torch.where(better, left, least)
+        wide, step = better[..., None, None, None], stride[..., None, None, None]
+        kept = [torch.where(wide, new, old) for new, old in zip((rows, columns), best)]
+        rows, columns = (
+            new + step * (new - old) for new, old in zip(kept, best)
+        )  # 0 if not better
+        best = kept[0], kept[1]
+        stride = torch.where(better, (1.05 * stride).clamp_max(1), stride / 2)
+        if bool((least <= enough).any() or ((idle >= 3) | (stride < 1e-3)).all()):
             break
     return *best, least
 
@@ -266,7 +302,7 @@ def nearest_product(delta: Tensor, rank: int, seed: int = 0) -> Product:
         tried.append(inside.sides)
         if inside.outside > ROUNDING:
             tried.append(refine(target, *inside.sides, START_SWEEPS)[:2])
-    if inside is None or inside.left > max(EXACT, inside.outside):
+    if inside is None or inside.left > inside.enough:
         tried.append(refine(target, *_stirred(*lora, generator), SWEEPS)[:2])
     best = _judged(delta, tried, lora)
     alike = "no product is nearer than the LoRA of its rank, times ones"
@@ -299,12 +335,14 @@ def _stirred(rows: Tensor, columns: Tensor, generator: torch.Generator) -> tuple
 
 
 class _Inside(NamedTuple):
-    """The best of some starts in D's leading space of r², what it leaves of D there, and what of D
-    lies outside: parts of ‖D‖². Where it leaves no more than that, nothing else need be tried."""
+    """The best of some starts in D's leading space of r², and what it leaves of D there; what lies
+    outside; and what a product with noise all around would leave: then nothing else need be tried.
+    Parts of ‖D‖²."""
 
     sides: tuple[Tensor, Tensor]
     left: float
     outside: float
+    enough: float
 
 
 def _inside(
@@ -319,21 +357,34 @@ def _inside(
     left: Tensor = torch.linalg.qr(wide @ found.vt[:k].t()).Q
     target = Factored(left, wide.t() @ left)
     outside = 1 - target.square / float(wide.square().sum())
-    best = _Inside(_random(target, rank, generator), math.inf, outside)
+    m, n = matrix.shape
+    enough = max(EXACT, outside * min(1.0, 2 * k * (m + n) / (m * n)))
+    at_once = max(1, min(STARTS, TOGETHER // (m * n)))
+    lifted = START_SWEEPS if at_once > 1 else LIFTED  # few rows: more basins, and cheap to leave
+    best: tuple[Tensor, Tensor] | None = None
+    least = math.inf
     for _ in range(STARTS):
-        start = _random(target, rank, generator)
-        *sides, reached = refine(target, *start, START_SWEEPS, gain=1e-3)
-        if reached < best.left:
-            best = _Inside((sides[0], sides[1]), reached, outside)
-        if best.left <= max(EXACT, outside):
-            return best
-    *sides, reached = refine(target, *best.sides, 4 * START_SWEEPS, gain=1e-3)  # slow is not stuck
-    return _Inside((sides[0], sides[1]), reached, outside)
+        start = _random(target, at_once, rank, generator)
+        *sides, reached = refine(
+            target, *start, START_SWEEPS, gain=1e-3, lifted=lifted, enough=enough
+        )
+        at = int(reached.argmin())
+        if float(reached[at]) < least:
+            best, least = (sides[0][at], sides[1][at]), float(reached[at])
+        if least <= max(CLOSE, enough):
+            break
+    assert best is not None
+    if least > EXACT:  # slow is not stuck
+        *sides, reached = refine(target, *best, 4 * START_SWEEPS, gain=1e-3)
+        best, least = (sides[0], sides[1]), float(reached)
+    return _Inside(best, least, outside, enough)
 
 
-def _random(target: Factored, rank: int, generator: torch.Generator) -> tuple[Tensor, Tensor]:
+def _random(
+    target: Factored, count: int, rank: int, generator: torch.Generator
+) -> tuple[Tensor, Tensor]:
     rows, columns = (
-        torch.randn(2, len(basis), rank, generator=generator, dtype=torch.float64).to(basis)
+        torch.randn(count, 2, len(basis), rank, generator=generator, dtype=torch.float64).to(basis)
         for basis in (target.left, target.right)
     )
     return rows, columns

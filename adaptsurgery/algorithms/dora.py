@@ -3,7 +3,8 @@
     magnitude  (o, 1, …)       the norm of every output row    (PEFT; LyCORIS with wd_on_out)
                (1, i, 1, …)    the norm of every input         (LyCORIS without, kohya's dora_scale)
 
-A row or column of W + sΔ that is all zero has no direction and stays zero.
+A row or column of W + sΔ that is all zero has no direction and stays zero. For the gradient the
+norm is a constant, as in the paper's section 4.3 and in PEFT.
 """
 
 from __future__ import annotations
@@ -67,7 +68,7 @@ class DoRA(Renorm):
         return (magnitude / norms.masked_fill(empty, 1)).masked_fill(empty, 0)
 
     def renormed(self, weight: Tensor) -> Tensor:
-        return weight * self._along(weight, self.gain(axis_norms(weight, self.axis)))
+        return weight * self._along(weight, self.gain(axis_norms(weight.detach(), self.axis)))
 
     def renorm_(self, weight: Tensor, start: int = 0) -> None:
         first = start if self.axis == 0 else 0
@@ -86,8 +87,7 @@ class DoRA(Renorm):
     ) -> Tensor:
         """Around a LoRA from its factors: the gain goes on the input's or the output's channels.
 
-        The norms of other deltas need W + sΔ in any case, so those fold. (The paper's gradient
-        holds the norm constant, section 4.3; here it is part of the expression.)
+        The norms of other deltas need W + sΔ in any case, so those fold.
         """
         gate, seen = only_one(gate), only_one(seen)
         self.inner.check_fits(layer.shape)
@@ -113,7 +113,9 @@ class DoRA(Renorm):
         assert isinstance(self.inner, LoRA)
         weight = layer.canonical()
         wide = weight.to(compute_dtype(weight))
-        gain = layer.over_channels(self.gain(self.inner.norms(wide, self.axis)).to(layer.sample(x)))
+        with torch.no_grad():
+            norms = self.inner.norms(wide, self.axis)
+        gain = layer.over_channels(self.gain(norms).to(layer.sample(x)))
         x = x * gain if self.axis == 1 else x
         y = layer.forward(x, bias=None) + self.inner.scale * self.inner.delta(x, layer)
         return y if self.axis == 1 else y * gain

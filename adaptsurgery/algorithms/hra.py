@@ -24,8 +24,10 @@ from torch import Tensor
 
 from adaptsurgery.algorithms.lora import LoRA
 from adaptsurgery.core.config import AdapterConfig, Shapes, kaiming_
+from adaptsurgery.core.cost import Form, folding, price
 from adaptsurgery.core.exporting import plain_operations
-from adaptsurgery.core.update import Rotation, compute_dtype, widened
+from adaptsurgery.core.geometry import Layer
+from adaptsurgery.core.update import Rotation, compute_dtype, tracked, widened
 from adaptsurgery_formats.errors import ShapeError, ValueRefused
 
 # Below this distance (of a unit column, from the span of those before it) float32 Gram–Schmidt
@@ -116,6 +118,26 @@ class HRA(Rotation):
         up = ((middle.t() if back else middle) @ down).to(sample)
         down = down.to(sample).contiguous()
         return lambda rows: rows.addmm_(torch.mm(down, rows.t()).t(), up, alpha=-1)
+
+    def training(self, x: Tensor) -> bool:
+        return tracked(x, self.u)
+
+    def change(self, weight: Tensor) -> LoRA:
+        """−(W·U·T)·Uᵀ, of rank r."""
+        wide = weight.flatten(1).to(compute_dtype(weight))
+        columns, middle = (part.to(wide) for part in self._in(wide.dtype))
+        down = columns.t()
+        up = -(F.linear(down, wide).t() @ middle)
+        return LoRA.of_factors(up, down, tuple(weight.shape))
+
+    def prices(self, positions: int, layer: Layer, training: bool) -> dict[Form, int]:
+        r, o, n = self.rank, layer.shape[0], self.size
+        into = positions * layer.shape[1]
+        factored = r * o * n + positions * r * (n + o)
+        return {
+            "factored": price(factored, o * n + into + positions * (r + o)),
+            "folded": folding(2 * r * o * n, o * n, positions, training),
+        }
 
     def _in(self, dtype: torch.dtype) -> tuple[Tensor, Tensor]:
         """U and T, computed in ``dtype`` where that is wider than their own."""

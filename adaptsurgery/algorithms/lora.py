@@ -22,7 +22,7 @@ from adaptsurgery.core.config import PatternConfig, Shapes, kaiming_
 from adaptsurgery.core.cost import Form
 from adaptsurgery.core.geometry import Layer
 from adaptsurgery.core.linalg import Approximation, truncate_factors
-from adaptsurgery.core.update import Delta, Update, widened
+from adaptsurgery.core.update import Delta, Update, axis_norms, widened
 from adaptsurgery_formats.errors import ValueRefused
 
 
@@ -131,7 +131,7 @@ class LoRA(Delta):
         up, down = self.like(weight).factors()
         wide = weight.flatten(1)
         if axis == 0:
-            cross, own = wide @ down.t() * up, up @ (down @ down.t()) * up
+            cross, own = F.linear(down, wide).t() * up, up @ (down @ down.t()) * up
         else:
             cross, own = (up.t() @ wide * down).t(), ((up.t() @ up) @ down * down).t()
         per_line = (2 * self.scale * cross + self.scale**2 * own).sum(1)
@@ -164,7 +164,8 @@ def truncation(
 
 def axis_squares(weight: Tensor, axis: int) -> Tensor:
     """The squared norm of every output (``axis`` 0) or input (1) of a weight (o, i, *k)."""
-    return weight.square().sum([dim for dim in range(weight.dim()) if dim != axis])
+    norms: Tensor = axis_norms(weight, axis)  # without a squared copy of the weight
+    return norms.square()
 
 
 @dataclass(kw_only=True)

@@ -257,8 +257,7 @@ class Delta(Update):
 
     def training(self, x: Tensor) -> bool:
         """Whether a gradient through this update is wanted."""
-        tracked = any(t.requires_grad for t in self.tensors().values()) or x.requires_grad
-        return tracked and torch.is_grad_enabled()
+        return tracked(x, *self.tensors().values())
 
     def folding_price(self, build: int, positions: int, training: bool) -> int:
         return folding(build, math.prod(self.extent), positions, training)
@@ -367,14 +366,37 @@ class Rotation(Update):
         gate: Gates = None,
         seen: Gates = None,
     ) -> Tensor:
-        """A linear's input is turned (W·R·x = W·(R·x)); every other layer's weight is."""
+        """A linear's input is turned, W·R·x = W·(R·x); a convolution adds W·R − W by its factors."""
         gate, seen = only_one(gate), only_one(seen)
         self.check_fits(layer.shape)
         if seen is not None or (gate is not None and gate.dim() > 0):
             return _in_order(x, layer, [(self, gate, seen)], layer.bias)
-        if layer.kind == "linear" and form != "folded":
+        chosen = self.choose(x, layer, form)
+        if chosen == "folded":
+            return layer.forward(x, self.folded(layer.canonical(), gate))
+        if layer.kind == "linear":
             return layer.forward(self.turned(x, layer, gate))
-        return layer.forward(x, self.folded(layer.canonical(), gate))
+        return layer.forward(x) + self.change(layer.canonical()).added(x, layer, chosen, gate)
+
+    def choose(self, x: Tensor, layer: Layer, form: Form = "auto") -> Form:
+        """The form that ``apply`` takes: grouped layers and embeddings fold, a linear is factored."""
+        if layer.groups > 1 or layer.kind == "embedding":
+            return "folded"
+        if form != "auto" or layer.kind == "linear":
+            return "folded" if form == "folded" else "factored"
+        return cheapest(self.prices(layer.positions(x), layer, self.training(x)))
+
+    @abstractmethod
+    def training(self, x: Tensor) -> bool:
+        """Whether a gradient through this update is wanted."""
+
+    @abstractmethod
+    def change(self, weight: Tensor) -> Delta:
+        """W·R − W for a canonical ``weight``, of low rank; differentiable, right for it only."""
+
+    @abstractmethod
+    def prices(self, positions: int, layer: Layer, training: bool) -> dict[Form, int]:
+        """What each form of ``apply`` costs on a convolution; see core/cost.py."""
 
     def turned(self, x: Tensor, layer: Layer, gate: Tensor | None = None) -> Tensor:
         """R·x, the input of a linear layer that is turned; x + g·(R·x − x) with a gate, 0-d."""
@@ -544,6 +566,11 @@ def _in_order(
             others.append(layer.forward(seen, new - now, None))
         now = new
     return sum(others, layer.forward(x, for_x, bias))
+
+
+def tracked(*tensors: Tensor) -> bool:
+    """Whether autograd would record what is computed of any of the tensors."""
+    return torch.is_grad_enabled() and any(t.requires_grad for t in tensors)
 
 
 def gated(change: Tensor, gate: Tensor | None) -> Tensor:

@@ -222,3 +222,21 @@ def test_lycoris_get_diff_weight_applies_the_scale_twice(algorithm: str) -> None
         x = torch.randn(5, 12)
         torch.testing.assert_close(update.apply(x, Layer.from_module(layer)), module(x))
         torch.testing.assert_close(diff, update.scale**2 * update.dense())
+
+
+@pytest.mark.parametrize("form", ["factored", "folded"])
+def test_pefts_dora_gradients(form: Any) -> None:
+    """Its norm is a constant to the gradient, as in the paper; so is ours, in every form."""
+    base = nn.Linear(6, 10)
+    config = peft.LoraConfig(target_modules=["0"], r=2, use_dora=True, init_lora_weights=False)
+    wrapped = peft.LoraModel(nn.Sequential(base), config, "default")
+    named = {"lora_A": "down", "lora_B": "up", "lora_magnitude_vector": "magnitude"}
+    theirs = {named[k.split(".")[2]]: p for k, p in wrapped.named_parameters() if "lora" in k}
+    ours = {slot: p.detach().clone().requires_grad_() for slot, p in theirs.items()}
+    slots = {**ours, "magnitude": ours["magnitude"][:, None]}
+    x, layer = torch.randn(3, 6), Layer.from_module(base)
+    wrapped(x).square().sum().backward()
+    build("lora", slots, 4.0, (10, 6)).apply(x, layer, form).square().sum().backward()
+    for slot, parameter in theirs.items():
+        assert parameter.grad is not None and ours[slot].grad is not None
+        assert torch.allclose(ours[slot].grad, parameter.grad, rtol=1e-4, atol=1e-4), slot

@@ -16,6 +16,7 @@ from __future__ import annotations
 import math
 from collections.abc import Callable
 from dataclasses import dataclass
+from functools import cache
 from typing import ClassVar
 
 import torch
@@ -26,7 +27,9 @@ from adaptsurgery.algorithms.lora import LoRA
 from adaptsurgery.core.config import AdapterConfig, Shapes, kaiming_
 from adaptsurgery.core.cost import Form, folding, price
 from adaptsurgery.core.exporting import plain_operations
+from adaptsurgery.core.fit import Fit, Goal, difference, norm_of, rank_for
 from adaptsurgery.core.geometry import Layer
+from adaptsurgery.core.procrustes import Procrustes, reflections
 from adaptsurgery.core.update import Rotation, compute_dtype, tracked, widened
 from adaptsurgery_formats.errors import ShapeError, ValueRefused
 
@@ -263,3 +266,75 @@ def orthonormal(columns: Tensor) -> Tensor:
     for _ in range(2):
         second = second - first @ (first.t() @ second)
     return torch.cat([first, orthonormal(second)], dim=1)
+
+
+def extract(
+    base: Tensor,
+    tuned: Tensor,
+    *,
+    rank: int | None = None,
+    energy: float | None = None,
+    max_error: float | None = None,
+    budget: int | None = None,
+    seed: int = 0,
+) -> HRA:
+    """The HRA that turns ``base`` nearest to ``tuned``, canonical weights (o, i, *k); see ``fit``."""
+    goal = Goal(rank=rank, energy=energy, max_error=max_error, budget=budget)
+    update = fit(base, tuned, goal, seed=seed).update
+    assert isinstance(update, HRA)
+    return update
+
+
+def fit(base: Tensor, tuned: Tensor, goal: Goal, *, seed: int = 0) -> Fit:
+    """W1 ≈ W0·H1···Hr by a Procrustes problem in r dimensions (core/procrustes.py), and its error.
+
+    Exact where ``tuned`` is ``base`` with such a chain in it. No chain, however long, comes nearer
+    than ``limit``, the best orthogonal matrix (left out above 2,048 columns, 2·o if that is fewer:
+    it costs an SVD). The ranks that goals find are even, as PEFT wants them; a rotation in an odd
+    number of dimensions takes one reflection fewer. Vectors in float32, float64 where a weight is.
+    Raises what ``difference`` and ``rank_for`` do.
+    """
+    found = difference(base, tuned)
+    with torch.no_grad():
+        problem = Procrustes(base.flatten(1), tuned.flatten(1))
+        columns, total = math.prod(found.shape[1:]), norm_of(found)
+
+        @cache
+        def attempt(rank: int) -> HRA:
+            return HRA(_chain(problem, rank, seed).to(found.dtype))
+
+        def error_at(rank: int) -> float:
+            turned = attempt(rank).fold(base.double()) if total else base
+            return norm_of(turned.double() - tuned.double()) / total if total else 0.0
+
+        most = max(problem.size, 2)
+        even = goal.most_error is not None or goal.budget is not None
+        rank = rank_for(
+            goal,
+            most=most - most % 2 if even else most,
+            parameters=lambda r: r * columns,
+            error_at=cache(error_at),
+            step=2,
+        )
+        update, error = attempt(rank), error_at(rank)
+        limit = 0.0 if error < 1e-5 else problem.limit()
+    limit = None if limit is None else min(limit, error)
+    notes = _rank_note(goal.rank, update.rank)
+    return Fit(update, error, total, update.rank, update.u.numel(), limit=limit, notes=notes)
+
+
+def _rank_note(asked: int | None, rank: int) -> tuple[str, ...]:
+    if asked is None or asked == rank:
+        return ()
+    return (
+        f"rank {asked} became {rank}: the nearest rotation takes no other number of reflections",
+    )
+
+
+def _chain(problem: Procrustes, rank: int, seed: int) -> Tensor:
+    """The reflections of the best turn in ``rank`` dimensions, and pairs that cancel for the rest."""
+    turn = problem.best(rank, seed)
+    u = turn.plane @ reflections(turn.inner) if problem.norm else turn.plane[:, :0]
+    spare = max(rank, 2) - u.shape[1]
+    u = torch.cat([u, turn.plane[:, :1].expand(-1, spare - spare % 2)], dim=1)
+    return u if problem.lift is None else problem.lift @ u

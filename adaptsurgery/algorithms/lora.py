@@ -12,6 +12,7 @@ from __future__ import annotations
 
 import math
 from dataclasses import dataclass, replace
+from functools import cache
 from typing import Any, ClassVar, NamedTuple
 
 import torch
@@ -20,10 +21,14 @@ from torch import Tensor, nn
 
 from adaptsurgery.core.config import PatternConfig, Shapes, kaiming_
 from adaptsurgery.core.cost import Form
+from adaptsurgery.core.fit import Fit, Goal, cut_down, difference, error_of, norm_of, rank_for
 from adaptsurgery.core.geometry import Layer
-from adaptsurgery.core.linalg import Approximation, truncate_factors
+from adaptsurgery.core.lanczos import Leading, leading, leading_until
+from adaptsurgery.core.linalg import Approximation, split, truncate_factors
 from adaptsurgery.core.update import Delta, Update, axis_norms, widened
 from adaptsurgery_formats.errors import ValueRefused
+
+SWEEPS, SETTLED = 20, 1e-5  # of the Tucker iteration: at most; a gain of ‖D‖² that ends it
 
 
 class Truncation(NamedTuple):
@@ -281,3 +286,130 @@ def _orthogonal_(up: Tensor, down: Tensor, generator: torch.Generator | None) ->
     whole = torch.linalg.qr(normal[0]).Q
     down.copy_((normal[1] @ whole[::2]).t() / 10)
     up.copy_(normal[2] @ whole[1::2] / 10)
+
+
+def extract(
+    base: Tensor,
+    tuned: Tensor,
+    *,
+    rank: int | None = None,
+    energy: float | None = None,
+    max_error: float | None = None,
+    budget: int | None = None,
+    seed: int = 0,
+    tucker: bool = False,
+) -> LoRA:
+    """The LoRA nearest to ``tuned`` − ``base``, canonical weights (o, i, *k); see ``fit``."""
+    goal = Goal(rank=rank, energy=energy, max_error=max_error, budget=budget)
+    update = fit(base, tuned, goal, seed=seed, tucker=tucker).update
+    assert isinstance(update, LoRA)
+    return update
+
+
+def fit(base: Tensor, tuned: Tensor, goal: Goal, *, seed: int = 0, tucker: bool = False) -> Fit:
+    """The best LoRA of D = W1 − W0 by its truncated SVD (Eckart–Young), and its error.
+
+    Scale 1 (alpha = rank), up and down of equal norms, nothing clamped; in float32, float64 where a
+    weight is. A kernel is part of down (o, r) · (r, i·∏k), or with ``tucker`` in a core of its own,
+    by higher-order orthogonal iteration (De Lathauwer et al., SIAM J. Matrix Anal. Appl. 21, 2000):
+    fewer numbers a rank, and at equal numbers a larger error. Raises what ``difference`` and
+    ``rank_for`` do.
+    """
+    found = difference(base, tuned)
+    if tucker and math.prod(found.shape[2:]) > 1:
+        return _fit_tucker(found, goal, seed)
+    matrix = found.flatten(1)
+    o, n = matrix.shape
+    if goal.most_error is not None:
+        triples = leading_until(matrix, goal.met_by, seed=seed)
+    else:
+        rank = rank_for(goal, most=min(o, n), parameters=lambda r: r * (o + n), error_at=_unasked)
+        triples = leading(matrix, rank, seed=seed)
+    up, down, _ = split(triples.u, triples.s, triples.vt, 0.0)
+    lora = LoRA.of_factors(up, down, tuple(found.shape)).cast(found.dtype)
+    notes = (*cut_down(goal, lora.rank), *_zeros(triples))
+    if tucker:
+        notes = (*notes, "a kernel of one position has no Tucker core: this is a plain LoRA")
+    return _as_fit(lora, found, triples.s, notes)
+
+
+def _unasked(rank: int) -> float:
+    raise AssertionError("a rank and a budget ask for no error")
+
+
+def _zeros(triples: Leading) -> tuple[str, ...]:
+    """A note where D has a lower rank than the LoRA."""
+    alive = int((triples.s > 1e-6 * triples.s[0]).sum())
+    if alive in (0, len(triples.s)):
+        return ()
+    return (f"the difference has rank {alive} up to rounding: a larger one adds nothing",)
+
+
+def _as_fit(lora: LoRA, found: Tensor, spectrum: Tensor, notes: tuple[str, ...]) -> Fit:
+    parameters = sum(t.numel() for t in lora.tensors().values())
+    return Fit(
+        lora, error_of(lora, found), norm_of(found), lora.rank, parameters, spectrum, notes=notes
+    )
+
+
+def _fit_tucker(found: Tensor, goal: Goal, seed: int) -> Fit:
+    """One rank on both sides, as the layouts have it."""
+    o, i, k = found.shape[0], found.shape[1], math.prod(found.shape[2:])
+    spectrum = leading(found.flatten(1), min(64, o, i * k), seed=seed).s
+
+    @cache
+    def attempt(rank: int) -> Fit:
+        return _as_fit(_tucker(found, rank, seed), found, spectrum, cut_down(goal, rank))
+
+    rank = rank_for(
+        goal,
+        most=max(min(o, i * k), min(i, o * k)),
+        parameters=lambda r: r * (o + i) + r * r * k,
+        error_at=lambda r: attempt(r).error,
+    )
+    return attempt(rank)
+
+
+@torch.no_grad()
+def _tucker(found: Tensor, rank: int, seed: int) -> LoRA:
+    """Higher-order orthogonal iteration: each side's best space, given the other's, in turn.
+
+    It starts from the one-shot decomposition (HOSVD) and no step captures less. A side that has
+    fewer than ``rank`` channels gets zeros, so that the core is square. Three factors of equal norm.
+    """
+    cube = found.flatten(2)
+    left = leading(cube.flatten(1), rank, seed=seed).u.to(cube)
+    right = leading(cube.transpose(0, 1).flatten(1), rank, seed=seed).u.to(cube)
+    total, captured = norm_of(cube) ** 2, 0.0
+    for _ in range(SWEEPS):
+        half = torch.einsum("oik,iq->oqk", cube, right)
+        left = leading(half.flatten(1), rank, seed=seed).u.to(cube)
+        half = torch.einsum("oik,op->ipk", cube, left)
+        step = leading(half.flatten(1), rank, seed=seed)
+        right, before, captured = step.u.to(cube), captured, float(step.s.square().sum())
+        if captured - before <= SETTLED * total:
+            break
+    core = torch.einsum("ipk,iq->pqk", half.double(), right.double())
+    parts = [_padded(left, rank), _padded(right, rank).t()]
+    mid = F.pad(core, (0, 0, 0, rank - core.shape[1], 0, rank - core.shape[0]))
+    up, down, mid = _balanced(parts[0], parts[1], mid)
+    ones = (1,) * (found.dim() - 2)
+    return LoRA(
+        up.reshape(-1, rank, *ones),
+        down.reshape(rank, -1, *ones),
+        mid.reshape(rank, rank, *found.shape[2:]),
+    ).cast(found.dtype)
+
+
+def _padded(columns: Tensor, rank: int) -> Tensor:
+    wide: Tensor = F.pad(columns.double(), (0, rank - columns.shape[1]))
+    return wide
+
+
+def _balanced(*factors: Tensor) -> list[Tensor]:
+    """The factors at one norm, their product the same."""
+    norms = [norm_of(factor) for factor in factors]
+    if not all(norms):
+        return list(factors)
+    mean = math.exp(sum(map(math.log, norms)) / len(norms))
+    return [factor * (mean / norm) for factor, norm in zip(factors, norms)]

@@ -14,9 +14,10 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from adaptsurgery.core.update import Update, widened
+from adaptsurgery.core.update import Delta, Update, widened
 from adaptsurgery_formats.errors import ShapeError, ValueRefused
 
+CHUNK = 256 * 1024  # numbers of D that are compared at a time
 SLACK = 1e-6  # of ‖D‖: float32 factors cannot be told from D below it
 
 
@@ -106,6 +107,24 @@ def difference(base: Tensor, tuned: Tensor) -> Tensor:
                 "a weight, or the difference of the two, is not finite", code="not-finite"
             )
     return found
+
+
+def norm_of(found: Tensor) -> float:
+    """‖D‖, whatever its scale."""
+    return float(torch.linalg.vector_norm(found, dtype=torch.float64))
+
+
+@torch.no_grad()
+def error_of(delta: Delta, found: Tensor) -> float:
+    """‖D − s·Δ‖/‖D‖ of an update as it is, measured on D, some rows at a time; 0 where D is 0."""
+    total = norm_of(found)
+    ready, missing = delta.prepared(found.dtype, found.device), 0.0
+    step = max(1, CHUNK // max(found[0].numel(), 1))
+    for start in range(0, found.shape[0], step):
+        block = found[start : start + step].flatten(1).clone()
+        ready.add_rows_(block, start, start + block.shape[0], -delta.scale)
+        missing = math.hypot(missing, norm_of(block))
+    return missing / total if total else 0.0
 
 
 def rank_for(

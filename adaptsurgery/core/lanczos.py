@@ -61,7 +61,8 @@ def leading(matrix: Tensor, rank: int, *, seed: int = 0, tol: float = TOL) -> Le
 
     The error of the truncation exceeds the optimum by a part of ``tol`` or so. One seed gives the
     same bits on one machine with one number of threads. Any finite scale will do; the matrix may be
-    zero or of a lower rank: then singular values are zero and their vectors any. Raises ShapeError.
+    zero or of a lower rank: then singular values are zero, and
+    their vectors any or zero. Raises ShapeError.
     """
     check_rank(rank)
     if matrix.dim() != 2 or 0 in matrix.shape:
@@ -72,6 +73,8 @@ def leading(matrix: Tensor, rank: int, *, seed: int = 0, tol: float = TOL) -> Le
     rank = min(rank, wide.shape[0])
     short = wide.shape[0] <= SMALL or 8 * rank > wide.shape[0]
     u, s, vt, norm = _by_gram(wide, rank) if short else _by_lanczos(wide, rank, seed, tol)
+    missing = rank - len(s)  # D's rank is lower, and its space was all there was to find
+    u, s, vt = pad(u, (0, missing)), pad(s, (0, missing)), pad(vt, (0, 0, 0, missing))
     u, vt = (vt.t(), u.t()) if tall else (u, vt)
     return Leading(u, s * scale, vt, norm * scale)
 
@@ -181,10 +184,9 @@ def _orthonormal(block: Tensor, basis: Tensor) -> Tensor | None:
 
 
 def _ritz(basis: Tensor, images: Tensor, gram: Tensor, rank: int, norm: float) -> Leading:
-    """U = K·X and Vᵀ = (Z·X)ᵀ/s, for the leading eigenvectors X of ZᵀZ; zeros where K ends."""
+    """U = K·X and Vᵀ = (Z·X)ᵀ/s, for the leading eigenvectors X of ZᵀZ."""
     values, vectors = torch.linalg.eigh(gram)
     values, turn = values[-rank:].flip(0), vectors[:, -rank:].flip(1)
     s = values.clamp_min(0).sqrt()
     vt = (images @ turn).t() / torch.where(s > 0, s, 1)[:, None]
-    u, missing = basis.double() @ turn, max(rank - len(s), 0)
-    return Leading(pad(u, (0, missing)), pad(s, (0, missing)), pad(vt, (0, 0, 0, missing)), norm)
+    return Leading(basis.double() @ turn, s, vt, norm)

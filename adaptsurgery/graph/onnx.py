@@ -31,8 +31,9 @@ def export_onnx(
     """Write ``g`` as ONNX; the names of the initialisers that hold adapters.
 
     An adapter's tensors stay initialisers of their own names in the state_dict (no optimiser runs,
-    which would fold them away), so that a session can be given others for them. Dropouts are turned
-    off. A GraphModule is exported first, with ``args``, ``kwargs`` and ``dynamic_shapes`` as
+    which would fold them away), and are inputs too, with those numbers for their defaults: a session
+    takes others with every run, ``session.run(None, {"x": x, "a.default.lora_up": up})``, and folds
+    nothing of them as it loads. Dropouts are turned off. A GraphModule is exported first, with ``args``, ``kwargs`` and ``dynamic_shapes`` as
     torch.export.export has them; a program needs none. Weights beyond 1 GiB go to ``path`` + ".data".
     The file appears whole or not at all.
 
@@ -56,6 +57,8 @@ def export_onnx(
             items=lost[:20],
             code="lost-initialiser",
         )
+    inputs = program.model.graph.inputs
+    inputs.extend(program.model.graph.initializers[name] for name in names)
     size = sum(t.numel() * t.element_size() for t in still.state_dict.values())
     _write(program, target, external=size > EXTERNAL)
     return names

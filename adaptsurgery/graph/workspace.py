@@ -289,7 +289,18 @@ def _copied(module: GraphModule) -> GraphModule:
     for name, value in vars(module).items():  # what a GraphModule's constructor leaves behind
         vars(out).setdefault(name, value)
     out.training = module.training
+    for ours, theirs in zip(out.modules(), module.modules()):
+        if isinstance(ours, GraphModule) and isinstance(theirs, GraphModule):
+            _named_alike(ours, theirs)
     return out
+
+
+def _named_alike(ours: GraphModule, theirs: GraphModule) -> None:
+    """torch's copy renames a node whose name Python has for something else ("input")."""
+    for node, other in zip(ours.graph.nodes, theirs.graph.nodes):
+        if node.name != other.name:
+            node.name = other.name
+            ours.graph._graph_namespace.create_name(other.name, None)
 
 
 def _fake_mode(module: GraphModule) -> FakeTensorMode:

@@ -106,7 +106,7 @@ class BlockEdit:
 
     ``unit`` is the number of rows that have to come together: 1 where every row changes by itself,
     all rows (of an expert) where not. ``compute`` is the dtype of the blocks, ``turns`` says whether
-    a rotation is among the updates. ``edit_of`` builds it.
+    a rotation or a renorm is among the updates: what sums over a row. ``edit_of`` builds it.
     """
 
     def __init__(
@@ -201,7 +201,7 @@ def edit_of(
         steps.insert(0, grid.step(rows, columns))
     unit = rows // shape[0] if stacked else rows
     unit = unit if any(s.whole for s in steps) else 1
-    return BlockEdit(rows, columns, unit, steps, compute, bool(turned))
+    return BlockEdit(rows, columns, unit, steps, compute, bool(turned or renewed))
 
 
 def edit_for(
@@ -334,7 +334,8 @@ class _Building:
             return self._vector(region, place, delta, factor)
         first = place.source[0] if place.source else 0
         if region.transposed:
-            turned = delta.transposed() if place.source is None else None
+            wide = delta.cast(self.compute, self.device)  # before factors are multiplied
+            turned = wide.transposed() if place.source is None else None
             if turned is None:
                 return self._strided(region, delta, first, factor)
             delta, first = turned, 0

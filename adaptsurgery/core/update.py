@@ -444,7 +444,7 @@ class Renorm(Update):
         return (new if gate is None else wide + gated(new - wide, gate)).to(weight.dtype)
 
     def fold(self, weight: Tensor, *, compute: torch.dtype | None = None) -> Tensor:
-        wide = weight.to(compute_dtype(weight, compute))
+        wide = weight.to(compute_dtype(weight, compute, turned=True))
         with torch.no_grad():
             return rounded(self.renormed(self.inner.fold(wide)), weight.dtype)
 
@@ -480,13 +480,13 @@ class Composition(Update):
         return wide.to(weight.dtype)
 
     def fold(self, weight: Tensor, *, compute: torch.dtype | None = None) -> Tensor:
-        out = weight.to(compute_dtype(weight, compute, turned=bool(self.rotations)))
+        out = weight.to(compute_dtype(weight, compute, turned=bool(self.rotations or self.renorm)))
         for update in self._in_order():
             out = update.fold(out)
         return rounded(out, weight.dtype)
 
     def unfold(self, weight: Tensor, *, compute: torch.dtype | None = None) -> Tensor:
-        out = weight.to(compute_dtype(weight, compute, turned=bool(self.rotations)))
+        out = weight.to(compute_dtype(weight, compute, turned=bool(self.rotations or self.renorm)))
         for update in reversed(self._in_order()):
             out = update.unfold(out)
         return rounded(out, weight.dtype)
@@ -644,8 +644,8 @@ def wide_for(
 ) -> torch.dtype:
     """What numbers stored so are computed in: float32, or ``compute`` where that is wider.
 
-    float64 for float64, and for float16 that is ``turned``: a rotation sums over a whole row, and
-    with float32's 13 spare bits 3e-4 of the elements would be rounded to the wrong side.
+    float64 for float64, and for float16 that is ``turned``: a rotation and a renorm sum over a whole
+    row, and with float32's 13 spare bits 3e-4 of the elements would be rounded to the wrong side.
     """
     double = stored == torch.float64 or (turned and stored == torch.float16)
     least = torch.float64 if double else torch.float32

@@ -1,13 +1,29 @@
-"""What merging costs: file to file over `cp -r`, and in memory over PEFT and LyCORIS.
+"""What merging costs: file to file over `cp -r` and over the framework, and in memory over PEFT and LyCORIS.
 
-    python tools/bench/merging.py files  [--gigabytes 2] [--rounds 5] [--workers 2] [--framework]
-    python tools/bench/merging.py memory [--layers 24] [--rounds 3] [--threads 1]
+    python tools/bench/merging.py files [--gigabytes 2] [--rounds 5] [--workers 2] [--folder /dev/shm]
+                                        [--framework ROUNDS] [--only NAME …]
+    python tools/bench/merging.py memory [--layers 24] [--rounds 3] [--threads 1] [--only NAME …]
 
-Every round runs all contestants one after the other; medians are printed as ratios. Files lie on a
-memory file system (--folder), so that the disk is not measured. Wall time and CPU seconds of the
-work alone (``adaptsurgery.merge`` in this process, with and without norms), of the whole command,
-and with --framework, once, of from_pretrained + PEFT + merge_and_unload + save_pretrained in a
-process of its own. The peak memory is that of a process that merges once.
+``files`` makes a Llama-like base of about so many GB of bfloat16, random, in shards of two layers, and
+a LoRA, LoHa, LoKr and HRA of rank 8 over all its linear layers and a LoRA on q and v ("lora on q, v").
+Every round runs all contestants one after the other, `cp -r` of the base among them; medians are
+printed, as ratios to `cp` and to the framework:
+
+    work        ``adaptsurgery.merge`` in this process, torch imported: the work alone
+    no norms    the same without the norms of the manifest
+    command     `adaptsurgery merge`, with the start of Python and torch
+    framework   from_pretrained + PeftModel + merge_and_unload + save_pretrained, in a process of its own,
+                in the first ROUNDS rounds (its HRA takes minutes at 2 GB: --framework 1)
+
+with wall time, CPU seconds, and the peak memory of a process that merges once. A folder in memory
+(--folder) leaves the disk out; it has to hold three times the base, and the framework needs as much
+memory again. What is printed at 2 GB and at 8 GB (on a disk, by hand):
+
+    python tools/bench/merging.py files --gigabytes 2 --rounds 5 --framework 1
+    python tools/bench/merging.py files --gigabytes 8 --rounds 1 --framework 1 --folder /var/tmp
+
+A small run of all of it: files --gigabytes 0.1 --rounds 1 --framework 1. ``memory`` folds into live weights
+of ``layers`` × (4 × 1024² and 2 × 1024 × 4096), each algorithm in a process of its own.
 """
 
 from __future__ import annotations
@@ -176,42 +192,65 @@ def merge_framework(base: Path, adapter: Path, out: Path) -> None:
 def files(given: argparse.Namespace) -> None:
     room = Path(given.folder) / f"adaptsurgery-bench-{os.getpid()}"
     base, adapters, out = room / "base", room / "adapters", room / "out"
+    names = given.only or CONTESTANTS
+    costs: dict[str, list[Cost]] = {}
+    peaks: dict[str, list[float]] = {}
     try:
         make_base(base, given.gigabytes)
         make_adapters(base, adapters)
-        routes: dict[str, Callable[[Path], object]] = {
-            "work": lambda a: merge_here(base, a, out, given.workers),
-            "no norms": lambda a: merge_here(base, a, out, given.workers, norms=False),
-            "command": lambda a: merge_command(base, a, out, given.workers),
-        }
-        costs: dict[str, list[Cost]] = {}
-        for _ in range(given.rounds):
-            _note(costs, "cp -r", out, lambda: subprocess.run(["cp", "-r", base, out], check=True))
-            for name in given.only or CONTESTANTS:
-                for route, work in routes.items():
-                    _note(costs, f"{name}, {route}", out, lambda: work(adapters / name))  # noqa: B023
-        for name in (given.only or CONTESTANTS) if given.framework else ():
-            one = lambda: _peak("framework", base, adapters / name, 1, out)  # noqa: B023, E731
-            costs[f"{name}, framework"] = [timed(one)]
-        peaks = {
-            f"{name}, {route}": _peak(which, base, adapters / name, given.workers, out)
-            for name in given.only or CONTESTANTS
-            for route, which in (("work", "ours"), ("framework", "framework"))
-            if f"{name}, {route}" in costs
-        }
         size = sum(f.stat().st_size for f in base.iterdir()) / 1e9
-        print(f"{size:.2f} GB of bfloat16; {given.rounds} rounds; {given.workers} workers")
-        _print_files(medians(costs), peaks)
+        print(
+            f"{size:.2f} GB of bfloat16; {given.rounds} rounds; {given.workers} workers", flush=True
+        )
+        for turn in range(given.rounds):
+            _note(costs, "cp -r", out, lambda: subprocess.run(["cp", "-r", base, out], check=True))
+            for name in names:
+                adapter = adapters / name
+                for route, work in _routes(base, adapter, out, given.workers).items():
+                    _note(costs, f"{name}, {route}", out, work)
+                once_each = ["ours", *(["framework"] if turn < given.framework else [])]
+                for route in once_each if turn < max(1, given.framework) else []:
+                    _alone(costs, peaks, name, route, (base, adapter, out), given.workers)
+        _print_files(medians(costs), {k: statistics.median(v) for k, v in peaks.items()})
     finally:
         shutil.rmtree(room, ignore_errors=True)
 
 
+def _routes(base: Path, adapter: Path, out: Path, workers: int) -> dict[str, Callable[[], object]]:
+    return {
+        "work": lambda: merge_here(base, adapter, out, workers),
+        "no norms": lambda: merge_here(base, adapter, out, workers, norms=False),
+        "command": lambda: merge_command(base, adapter, out, workers),
+    }
+
+
+def _alone(
+    costs: dict[str, list[Cost]],
+    peaks: dict[str, list[float]],
+    name: str,
+    route: str,
+    paths: tuple[Path, Path, Path],
+    workers: int,
+) -> None:
+    """A process that merges once: its peak memory, and its time where that is the framework's."""
+    held: list[float] = []
+    cost = timed(lambda: held.append(_peak(route, *paths, workers)))
+    shown = "framework" if route == "framework" else "work"
+    peaks.setdefault(f"{name}, {shown}", []).extend(held)
+    if route == "framework":
+        costs.setdefault(f"{name}, framework", []).append(cost)
+    shutil.rmtree(paths[2])
+
+
 def _print_files(found: dict[str, Cost], peaks: dict[str, float]) -> None:
+    """Wall and CPU over cp's, the wall over the framework's where that ran, and peaks in MB."""
     wall, cpu = found.pop("cp -r")
-    print(f"{'cp -r':24}wall {wall:6.2f} s        cpu {cpu:6.2f} s")
+    print(f"{'cp -r':26}wall {wall:7.2f} s       cpu {cpu:7.2f} s")
     for name, (w, c) in found.items():
-        peak = f"    peak {peaks[name]:5.0f} MB" if name in peaks else ""
-        print(f"{name:24}wall {w / wall:5.2f} × cp    cpu {c / cpu:5.2f} × cp{peak}")
+        theirs = found.get(f"{name.rpartition(', ')[0]}, framework")
+        over = f"   1/{theirs[0] / w:.1f} of the framework" if theirs and theirs[0] != w else ""
+        peak = f"   peak {peaks[name]:5.0f} MB" if name in peaks else ""
+        print(f"{name:26}wall {w / wall:6.2f} × cp   cpu {c / cpu:6.2f} × cp{peak}{over}")
 
 
 def _note(costs: dict[str, list[Cost]], name: str, out: Path, work: Callable[[], object]) -> None:
@@ -219,11 +258,10 @@ def _note(costs: dict[str, list[Cost]], name: str, out: Path, work: Callable[[],
     shutil.rmtree(out)
 
 
-def _peak(route: str, base: Path, adapter: Path, workers: int, out: Path) -> float:
+def _peak(route: str, base: Path, adapter: Path, out: Path, workers: int) -> float:
     """The peak memory in MB of a process that merges once."""
     command = [sys.executable, __file__, "once", route, base, adapter, out, str(workers)]
     done = subprocess.run(command, check=True, capture_output=True, text=True)
-    shutil.rmtree(out)
     return float(done.stdout.split()[-1])
 
 
@@ -338,7 +376,7 @@ def main() -> None:
     of_files.add_argument("--rounds", type=int, default=5)
     of_files.add_argument("--workers", type=int, default=2)
     of_files.add_argument("--folder", default="/dev/shm")
-    of_files.add_argument("--framework", action="store_true")
+    of_files.add_argument("--framework", type=int, default=0, metavar="ROUNDS")
     of_files.add_argument("--only", action="append", choices=CONTESTANTS)
     of_files.set_defaults(run=files)
     in_memory = jobs.add_parser("memory")

@@ -24,10 +24,10 @@ from torch import Tensor, nn
 from adaptsurgery.algorithms.lora import LoRA, Truncation
 from adaptsurgery.core.config import LycorisConfig, Shapes, kaiming_
 from adaptsurgery.core.cost import Form, price
-from adaptsurgery.core.fit import Fit, Goal, cut_down, difference, rank_for
+from adaptsurgery.core.fit import Fit, Goal, cut_down, difference, error_of, rank_for
 from adaptsurgery.core.geometry import Layer
 from adaptsurgery.core.hadamard import nearest_product
-from adaptsurgery.core.residual import full_norm, in_range, powers, relative_error
+from adaptsurgery.core.scaling import full_norm, in_range, powers
 from adaptsurgery.core.update import Delta
 
 HALF = 128 * 1024  # numbers of each half of Δ that are built at a time
@@ -237,7 +237,7 @@ def _fitted(delta: Tensor, exponent: int, rank: int, seed: int) -> Fit:
     factors = (found.rows[0], columns[0], found.rows[1], columns[1])
     slots = [factor.to(delta).contiguous() for factor in factors]
     shape = tuple(delta.shape)
-    error = relative_error(LoHa(*slots, weight_shape=shape), delta)
+    error = error_of(LoHa(*slots, weight_shape=shape), delta)
     grown = [slot * power for slot, power in zip(slots, powers(exponent, 4))]
     norm, (low, high) = full_norm(delta, exponent), powers(exponent, 2)
     return Fit(

@@ -25,7 +25,7 @@ from torch import Tensor, nn
 from adaptsurgery.algorithms.lora import LoRA, Truncation, truncation
 from adaptsurgery.core.config import LycorisConfig, Shapes, kaiming_
 from adaptsurgery.core.cost import Form, price
-from adaptsurgery.core.fit import Fit, Goal, difference, rank_for
+from adaptsurgery.core.fit import Fit, Goal, difference, error_of, norm_of, rank_for
 from adaptsurgery.core.geometry import Layer
 from adaptsurgery.core.kronecker import (
     Cut,
@@ -38,7 +38,7 @@ from adaptsurgery.core.kronecker import (
     rearranged,
 )
 from adaptsurgery.core.linalg import check_rank, factor_svd, split, tail_error
-from adaptsurgery.core.residual import full_norm, in_range, powers, relative_error
+from adaptsurgery.core.scaling import full_norm, in_range, powers
 from adaptsurgery.core.update import Delta
 from adaptsurgery_formats.errors import ValueRefused
 from adaptsurgery_formats.kronecker import (
@@ -454,7 +454,7 @@ class _Search:
     seed: int
 
     def __post_init__(self) -> None:
-        self.size = full_norm(self.delta, 0)
+        self.size = norm_of(self.delta)
         self.fits: dict[int, Fit] = {}
 
     def meet(self, goal: Goal) -> Fit:
@@ -505,7 +505,7 @@ class _Search:
         shapes = self.storage.shapes(rank)
         found = self._nearest(rank, shapes)
         slots = {name: t.reshape(shapes[name]).to(self.delta) for name, t in found.items()}
-        error = relative_error(self._built(slots), self.delta)
+        error = error_of(self._built(slots), self.delta)
         first = [name for name in slots if name.startswith("w1")]
         second = [name for name in slots if name not in first]
         half = self.exponent // 2

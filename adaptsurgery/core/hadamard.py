@@ -29,7 +29,7 @@ from torch import Tensor
 
 from adaptsurgery.core.lanczos import Leading, leading
 
-SWEEPS = 60
+SWEEPS = 80
 LIFTED = 4
 GAIN = 1e-4  # of the squared error: three sweeps in a row that gain less are the last
 STARTS = 16  # one after the other

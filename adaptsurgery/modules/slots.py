@@ -58,7 +58,7 @@ def put(layer: nn.Module, suffix: str, adapter: str, tensor: Tensor) -> None:
     home = _child(layer, bank)
     home = _child(home, adapter) if leaf else home
     parameter = tensor if isinstance(tensor, nn.Parameter) else nn.Parameter(tensor)
-    home.register_parameter(leaf or adapter, parameter)
+    home._parameters[leaf or adapter] = parameter  # its name was checked
 
 
 def place(layer: nn.Module, suffix: str, adapter: str) -> tuple[nn.Module, str]:
@@ -90,7 +90,7 @@ def drop(layer: nn.Module, suffix: str, adapter: str) -> None:
 
 def _child(module: nn.Module, name: str) -> nn.Module:
     if name not in module._modules:
-        module.add_module(name, Bank())
+        module._modules[name] = Bank()
     child = module._modules[name]
     assert child is not None
     return child

@@ -24,6 +24,7 @@ if TYPE_CHECKING:
     from adaptsurgery.jobs.adapter import Adapter, load
     from adaptsurgery.jobs.combine import combine
     from adaptsurgery.jobs.convert import convert
+    from adaptsurgery.jobs.extract.extract import extract
     from adaptsurgery.jobs.fold import fold, unfold
     from adaptsurgery.jobs.inspect import inspect
     from adaptsurgery.jobs.merging.check import verify_merge
@@ -55,6 +56,7 @@ __all__ = [
     "SurgeryError",
     "combine",
     "convert",
+    "extract",
     "find_targets",
     "fold",
     "get_peft_model",
@@ -90,6 +92,7 @@ _HOMES = {
     "combine": "adaptsurgery.jobs.combine",
     "convert": "adaptsurgery.jobs.convert",
     "find_targets": "adaptsurgery.targeting",
+    "extract": "adaptsurgery.jobs.extract.extract",
     "fold": "adaptsurgery.jobs.fold",
     "unfold": "adaptsurgery.jobs.fold",
     "inspect": "adaptsurgery.jobs.inspect",

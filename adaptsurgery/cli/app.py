@@ -31,6 +31,7 @@ COMMANDS = {
     "unmerge": "adaptsurgery.cli.unmerge",
     "combine": "adaptsurgery.cli.combine",
     "resize": "adaptsurgery.cli.resize",
+    "extract": "adaptsurgery.cli.extract",
 }
 
 
@@ -74,6 +75,7 @@ def group(ctx: click.Context) -> None:
     adaptsurgery convert style.safetensors --to peft -o style/
     adaptsurgery verify style.safetensors style/
     adaptsurgery merge model/ style.safetensors=0.8 -o merged/
+    adaptsurgery extract model/ finetuned/ -o adapter/ --rank 16
     """
     if ctx.invoked_subcommand is None:
         click.echo(ctx.get_help())

@@ -667,6 +667,8 @@ def _derives(flags: dict[str, Any], rank: int, cut: _Lokr) -> bool:
     """Whether PEFT makes a module's factors as they are from its flags and rank."""
     (a, b), (c, d) = cut.out, cut.into
     t, factor = cut.module.tensors, flags["decompose_factor"]
+    if module_rank(cut.module) not in (None, rank):
+        return False
     if peft_factorization(a * b, factor) != (a, b) or peft_factorization(c * d, factor) != (c, d):
         return False
     w1, w2 = cut.widest

@@ -42,6 +42,7 @@ def short(monkeypatch: pytest.MonkeyPatch) -> None:
     """Less training: enough for the losses to fall."""
     monkeypatch.setattr(run, "BASE_STEPS", 30)
     monkeypatch.setattr(run, "ADAPTER_STEPS", 12)
+    monkeypatch.setattr(run, "TUNING_STEPS", 12)
 
 
 # -- The tiny model --------------------------------------------------------------------------------
@@ -118,6 +119,14 @@ def test_files_of_the_whole_run(short: None, tmp_path: Path) -> None:
         )
         assert again.max_error == 0
     assert sum(line.startswith("$ adaptsurgery convert") for line in lines) == 3 * 3 + 1 + 3 + 3
+    found = report.facts["extracted"]
+    assert [a["algorithm"] for a in found["adapters"]] == list(ALGORITHMS)
+    assert found["after"] < found["before"]
+    for adapter in found["adapters"]:
+        assert 0 < adapter["error"] < 1 and adapter["parameters"] <= 24_000
+        assert adapter["error_merged"] == pytest.approx(adapter["error"], rel=1e-3)
+        assert found["after"] < adapter["loss"] < found["before"]
+    assert sum(line.startswith("$ adaptsurgery extract") for line in lines) == 4
 
 
 def test_the_same_seed_gives_the_same_bytes(

@@ -19,14 +19,12 @@ from typing import Any
 
 import torch
 
-from adaptsurgery.checkpoint.bridge import from_torch
 from adaptsurgery.checkpoint.failures import as_file_error
 from adaptsurgery.checkpoint.safetensors import read_safetensors
-from adaptsurgery.checkpoint.writer import write_safetensors
 from adaptsurgery.jobs.adapter import Adapter, load
 from adaptsurgery.jobs.convert import convert
 from adaptsurgery.jobs.loading import CONFIG, WEIGHTS, read_config
-from adaptsurgery.jobs.quickstart import given, making, tiny
+from adaptsurgery.jobs.quickstart import extracting, given, making, tiny
 from adaptsurgery.jobs.quickstart.making import Made
 from adaptsurgery.jobs.report import Report, Row
 from adaptsurgery.jobs.verify import verify
@@ -35,7 +33,8 @@ from adaptsurgery_formats.tensors import same_bytes
 
 AGREE = 1e-4  # of the adapter's own effect on the output, up to which two forms of it agree
 MODEL = "model.safetensors"
-BASE_STEPS, ADAPTER_STEPS = 240, 40
+TUNED = "tuned.safetensors"
+BASE_STEPS, ADAPTER_STEPS, TUNING_STEPS = 240, 40, 60
 Tell = Callable[[str], object]
 
 
@@ -47,6 +46,7 @@ class Work:
     base: str | None
     seed: int
     tell: Tell
+    trained: tiny.TinyModel | None = None
     adapters: list[Made] = field(default_factory=list)
     results: dict[str, dict[str, Any]] = field(default_factory=dict)
     facts: dict[str, Any] = field(default_factory=dict)
@@ -99,7 +99,7 @@ def quickstart(
     seed: int = 0,
     tell: Tell = lambda _: None,
 ) -> Report:
-    """Train a small model and adapters of it, convert them around, and compare.
+    """Train a small model and adapters of it, convert them around, extract others, and compare.
 
     The files stay in ``folder``, which must be new or empty; without one they are removed. With a
     ``base`` adapters are made for some layers of that model. ``tell`` gets each line of text as
@@ -196,8 +196,8 @@ def _said(made: Made) -> str:
 def _adapters_of_tiny(work: Work) -> None:
     work.title("Train a small language model on English: the docstrings of Python's library")
     model = tiny.trained(BASE_STEPS, work.seed)
-    state = {name: from_torch(t) for name, t in model.state_dict().items()}
-    write_safetensors(work.path(MODEL), state, {"format": "pt"})
+    extracting.save(model, work.files / MODEL)
+    work.trained = model
     numbers = sum(p.numel() for p in model.parameters())
     english, code = (tiny.measured(model, t, {}) for t in (tiny.prose(), tiny.unseen_code()))
     work.tell(
@@ -262,7 +262,41 @@ def as_lora(work: Work) -> None:
             _around(work, made, out)
 
 
-STEPS: tuple[Callable[[Work], None], ...] = (adapters, around, refusal, as_lora)
+def extraction(work: Work) -> None:
+    """The same code taught to the whole model; each kind of adapter out of the two checkpoints."""
+    model = work.trained
+    if model is None:
+        return
+    work.title("Teach the code to all of the model's weights, and get adapters out of that")
+    tuned = extracting.tuned(model, TUNING_STEPS, work.seed)
+    extracting.save(tuned, work.files / TUNED)
+    losses = [tiny.measured(m, tiny.unseen_code(), {}) for m in (model, tuned)]
+    work.tell(f"  {TUNED}: {losses[0]:.2f} → {losses[1]:.2f} bits per byte")
+    found = []
+    for algorithm in ("lora", "loha", "lokr", "hra"):
+        out = f"extracted-{algorithm}"
+        words = ["extract", MODEL, TUNED, "-o", out, "--algorithm", algorithm]
+        words += ["--budget", str(extracting.BUDGET)]
+        work.tell(f"$ adaptsurgery {shlex.join(words)}")
+        base, fine = work.files / MODEL, work.files / TUNED
+        told = extracting.extracted(base, fine, work.files / out, algorithm)
+        work.tell(_extracted(told))
+        off = abs(told["error_merged"] - told["error"])
+        work.expect(off <= extracting.TOLD * told["error"], f"{out}: merged it has another error")
+        work.expect(told["loss"] < losses[0], f"{out}: it has nothing of the fine-tune")
+        found.append(told)
+    work.facts["extracted"] = {"before": losses[0], "after": losses[1], "adapters": found}
+
+
+def _extracted(told: dict[str, Any]) -> str:
+    return (
+        f"  {told['parameters']:,} parameters on {told['layers']} layers, {told['layers_error']:.2f} of "
+        f"their change lost; merged back: weights off by {told['error_merged']:.2f} of the change, "
+        f"outputs by {told['output_error']:.2f}, {told['loss']:.2f} bits per byte"
+    )
+
+
+STEPS: tuple[Callable[[Work], None], ...] = (adapters, around, refusal, as_lora, extraction)
 
 
 # -- Comparing -------------------------------------------------------------------------------------

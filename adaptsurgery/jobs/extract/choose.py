@@ -1,0 +1,279 @@
+"""Which candidate each layer gets, and the adapter that they make.
+
+LyCORIS's and kohya's files hold any algorithm on any layer, so each gets its best. PEFT holds one
+algorithm, for LoKr with one decompose_factor: the one whose error over all layers is the least,
+or, where an error was asked for, the one with the fewest parameters.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+from adaptsurgery.checkpoint.bridge import computed
+from adaptsurgery.checkpoint.safetensors import read_safetensors
+from adaptsurgery.jobs.extract.fitting import Found, Measured, number_of
+from adaptsurgery.jobs.extract.options import DTYPES
+from adaptsurgery.jobs.extract.plan import ExtractPlan, Layer
+from adaptsurgery.jobs.extract.run import METADATA, Place, Results, Runner
+from adaptsurgery.jobs.extract.selection import Dense
+from adaptsurgery_formats import AdapterState, ModuleState
+from adaptsurgery_formats.errors import InexactError, ValueRefused
+from adaptsurgery_formats.tensors import Tensor
+
+_Kind = tuple[str, int | None]  # algorithm and factor
+
+
+@dataclass
+class Outcome:
+    """A layer with what was measured, and the number of the candidate that it gets; -1 for none."""
+
+    layer: Layer
+    measured: Measured
+    number: int = -1
+    reason: str = ""
+
+    @property
+    def found(self) -> Found | None:
+        return self.measured.found[self.number] if self.number >= 0 else None
+
+    @property
+    def error(self) -> float:
+        """‖D − D̂‖/‖D‖, 1 where it is left out."""
+        return self.found.error if self.found else 1.0
+
+    @property
+    def missing(self) -> float:
+        """‖D − D̂‖."""
+        return self.error * self.measured.norm
+
+
+def outcomes(plan: ExtractPlan, found: Results) -> list[Outcome]:
+    """Every layer with its candidate, in the plan's order.
+
+    Raises InexactError ("nothing-held") where one kind has to serve and none meets the goal anywhere.
+    """
+    made = [Outcome(layer, Measured.from_dict(data)) for layer, data in zip(plan.layers, found)]
+    changed = [o for o in made if o.measured.found]
+    wanted = _one_kind(plan, changed) if plan.options.to == "peft" and changed else None
+    for outcome in changed:
+        _settle(outcome, wanted, plan.options.exact_goal)
+    return made
+
+
+def _settle(outcome: Outcome, wanted: _Kind | None, fewest: bool) -> None:
+    good = [
+        (_price(f, fewest), number)
+        for number, f in enumerate(outcome.measured.found)
+        if not f.compared and not f.failed and wanted in (None, (f.algorithm, f.factor))
+    ]
+    if good:
+        outcome.number = min(good)[1]
+    else:
+        failed = [f.failed for f in outcome.measured.found if (f.algorithm, f.factor) == wanted]
+        outcome.reason = next(iter(failed), "") or f"no {wanted[0] if wanted else 'adapter'} on it"
+
+
+def _price(found: Found, fewest: bool) -> tuple[float, float]:
+    size = float(found.parameters)
+    return (size, found.error) if fewest else (found.error, size)
+
+
+def _one_kind(plan: ExtractPlan, changed: Sequence[Outcome]) -> _Kind:
+    kinds: dict[_Kind, list[Found]] = {}
+    for outcome in changed:
+        for found in outcome.measured.found:
+            if not found.compared and not found.failed:
+                kinds.setdefault((found.algorithm, found.factor), []).append(found)
+    if not kinds:
+        raise InexactError("no candidate can be held by all layers", code="nothing-held")
+    totals = {kind: _total(kind, changed, plan.options.exact_goal) for kind in kinds}
+    return min(kinds, key=lambda kind: totals[kind])
+
+
+def _total(kind: _Kind, changed: Sequence[Outcome], fewest: bool) -> tuple[float, ...]:
+    """How a kind compares over all layers, the less the better."""
+    missing, parameters, without = 0.0, 0.0, 0
+    for outcome in changed:
+        good = [
+            f
+            for f in outcome.measured.found
+            if (f.algorithm, f.factor) == kind and not f.compared and not f.failed
+        ]
+        if good:
+            missing += (good[0].error * outcome.measured.norm) ** 2
+            parameters += good[0].parameters
+        else:
+            missing += outcome.measured.norm**2
+            without += 1
+    return (without, parameters, missing) if fewest else (missing, parameters)
+
+
+# -- The adapter -----------------------------------------------------------------------------------
+
+
+def adapter_state(
+    plan: ExtractPlan, place: Place, runner: Runner, made: Sequence[Outcome], found: Results
+) -> AdapterState:
+    """The adapter by reference: factors in the partial output, parameters in the fine-tuned model.
+
+    Raises ValueRefused ("zero-delta") where nothing changed that an adapter could hold.
+    """
+    state = AdapterState("memory", [], where=plan.tuned)
+    for number, outcome in enumerate(made):
+        if outcome.found is not None:
+            tensors = read_safetensors(place.tensors(number)).tensors
+            state.modules.append(_module(outcome, tensors))
+    _even_out(state)
+    norms = {k: v for group in found[len(plan.layers) :] for k, v in group.items()}
+    kept = [d for group in plan.dense for d in group if d.slot]
+    _add_dense(state, plan, runner, kept, norms)
+    if not state.modules:
+        raise _zero(plan, norms)
+    state.metadata[METADATA] = plan.identity
+    return state
+
+
+def _zero(plan: ExtractPlan, norms: Mapping[str, Mapping[str, float]]) -> ValueRefused:
+    elsewhere = [label for label, n in norms.items() if n["norm"]]
+    seen = f"what changed is {', '.join(elsewhere[:4])}" if elsewhere else ""
+    return ValueRefused(
+        f"none of {len(plan.layers)} layers differs between the two: an empty adapter",
+        where=plan.tuned,
+        seen=seen or "every tensor is the same, to the bit",
+        next="is the second one the fine-tuned model? --allow-empty writes zeros",
+        code="zero-delta",
+    )
+
+
+def _module(outcome: Outcome, tensors: Mapping[str, Tensor]) -> ModuleState:
+    layer, found = outcome.layer, outcome.found
+    assert found is not None
+    prefix = f"{outcome.number}."
+    slots = {k.removeprefix(prefix): t for k, t in tensors.items() if k.startswith(prefix)}
+    said = dict(found.module)
+    options = dict(said["options"])
+    if layer.turned and layer.kind != "embedding":
+        options["fan_in_fan_out"] = True
+    return ModuleState(
+        layer.path, found.algorithm, slots, said["alpha"], said["rule"], said["rank"],
+        layer.component, kind="embedding" if layer.kind == "embedding" else "", options=options,
+    )  # fmt: skip
+
+
+def _even_out(state: AdapterState) -> None:
+    """PEFT's HRA has one rank for all: equal pairs of reflections, which undo each other, are added."""
+    ranks = [m.rank or 0 for m in state.modules if m.algorithm == "hra"]
+    most = max(ranks, default=0)
+    if len(set(ranks)) < 2:
+        return
+    if any((most - rank) % 2 for rank in ranks):
+        raise InexactError(
+            "the layers' ranks are even and odd, and PEFT's HRA has one for all",
+            seen=", ".join(map(str, sorted(set(ranks)))),
+            next="an even --rank",
+            code="hra-ranks",
+        )
+    state.modules = [_padded(m, most) for m in state.modules]
+
+
+def _padded(module: ModuleState, rank: int) -> ModuleState:
+    import torch
+
+    from adaptsurgery.checkpoint.bridge import to_torch
+
+    u = module.tensors["u"]
+    more = rank - u.shape[1]
+
+    def wide() -> torch.Tensor:
+        extra = torch.zeros(u.shape[0], more)
+        extra[0] = 1
+        return torch.cat([to_torch(u), extra], dim=1)
+
+    tensor = computed(u.dtype, (u.shape[0], rank), wide)
+    return module.changed(tensors={"u": tensor}, rank=rank)
+
+
+def _add_dense(
+    state: AdapterState,
+    plan: ExtractPlan,
+    runner: Runner,
+    kept: Sequence[Dense],
+    norms: Mapping[str, Mapping[str, float]],
+) -> None:
+    if plan.options.to == "peft":
+        _add_saved(state, runner, kept, norms)
+        return
+    groups: dict[tuple[str, str, str], dict[str, Tensor]] = {}
+    for one in kept:
+        if norms[one.pair.label]["norm"]:
+            algorithm = "norm" if one.slot.endswith("_norm") else "full"
+            slots = groups.setdefault((one.pair.component, one.path, algorithm), {})
+            slots[one.slot] = _difference(one, runner, DTYPES[plan.options.dtype])
+    state.modules += [
+        ModuleState(path, algorithm, slots, component=component)
+        for (component, path, algorithm), slots in groups.items()
+    ]
+
+
+def _difference(one: Dense, runner: Runner, dtype: str) -> Tensor:
+    import torch
+
+    from adaptsurgery.checkpoint.bridge import torch_dtype
+
+    def change() -> torch.Tensor:
+        base, tuned = (number_of(runner.read(s, one.pair), one.pair, s) for s in ("base", "tuned"))
+        return (tuned - base).to(torch_dtype(dtype))
+
+    return computed(dtype, one.pair.base.shape, change)
+
+
+def _add_saved(
+    state: AdapterState,
+    runner: Runner,
+    kept: Sequence[Dense],
+    norms: Mapping[str, Mapping[str, float]],
+) -> None:
+    """Parameters that PEFT keeps as they are: whole modules of which anything changed, and biases."""
+    changed = {
+        (d.pair.component, d.path) for d in kept if norms[d.pair.label]["norm"] or d.pair.new
+    }
+    adapted = {(m.component, m.path) for m in state.modules}
+    whole: dict[str, list[str]] = {}
+    for one in kept:
+        home = (one.pair.component, one.path)
+        if home not in changed:
+            continue
+        name = one.pair.name
+        if home in adapted:
+            name = f"{one.path}.base_layer.bias"
+        elif one.path not in whole.setdefault(one.pair.component, []):
+            whole[one.pair.component].append(one.path)
+        state.saved.setdefault(one.pair.component, {})[name] = runner.read("tuned", one.pair)
+    for component in state.components:
+        state.config[component] = _template(state, component, whole.get(component, []))
+
+
+def _template(state: AdapterState, component: str, whole: list[str]) -> dict[str, Any]:
+    """What a PEFT config has to say beside ranks and targets, which the format finds itself."""
+    modules = list(state.of(component))
+    biases = any(name.endswith(".base_layer.bias") for name in state.saved.get(component, {}))
+    algorithm = modules[0].algorithm if modules else "lora"
+    found: dict[str, Any] = {}
+    if whole:
+        found["modules_to_save"] = whole
+    if algorithm == "lora" and any(m.options.get("fan_in_fan_out") for m in modules):
+        found |= {"peft_type": "LORA", "target_modules": [], "fan_in_fan_out": True}
+    if biases and algorithm in ("lora", "hra"):
+        found["bias"] = f"{algorithm}_only"
+    return found
+
+
+def relative(part: float, whole: float) -> float:
+    return part / whole if whole else 0.0
+
+
+def root(squares: Sequence[float]) -> float:
+    return math.sqrt(sum(s * s for s in squares))

@@ -1,0 +1,91 @@
+"""What an extraction is asked for, as plain data, and what cannot be asked."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+
+from adaptsurgery_formats.errors import InexactError, LayoutError, ValueRefused, nearest
+
+ALGORITHMS = ("lora", "loha", "lokr", "hra")
+TARGETS = ("peft", "lycoris", "kohya")
+DTYPES = {"fp32": "F32", "bf16": "BF16", "fp16": "F16"}
+AUTO = "auto"
+
+
+@dataclass(frozen=True)
+class Options:
+    """How a plan is carried out; every field is a part of its digest.
+
+    ``goal`` is one of "rank", "energy", "max_error", "budget" with its ``value``; a budget is of
+    the whole adapter. ``conv_rank`` is for kernels other than 1. ``ranks`` overrule both by PEFT's
+    rank_pattern.
+    """
+
+    algorithm: str
+    goal: str
+    value: float
+    to: str = "peft"
+    factor: int | None = None
+    decompose_both: bool = False
+    conv_rank: int | None = None
+    tucker: bool = False
+    include: tuple[str, ...] = ()
+    exclude: tuple[str, ...] = ()
+    ranks: Mapping[str, int] = field(default_factory=dict)
+    dtype: str = "fp32"
+    seed: int = 0
+    dense: bool = True
+    compare: bool = False
+    curves: bool = False
+    allow_empty: bool = False
+
+    @property
+    def exact_goal(self) -> bool:
+        """Whether the goal is an error or an energy, which ranks follow from."""
+        return self.goal in ("energy", "max_error")
+
+
+def check_options(options: Options) -> None:
+    """Refuse options that have no meaning, or no effect."""
+    for name, value, known in (
+        ("algorithm", options.algorithm, (*ALGORITHMS, AUTO)),
+        ("to", options.to, TARGETS),
+        ("dtype", options.dtype, tuple(DTYPES)),
+    ):
+        if value not in known:
+            raise ValueRefused(
+                f"--{name} {value} is not offered",
+                next=nearest(value, known) or f"one of {', '.join(known)}",
+                code="no-such-option",
+            )
+    if options.algorithm == "hra" and options.to != "peft":
+        raise InexactError(
+            "LyCORIS and kohya have no Householder adapter",
+            next="--to peft, or --algorithm lora",
+            code="no-hra",
+        )
+    _refuse_idle(options)
+
+
+def _refuse_idle(options: Options) -> None:
+    """Options that the algorithm has no use for."""
+    kronecker = options.algorithm in ("lokr", AUTO)
+    idle = {
+        "--factor": options.factor is not None and not kronecker,
+        "--decompose-both": options.decompose_both and not kronecker,
+        "--tucker": options.tucker and options.algorithm in ("loha", "hra"),
+    }
+    for name, wrong in idle.items():
+        if wrong:
+            raise LayoutError(
+                f"{name} has no effect on {options.algorithm}",
+                next="leave it out" if name == "--tucker" else "it is for --algorithm lokr",
+                code="option-without-effect",
+            )
+    if options.algorithm == "hra" and options.ranks:
+        raise InexactError(
+            "PEFT's HRA has one rank for all modules, and no rank_pattern",
+            next="leave --rank-pattern out",
+            code="hra-ranks",
+        )

@@ -1,0 +1,143 @@
+"""A plan carried out: layer by layer into a partial output, from which the adapter is written.
+
+See ``jobs.partial``: ``files/`` holds each finished layer's candidates, ``norms/`` what was
+measured on it. Whoever finishes the last of all jobs writes the adapter, which appears whole.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+from collections.abc import Callable, Mapping
+from functools import partial
+from pathlib import Path
+from typing import Any
+
+from adaptsurgery.checkpoint import atomic
+from adaptsurgery.checkpoint.base import Base
+from adaptsurgery.checkpoint.pool import about, run
+from adaptsurgery.checkpoint.safetensors import read_safetensors
+from adaptsurgery.checkpoint.writer import write_safetensors
+from adaptsurgery.jobs.extract.pairs import Pair
+from adaptsurgery.jobs.extract.plan import ExtractPlan, Layer
+from adaptsurgery.jobs.extract.selection import Dense
+from adaptsurgery.jobs.inputs import check_inputs
+from adaptsurgery.jobs.partial import Partial, replace_json
+from adaptsurgery_formats.errors import FileError
+from adaptsurgery_formats.tensors import DTYPE_BYTES, Tensor
+
+Progress = Callable[[int, int], object]
+Results = list[dict[str, Any]]
+METADATA = "adaptsurgery_extract"  # in the adapter's own metadata: the plan's identity
+
+
+class Place(Partial):
+    """The partial output of an extraction."""
+
+    def __init__(self, plan: ExtractPlan, out: Path) -> None:
+        super().__init__(plan.digest, out)
+
+    def tensors(self, number: int) -> Path:
+        return self.files / f"{number}.safetensors"
+
+    def done(self, number: int) -> bool:
+        """Whether a job's result is there; it comes after its tensors, which are then whole."""
+        return self.norms(number).is_file()
+
+    def result(self, number: int) -> dict[str, Any]:
+        found: dict[str, Any] = json.loads(self.norms(number).read_text("utf-8"))
+        return found
+
+
+def made(plan: ExtractPlan, out: Path) -> bool:
+    """Whether the output says that it is this plan's."""
+    from adaptsurgery.jobs.loading import WEIGHTS
+
+    files = [out] if out.is_file() else sorted(out.glob(f"**/{WEIGHTS}"))
+    try:
+        found = [read_safetensors(file).metadata.get(METADATA) for file in files]
+    except FileError:
+        return False
+    return bool(found) and set(found) == {plan.identity}
+
+
+class Runner:
+    """The jobs of a plan, each by one of a few workers."""
+
+    def __init__(
+        self, plan: ExtractPlan, place: Place, base: Base, tuned: Base, progress: Progress | None
+    ) -> None:
+        self.plan, self.place, self.progress = plan, place, progress
+        self.models = {"base": base, "tuned": tuned}
+        self.jobs = plan.jobs
+        self.told = 0
+
+    def work(self, part: tuple[int, int], workers: int) -> None:
+        """Every n-th job from the i-th on, (i, n) = ``part``; the largest first."""
+        import torch  # noqa: F401  before the workers start, who would all import it at once
+
+        import adaptsurgery.jobs.extract.fitting  # noqa: F401
+
+        index, count = part
+        mine = sorted(range(index, len(self.jobs), count), key=lambda n: -_nbytes(self.jobs[n]))
+        run((partial(self._job, number) for number in mine), object, workers)
+
+    def _job(self, number: int, _: object) -> None:
+        """One job, unless it is done; its result comes under its name when its tensors are on disk."""
+        job = self.jobs[number]
+        with self.place.lock(str(number)):
+            if not self.place.done(number):
+                result = self._layer(number, job) if isinstance(job, Layer) else self._dense(job)
+                replace_json(self.place.norms(number), result)
+        self.told += _nbytes(job)
+        if self.progress:
+            self.progress(self.told, self.plan.nbytes)
+
+    def read(self, side: str, pair: Pair) -> Tensor:
+        at = pair.base if side == "base" else pair.tuned
+        return self.models[side].files[at.file].tensors[at.key]
+
+    def _layer(self, number: int, layer: Layer) -> dict[str, Any]:
+        from adaptsurgery.jobs.extract.fitting import fit_layer
+
+        with about(layer.label):
+            measured, tensors = fit_layer(layer, self.read, self.plan.options)
+        if tensors:
+            work = self.place.root / "work" / str(number)
+            work.unlink(missing_ok=True)
+            try:
+                write_safetensors(work, tensors)
+                atomic.sync(work)
+                os.rename(work, self.place.tensors(number))
+            except BaseException:
+                work.unlink(missing_ok=True)
+                raise
+        return measured.as_dict()
+
+    def _dense(self, group: tuple[Dense, ...]) -> dict[str, Any]:
+        from adaptsurgery.jobs.extract.fitting import dense_norms
+
+        dtype = self.plan.options.dtype
+        return {d.pair.label: dense_norms(d.pair, d.slot, self.read, dtype) for d in group}
+
+
+def _nbytes(job: Layer | tuple[Dense, ...]) -> int:
+    pairs = [job.pair] if isinstance(job, Layer) else [d.pair for d in job]
+    sides = [side for pair in pairs for side in (pair.base, pair.tuned)]
+    return sum(Tensor(s.dtype, s.shape, ()).numel * DTYPE_BYTES[s.dtype] for s in sides)
+
+
+def results(plan: ExtractPlan, place: Place) -> Results | None:
+    """Every job's result in order, or None while some are missing."""
+    count = len(plan.jobs)
+    if not all(place.done(number) for number in range(count)):
+        return None
+    return [place.result(number) for number in range(count)]
+
+
+def check(plan: ExtractPlan) -> None:
+    """Both models as they were when the plan was made."""
+    check_inputs([*plan.base_files, *plan.tuned_files])
+
+
+Saved = Mapping[str, Mapping[str, Tensor]]

@@ -1,0 +1,260 @@
+"""What an extraction tells: per layer and in all, what is kept, what is lost, and what is odd."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Sequence
+from typing import Any
+
+from adaptsurgery.jobs.extract.choose import Outcome
+from adaptsurgery.jobs.extract.plan import ExtractPlan
+from adaptsurgery.jobs.extract.run import Results
+from adaptsurgery.jobs.report import Report, Row
+from adaptsurgery_formats import Note
+
+EXACT = 1e-6  # up to which an error is float32's rounding
+UNRELATED = 1.0  # ‖D‖/‖W‖; two models that know nothing of each other differ by √2
+NOISY = 0.5  # share of ‖D‖² that storage's rounding may be before it is said
+
+
+def planned(plan: ExtractPlan) -> Report:
+    """The report of a dry run: what would be done."""
+    layers = len(plan.layers)
+    left = [d for group in plan.dense for d in group if not d.slot]
+    rows = [
+        Row(layer.label, "/".join(dict.fromkeys(c.algorithm for c in layer.candidates)), "planned")
+        for layer in plan.layers
+    ]
+    facts = _facts(plan) | {"layers": [], "left_out": [_left(d.pair.label, d.reason) for d in left]}
+    return Report("extract", f"{layers} layers", rows, _notes(plan), facts=facts)
+
+
+def _left(label: str, reason: str) -> dict[str, Any]:
+    return {"name": label, "reason": reason}
+
+
+def _notes(plan: ExtractPlan) -> list[Note]:
+    return [Note(*n) for n in plan.notes]
+
+
+def _facts(plan: ExtractPlan) -> dict[str, Any]:
+    options = plan.options
+    return {
+        "base": plan.base,
+        "tuned": plan.tuned,
+        "to": options.to,
+        "algorithm": options.algorithm,
+        "goal": {options.goal: options.value},
+        "dtype": options.dtype,
+        "seed": options.seed,
+        "bytes_read": plan.nbytes,
+        "predicted_peak_memory": plan.peak_memory(),
+        "digest": plan.digest,
+    }
+
+
+def told(plan: ExtractPlan, made: Sequence[Outcome], found: Results) -> Report:
+    """The report of an extraction that was carried out."""
+    dense = _dense(plan, found)
+    totals = _totals(made, dense)
+    layers = [_layer(o) for o in made]
+    for row in layers:
+        row["share"] = _share(row["norm"], totals["norm"])
+    left = [
+        d | {"share": _share(max(d["norm"], 0.0), totals["norm"])}
+        for d in dense
+        if not d["slot"] and d["norm"]
+    ]
+    left += [
+        _left(r["name"], r["left_out"]) | {"norm": r["norm"], "share": r["share"]}
+        for r in layers
+        if r["left_out"]
+    ]
+    facts = _facts(plan) | totals | {
+        "layers": layers,
+        "dense": [d for d in dense if d["slot"] and d["norm"]],
+        "left_out": sorted(left, key=lambda d: -d["share"]),
+    }  # fmt: skip
+    rows = [_row(r) for r in layers] + [_dense_row(d) for d in facts["dense"]]
+    notes = _notes(plan) + _warnings(plan, made, facts)
+    return Report("extract", _verdict(facts), rows, list(dict.fromkeys(notes)), facts=facts)
+
+
+def _share(norm: float, total: float) -> float:
+    """A norm's share of ‖D‖²."""
+    return (norm / total) ** 2 if total else 0.0
+
+
+def _dense(plan: ExtractPlan, found: Results) -> list[dict[str, Any]]:
+    norms = {k: v for group in found[len(plan.layers) :] for k, v in group.items()}
+    return [
+        {"name": d.pair.label, "kind": d.kind, "slot": d.slot, "reason": d.reason, "new": d.pair.new}
+        | norms[d.pair.label]
+        for group in plan.dense
+        for d in group
+    ]  # fmt: skip
+
+
+def _layer(outcome: Outcome) -> dict[str, Any]:
+    layer, measured, found = outcome.layer, outcome.measured, outcome.found
+    told: dict[str, Any] = {
+        "name": layer.label, "kind": layer.kind, "shape": list(layer.shape),
+        "algorithm": found.algorithm if found else "",
+        "norm": measured.norm, "weight": measured.weight, "noise": measured.noise,
+        "left_out": outcome.reason, "spectrum": measured.spectrum, "curve": measured.curve,
+        "others": [_other(f) for n, f in enumerate(measured.found) if n != outcome.number],
+    }  # fmt: skip
+    if found is not None:
+        told |= {
+            "error": found.error, "energy": found.energy, "rank": found.rank, "factor": found.factor,
+            "parameters": found.parameters, "bytes": found.nbytes, "limit": found.limit,
+            "notes": list(found.notes),
+        }  # fmt: skip
+    return told
+
+
+def _other(found: Any) -> dict[str, Any]:
+    told = {"algorithm": found.algorithm, "factor": found.factor, "failed": found.failed}
+    if found.failed:
+        return told
+    return told | {"error": found.error, "rank": found.rank, "parameters": found.parameters}
+
+
+def _totals(made: Sequence[Outcome], dense: Sequence[dict[str, Any]]) -> dict[str, Any]:
+    """Norms and errors over everything that both models have."""
+    kept = [o for o in made if o.found is not None]
+    layers = sum(o.measured.norm**2 for o in made)
+    missing = sum(o.missing**2 for o in made)
+    norms = sum(max(d["norm"], 0.0) ** 2 for d in dense)
+    gone = sum((max(d["norm"], 0.0) if not d["slot"] else d["lost"]) ** 2 for d in dense)
+    whole = sum(o.measured.weight**2 for o in made) + sum(d["weight"] ** 2 for d in dense)
+    adapted = sum(o.measured.norm**2 for o in kept)
+    total = layers + norms
+    return {
+        "norm": math.sqrt(total),
+        "weight": math.sqrt(whole),
+        "noise": math.sqrt(sum(o.measured.noise**2 for o in made)),
+        "error": _ratio(missing + gone, total),
+        "energy": 1 - (missing + gone) / total if total else 1.0,
+        "layers_error": _ratio(sum(o.missing**2 for o in kept), adapted),
+        "layers_norm": math.sqrt(layers),
+        "modules": len(kept),
+        "unchanged": sum(o.measured.norm == 0 for o in made),
+        "parameters": sum(o.found.parameters for o in kept if o.found),
+        "adapter_bytes": sum(o.found.nbytes for o in kept if o.found),
+        "ranks": sorted({o.found.rank for o in kept if o.found}),
+        "algorithms": sorted({o.found.algorithm for o in kept if o.found}),
+        "factors": sorted({o.found.factor for o in kept if o.found and o.found.factor is not None}),
+        "by_algorithm": _by_algorithm(made),
+    }
+
+
+def _ratio(part: float, whole: float) -> float:
+    return math.sqrt(part / whole) if whole else 0.0
+
+
+def _by_algorithm(made: Sequence[Outcome]) -> dict[str, dict[str, float]]:
+    """What each algorithm that was tried gives over the layers that are adapted."""
+    kept = [o for o in made if o.found is not None]
+    names = dict.fromkeys(f.algorithm for o in kept for f in o.measured.found)
+    found = {}
+    for name in names:
+        missing = parameters = 0.0
+        for outcome in kept:
+            good = [f for f in outcome.measured.found if f.algorithm == name and not f.failed]
+            best = min(good, key=lambda f: f.error, default=None)
+            if outcome.found and outcome.found.algorithm == name:
+                best = outcome.found
+            missing += ((best.error if best else 1.0) * outcome.measured.norm) ** 2
+            parameters += best.parameters if best else 0
+        total = sum(o.measured.norm**2 for o in kept)
+        found[name] = {"error": _ratio(missing, total), "parameters": parameters}
+    return found
+
+
+def _row(told: dict[str, Any]) -> Row:
+    if told["left_out"]:
+        return Row(told["name"], "", "left out", 1.0, told["left_out"])
+    if not told["norm"] and not told["algorithm"]:
+        return Row(told["name"], "", "identical", detail="unchanged")
+    change = "rounded" if told["error"] <= EXACT else "lossy"
+    detail = f"{told['algorithm']} rank {told['rank']}, {told['parameters']:,} parameters"
+    return Row(told["name"], told["algorithm"], change, told["error"], detail)
+
+
+def _dense_row(told: dict[str, Any]) -> Row:
+    how = "kept whole" if told["slot"] == "saved" else told["slot"]
+    error = told["lost"] / told["norm"] if told["norm"] > 0 else 0.0
+    return Row(told["name"], "", "identical" if not error else "rounded", error, how)
+
+
+def _verdict(facts: dict[str, Any]) -> str:
+    modules, error = facts["modules"], facts["layers_error"]
+    ranks = facts["ranks"]
+    shown = (
+        f", rank {ranks[0]}"
+        if len(ranks) == 1
+        else f", rank {ranks[0]}…{ranks[-1]}"
+        if ranks
+        else ""
+    )
+    kept = f"relative error {error:.2g} ({1 - error**2:.1%} of the energy kept)"
+    text = f"{modules} modules{shown}, {facts['parameters']:,} parameters: {kept}"
+    if abs(facts["error"] - error) > 0.005 * max(error, 1e-9) and facts["error"] > EXACT:
+        text += f"; over the whole model {facts['error']:.2g}"
+    return text
+
+
+def _warnings(plan: ExtractPlan, made: Sequence[Outcome], facts: dict[str, Any]) -> list[Note]:
+    where = plan.tuned
+    notes = []
+    apart = facts["norm"] / facts["weight"] if facts["weight"] else 0.0
+    if apart > UNRELATED:
+        text = f"‖D‖ is {apart:.2f}·‖W‖ (1.41 between models that have nothing in common): "
+        notes.append(Note("not-a-fine-tune", where, text + "is this a fine-tune of this base?"))
+    notes += _noise_notes(plan, made)
+    if facts["left_out"]:
+        share = sum(d["share"] for d in facts["left_out"])
+        names = ", ".join(
+            f"{d['name']} ({d['share']:.1%}, {d['reason']})" for d in facts["left_out"][:3]
+        )
+        more = f" and {len(facts['left_out']) - 3} more" if len(facts["left_out"]) > 3 else ""
+        notes.append(
+            Note("left-out", where, f"{share:.1%} of ‖D‖² is not in the adapter: {names}{more}")
+        )
+    limits = [o for o in made if o.found and o.found.limit is not None]
+    if limits:
+        total = sum(o.measured.norm**2 for o in limits)
+        least = _ratio(
+            sum(
+                ((o.found.limit or 0.0) if o.found else 0.0) ** 2 * o.measured.norm**2
+                for o in limits
+            ),
+            total,
+        )
+        what = (
+            "orthogonal limit: no rotation of any rank"
+            if limits[0].found and limits[0].found.algorithm == "hra"
+            else "limit: no rank at these factors"
+        )
+        notes.append(Note("limit", where, f"{what} comes below an error of {least:.2g}"))
+    seen = [t for o in made if o.found for t in o.found.notes]
+    for text in dict.fromkeys(seen):
+        count = seen.count(text)
+        notes.append(Note("fit", where, text if count == 1 else f"{text} ({count} layers)"))
+    return notes
+
+
+def _noise_notes(plan: ExtractPlan, made: Sequence[Outcome]) -> list[Note]:
+    """Where the change is hardly more than the rounding of what it is stored in."""
+    noisy = [
+        o for o in made if o.measured.norm and o.measured.noise**2 > NOISY * o.measured.norm**2
+    ]
+    if not noisy:
+        return []
+    pairs = {s.dtype for o in noisy for s in (o.layer.pair.base, o.layer.pair.tuned)}
+    text = (
+        f"{len(noisy)} layers, `{noisy[0].layer.label}` first, changed by hardly more than "
+        f"{'/'.join(sorted(pairs))} rounds away: what is extracted there is mostly rounding noise"
+    )
+    return [Note("rounding-noise", plan.tuned, text)]

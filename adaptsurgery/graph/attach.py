@@ -91,10 +91,19 @@ class Session:
         """Put what is wanted onto the bare copy, and give it back."""
         if self.wanted:
             sites = {site.path: site for site in find_sites(self.base())}
+            if lost := sorted(self.wanted.keys() - sites.keys()):
+                raise ValueRefused(
+                    "layers that bear an adapter are not found in the graph any more",
+                    items=lost[:20],
+                    next="go back to the program that was attached to",
+                    code="sites-lost",
+                )
             counts = {name: self._places(name, sites) for name in self.names}
-            for path, adapters in self.wanted.items():
+            for path, site in sites.items():
+                adapters = self.wanted.get(path, [])
                 counted = [replace(a, places=counts[a.name]) for a in adapters]
-                put(self.work, sites[path], counted)
+                if counted:
+                    put(self.work, site, counted)
             set_dropouts(self.work, self.training, base=False)
         return self.work.finish()
 

@@ -139,10 +139,14 @@ class Splicer:
             bias = self._of_node(call.bias) if call.bias else None
         layer = self.site.layer(weight, bias)
         settings = {f.name: getattr(layer, f.name) for f in fields(layer)}
-        x_node = self.nodes[call.input]
+        x_node = self._input(call)
         x = x_node.meta.get("val")
         x = self._new(x) if isinstance(x, Tensor) else self._guessed(weight)
         return emit.bind(x, x_node), Traced(**settings)
+
+    def _input(self, call: Call) -> Node:
+        """What the layer reads now: the adapted output of the layer before, where that is one."""
+        return self.work.adapted.get((self.path, call.input)) or self.nodes[call.input]
 
     def _of_module(self, node: Node, slot: str, tensor: Tensor) -> Tensor:
         emit = self.emitter
@@ -273,6 +277,7 @@ class Splicer:
                 roles["out"] = end
         ends = list(roles.values())
         if "out" in roles:
+            self.work.adapted[self.path, own_output.name] = roles["out"]
             ours = set(emit.made)
             for user in list(own_output.users):
                 if user not in ours:
@@ -313,7 +318,7 @@ class Splicer:
         """Have the base's nodes read them; each by the role that it plays."""
         emit, roles = self.emitter, {}
         emit.point = forward.node
-        x, own = emit.node(forward.x), self.nodes[call.input]
+        x, own = emit.node(forward.x), self._input(call)
         if x is not own:
             roles["x"] = x
             retarget(group, own, x)

@@ -61,6 +61,16 @@ def strip(work: Workspace, found: Found) -> None:
         _Stripper(module, parameters.get(path, set())).run()
     for node in parameters.get((), set()):
         _erase_parameter(work, (), node)
+    for _, module in work.modules():
+        _forget_names(module)
+
+
+def _forget_names(module: GraphModule) -> None:
+    """Names of erased nodes are free again, so that what is put back has the names it had."""
+    names = type(module.graph._graph_namespace)()
+    for node in module.graph.nodes:
+        names.create_name(node.name, None)
+    module.graph._graph_namespace = names
 
 
 def _parameter_nodes(work: Workspace, names: set[str]) -> dict[tuple[str, ...], set[Node]]:
@@ -98,19 +108,26 @@ class _Stripper:
         self.original: dict[Node, Node] = {}
 
     def run(self) -> None:
-        for node, tag in self.tags.items():
+        for node in self.tags:
             outside = [user for user in node.users if user not in self.tags]
             if outside:
-                self.original[node] = self._original(node, tag)
-                retarget(outside, node, self.original[node])
+                retarget(outside, node, self._stands_for(node))
         for node in sorted(self.tags, key=self.place.__getitem__, reverse=True):
             self.module.graph.erase_node(node)
 
-    def _original(self, node: Node, tag: Tag) -> Node:
+    def _stands_for(self, node: Node) -> Node:
+        """What was there before a node of an adapter's; any other node is itself."""
+        tag = self.tags.get(node)
+        if tag is None:
+            return node
+        if node not in self.original:
+            self.original[node] = self._found(node, tag)
+        return self.original[node]
+
+    def _found(self, node: Node, tag: Tag) -> Node:
         if tag.module:
             return self._called_again(node, tag)
-        last = max(self._entries(node, tag), key=self.place.__getitem__)
-        return self.original.get(last, last)
+        return self._stands_for(max(self._entries(node, tag), key=self.place.__getitem__))
 
     def _entries(self, node: Node, tag: Tag) -> list[Node]:
         """What the adapter's nodes before ``node`` read that is not the adapter's."""
@@ -134,7 +151,7 @@ class _Stripper:
         )
         with self.module.graph.inserting_before(node):
             made = self.module.graph.create_node(
-                "call_module", tag.module, (self.original.get(x, x),), name=tag.node
+                "call_module", tag.module, (self._stands_for(x),), name=tag.node
             )
         for key in ("nn_module_stack", "stack_trace"):
             if key in node.meta:

@@ -33,6 +33,8 @@ class Workspace:
         self._added: dict[str, str] = {}  # placeholder → name in the state
         self._threaded: dict[tuple[tuple[str, ...], str], Node] = {}
         self.fake = _fake_mode(self.top)
+        # Where a layer's output has become an adapter's: graph and old node → the node to read.
+        self.adapted: dict[tuple[tuple[str, ...], str], Node] = {}
 
     # --- graphs ----------------------------------------------------------------------------------
 

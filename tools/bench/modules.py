@@ -13,6 +13,7 @@ from __future__ import annotations
 
 import argparse
 import statistics
+import tempfile
 import time
 import warnings
 from collections.abc import Callable
@@ -22,6 +23,7 @@ import peft
 import torch
 from torch import Tensor, nn
 
+import adaptsurgery
 from adaptsurgery.algorithms import HRAConfig, LoHaConfig, LoKrConfig, LoraConfig
 from adaptsurgery.core.config import AdapterConfig, tensors_of
 from adaptsurgery.core.geometry import Layer
@@ -41,7 +43,7 @@ Call = Callable[[Tensor], Tensor]
 
 
 class Adapted(nn.Module):
-    """A layer with one update over it: the least that a wrapper could be."""
+    """A layer with one update over it in one form: the least that a wrapper could be."""
 
     def __init__(self, base: nn.Module, config: AdapterConfig, form: str = "auto") -> None:
         super().__init__()
@@ -60,13 +62,14 @@ def contestants(base: nn.Module, algorithm: str, forms: bool) -> dict[str, nn.Mo
     """The bare layer, ours, PEFT's, and each form of ours by itself."""
     ours, theirs, model, options = CONFIGS[algorithm]
     base.requires_grad_(False)
-    wrapped = nn.Sequential(base)
+    wrapped, adapted = nn.Sequential(base), nn.Sequential(base)
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")
         model(wrapped, theirs(r=RANK, target_modules=["0"], **options), "default")
-    config = ours(r=RANK, **options)
-    found: dict[str, nn.Module] = {"bare": base, "ours": Adapted(base, config), "peft": wrapped[0]}
-    if forms and algorithm in ("loha", "lokr", "lora", "hra"):
+    adaptsurgery.get_peft_model(adapted, ours(r=RANK, target_modules=["0"], **options))
+    found: dict[str, nn.Module] = {"bare": base, "ours": adapted[0], "peft": wrapped[0]}
+    if forms and algorithm != "dora":
+        config = ours(r=RANK, **options)
         found |= {form: Adapted(base, config, form) for form in FORMS if form != "bilinear"}
         if algorithm == "loha" and isinstance(base, nn.Linear):
             found["bilinear"] = Adapted(base, config, "bilinear")
@@ -173,6 +176,58 @@ def run_memory(algorithms: list[str]) -> None:
         )
 
 
+# --- growth ----------------------------------------------------------------------------------------
+
+
+class Stack(nn.Module):
+    """``count`` linear layers of the least size, named as a language model's."""
+
+    def __init__(self, count: int) -> None:
+        super().__init__()
+        kinds = ("q_proj", "k_proj", "v_proj", "o_proj")
+        self.layers = nn.ModuleList(
+            nn.ModuleDict({kind: nn.Linear(4, 4) for kind in kinds}) for _ in range(count // 4)
+        )
+
+
+def timed(work: Callable[[], Any]) -> tuple[float, Any]:
+    start = time.process_time()
+    found = work()
+    return time.process_time() - start, found
+
+
+def grown(library: Any, count: int, each_its_rank: bool, folder: str) -> dict[str, float]:
+    """CPU seconds of injecting, of a second adapter, of saving and of loading one more."""
+    names = [name for name, m in Stack(count).named_modules() if isinstance(m, nn.Linear)]
+    ranks = {name: 1 + at % 3 for at, name in enumerate(names)} if each_its_rank else {}
+
+    def config() -> Any:
+        targets = ["q_proj", "k_proj", "v_proj", "o_proj"]
+        return library.LoKrConfig(r=2, target_modules=targets, rank_pattern=ranks)
+
+    cost = {}
+    model = Stack(count)
+    cost["inject"], adapted = timed(lambda: library.get_peft_model(model, config()))
+    cost["second"], _ = timed(lambda: adapted.add_adapter("second", config()))
+    cost["save"], _ = timed(lambda: adapted.save_pretrained(folder, selected_adapters=["default"]))
+    cost["load"], _ = timed(lambda: adapted.load_adapter(folder, "third"))
+    return cost
+
+
+def run_growth(sizes: list[int], peft_sizes: list[int]) -> None:
+    with warnings.catch_warnings(), tempfile.TemporaryDirectory() as folder:
+        warnings.simplefilter("ignore")
+        for name, library, counts in (("ours", adaptsurgery, sizes), ("PEFT", peft, peft_sizes)):
+            for each in (True, False) if library is adaptsurgery else (False,):
+                said = "a rank each" if each else "one rank"
+                for count in counts:
+                    cost = grown(library, count, each, f"{folder}/{name}{count}{each}")
+                    parts = "  ".join(
+                        f"{part} {1e3 * value / count:.3f}" for part, value in cost.items()
+                    )
+                    print(f"{name} {count:6} modules, {said:11} ms a module: {parts}", flush=True)
+
+
 def main() -> None:
     parser = argparse.ArgumentParser(
         description=__doc__, formatter_class=argparse.RawTextHelpFormatter
@@ -182,12 +237,16 @@ def main() -> None:
     parser.add_argument("--only", nargs="*", default=[*CONFIGS])
     parser.add_argument("--shapes", nargs="*", default=[*SHAPES, "conv"])
     parser.add_argument("--forms", action="store_true", help="measure each form by itself too")
+    parser.add_argument("--sizes", type=int, nargs="*", default=[1200, 2400, 4800, 9600])
+    parser.add_argument("--peft-sizes", type=int, nargs="*", default=[1200, 2400])
     given = parser.parse_args()
     torch.set_num_threads(1)
     if "time" in given.parts:
         run_time(given.only, given.shapes, given.rounds, given.forms)
     if "memory" in given.parts:
         run_memory(given.only)
+    if "growth" in given.parts:
+        run_growth(given.sizes, given.peft_sizes)
 
 
 if __name__ == "__main__":

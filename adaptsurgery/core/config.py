@@ -388,10 +388,7 @@ def tensors_of(update: Update) -> dict[str, Tensor]:
     """The tensors of an update by slot."""
     inner = getattr(update, "inner", None)
     held = tensors_of(inner) if isinstance(inner, Update) else {}
-    for f in fields(update):  # type: ignore[arg-type]
-        if isinstance(value := getattr(update, f.name), Tensor):
-            held[f.name] = value
-    return held
+    return held | {name: value for name, value in vars(update).items() if isinstance(value, Tensor)}
 
 
 def kaiming_(tensor: Tensor, generator: torch.Generator | None) -> None:

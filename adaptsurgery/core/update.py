@@ -228,7 +228,8 @@ class Delta(Update):
         seen: Gates = None,
     ) -> Tensor:
         gate, seen = only_one(gate), only_one(seen)
-        self.check_fits(layer.shape)
+        if layer.shape != self.weight_shape:  # which was held against Δ when it was given
+            self.check_fits(layer.shape)
         bias = self.fold_bias(layer.bias, layer.weight.dtype, gate)
         chosen = self.choose(x, layer, form)
         if chosen != "folded" or seen is not None:
@@ -251,8 +252,8 @@ class Delta(Update):
         """The form that ``apply`` takes: grouped layers fold, "auto" takes the cheapest."""
         if layer.groups > 1:
             return "folded"
-        if form != "auto":
-            return form
+        if form != "auto" or type(self).prices is Delta.prices:
+            return "factored" if form == "auto" else form
         return cheapest(self.prices(layer.positions(x), layer, self.training(x)))
 
     def training(self, x: Tensor) -> bool:

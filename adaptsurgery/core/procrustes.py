@@ -74,14 +74,31 @@ class Procrustes:
         return math.sqrt(max(0.0, 1 - gain / self.norm**2)) if self.norm else 0.0
 
     def best(self, rank: int, seed: int = 0) -> Turn:
-        """The best turn in ``rank`` dimensions that a climb finds; exact where there is such a one."""
+        """The best turn in ``rank`` dimensions that a climb finds; exact where there is such a one.
+
+        Its determinant is that of ``rank`` reflections, where that costs next to nothing.
+        """
         if rank >= self.size:
-            return self.within(torch.eye(self.size, dtype=self.moment.dtype))
+            return self._of_parity(self.within(torch.eye(self.size, dtype=self.moment.dtype)), rank)
         found = self.within(self._plane(self.change, rank, seed))
         if self.norm and self.error(found.gain) > EXACT:
             starts = [self.within(plane) for plane in self._starts(rank, seed)]
             found = max(found, *starts, key=lambda turn: turn.gain)
-        return self._climb(found) if self.norm else found
+        return self._of_parity(self._climb(found) if self.norm else found, rank)
+
+    def _of_parity(self, turn: Turn, rank: int) -> Turn:
+        """The turn with the determinant (−1)^rank, by way of the least singular value of A; the turn
+        as it is where that would add more than a hundredth to its squared error.
+
+        A chain of ``rank`` reflections has that determinant, and one of fewer may have the other.
+        """
+        if round(float(torch.linalg.det(turn.inner))) == (-1) ** rank:
+            return turn
+        left, s, right = torch.linalg.svd(turn.plane.t() @ self.moment @ turn.plane)
+        left[:, -1] *= -1
+        cost, total = 4 * float(s[-1]), self.norm**2
+        near = cost <= 0.01 * max(total - turn.gain, 1e-10 * total)
+        return Turn(turn.plane, left @ right, turn.gain - cost) if near else turn
 
     def _plane(self, matrix: Tensor, rank: int, seed: int) -> Tensor:
         """The leading right singular vectors, and rows of W0 where there are too few."""

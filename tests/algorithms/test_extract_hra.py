@@ -7,7 +7,7 @@ import math
 
 import pytest
 import torch
-from hypothesis import given, settings
+from hypothesis import assume, given, settings
 from hypothesis import strategies as st
 from strategies import numbers, seeds
 from torch import Tensor
@@ -46,6 +46,7 @@ def test_a_chain_comes_out_as_it_went_in(
     if paired:
         u = u.repeat_interleave(2, 1) + 0.1 * numbers(seed + 2, u.shape[0], 2 * rank)
     tuned = HRA(u).fold(base)
+    assume(not torch.equal(base, tuned))
     found = hra.fit(base, tuned, Goal(rank=u.shape[1] + seed % 3))
     far = float((tuned - base).norm() / base.norm())
     assert found.error * far < 1e-7
@@ -95,6 +96,17 @@ def test_at_full_length_it_is_the_limit(shape: tuple[int, int]) -> None:
     base, tuned = numbers(0, *shape), numbers(0, *shape) + 0.3 * numbers(1, *shape)
     found = hra.fit(base, tuned, Goal(rank=100))
     assert found.error == pytest.approx(nearest_orthogonal(base, tuned), abs=1e-6)
+
+
+@pytest.mark.parametrize("shape", [(1, 9), (2, 9), (20, 16)])
+def test_inputs_that_are_dead_cost_no_reflection(shape: tuple[int, int]) -> None:
+    """Where W0 is blind to a direction, its sign is free: the chain keeps the length asked for."""
+    base = numbers(0, *shape)
+    base[:, 5:] = 0
+    tuned = base + 0.5 * numbers(1, *shape) * (base != 0)
+    for rank in (2, 4, 6):
+        found = hra.fit(base, tuned, Goal(rank=rank))
+        assert found.rank == min(rank, 2 * shape[0]) and found.error < 1
 
 
 def test_the_climb_leaves_every_start_behind() -> None:

@@ -15,7 +15,9 @@ from adaptsurgery import LoraConfig, PeftModel, get_peft_model
 
 
 def model(count: int) -> nn.Module:
-    blocks = (nn.ModuleDict({"q": nn.Linear(2, 2), "v": nn.Linear(2, 2)}) for _ in range(count // 2))
+    blocks = (
+        nn.ModuleDict({"q": nn.Linear(2, 2), "v": nn.Linear(2, 2)}) for _ in range(count // 2)
+    )
     out = nn.Module()
     out.layers = nn.ModuleList(blocks)
     return out

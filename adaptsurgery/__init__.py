@@ -22,7 +22,7 @@ if TYPE_CHECKING:
     from adaptsurgery.algorithms.lora import LoraConfig
     from adaptsurgery.core.config import AdapterConfig
     from adaptsurgery.jobs.adapter import Adapter, load
-    from adaptsurgery.jobs.combine import combine
+    from adaptsurgery.jobs.combining.combine import combine
     from adaptsurgery.jobs.convert import convert
     from adaptsurgery.jobs.extract.extract import extract
     from adaptsurgery.jobs.fold import fold, unfold
@@ -89,7 +89,7 @@ _HOMES = {
     "LoraConfig": "adaptsurgery.algorithms",
     "Adapter": "adaptsurgery.jobs.adapter",
     "load": "adaptsurgery.jobs.adapter",
-    "combine": "adaptsurgery.jobs.combine",
+    "combine": "adaptsurgery.jobs.combining.combine",
     "convert": "adaptsurgery.jobs.convert",
     "find_targets": "adaptsurgery.targeting",
     "extract": "adaptsurgery.jobs.extract.extract",

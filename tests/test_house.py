@@ -42,7 +42,8 @@ CONFIG_FACTS = {
 # Of the jobs, live models may know the library's view of an adapter file.
 JOBS_FOR_MODULES = {"adaptsurgery.jobs.adapter", "adaptsurgery.jobs.report"}
 # Within the jobs: a folder → what of it the single files may import.
-JOB_FOLDERS = {
+JOB_FOLDERS: dict[str, set[str]] = {
+    "combining": set(),
     "merging": {"adaptsurgery.jobs.merging.adapters"},
     "extract": set(),
     "quickstart": set(),

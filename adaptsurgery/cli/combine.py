@@ -6,40 +6,24 @@ from typing import TYPE_CHECKING
 
 import click
 
-from adaptsurgery.cli import output
-from adaptsurgery.cli.convert import TARGETS
+from adaptsurgery.cli import options, output
 
 if TYPE_CHECKING:
     from adaptsurgery.jobs.report import Report
 
-_TO = click.option("--to", type=click.Choice(TARGETS), help="The layout to write; the first's.")
-_OUT = click.option(
-    "-o", "--output", "out", required=True, metavar="OUT", help="A folder for peft, else a file."
-)
-_BASE = click.option(
-    "--base",
-    metavar="BASE",
-    help="The model that the adapters are for: a safetensors file, a folder, a Hub name, or sd15, "
-    "sd2, sdxl, flux. Needed where no bundled list has the names.",
-)
-_OVERWRITE = click.option("--overwrite", is_flag=True, help="Replace OUT if it is there.")
-_NO_HASHES = click.option("--no-hashes", is_flag=True, help="Leave out kohya's sshs hashes.")
-_DRY_RUN = click.option("--dry-run", is_flag=True, help="Do everything but write.")
-_QUIET = click.option("-q", "--quiet", is_flag=True, help="Print nothing but errors.")
-
 
 @click.command()
 @click.argument("sources", metavar="A[=WEIGHT]...", nargs=-1, required=True)
-@_OUT
-@_TO
-@_BASE
+@options.OUT
+@options.TO
+@options.BASE
 @click.option("--rank", type=click.IntRange(min=1), help="Truncate to this rank, optimally.")
 @click.option("--allow-lossy", is_flag=True, help="Accept what --rank loses; it is told.")
 @click.option("--allow-zero", is_flag=True, help="Write zeros where everything cancels.")
-@_OVERWRITE
-@_NO_HASHES
-@_DRY_RUN
-@_QUIET
+@options.OVERWRITE
+@options.NO_HASHES
+@options.DRY_RUN
+@options.QUIET
 @output.json_option
 def command(
     sources: tuple[str, ...],
@@ -65,7 +49,7 @@ def command(
     Any algorithms, layouts and ranks. Exact without --rank: ranks stand side by side, and nothing
     is multiplied across adapters.
     """
-    from adaptsurgery.jobs.combine import combine
+    from adaptsurgery.jobs.combining.combine import combine
 
     with output.progress(quiet) as tell:
         report = combine(
@@ -86,17 +70,17 @@ def command(
 
 @click.command()
 @click.argument("source", metavar="ADAPTER")
-@_OUT
+@options.OUT
 @click.option("--rank", type=click.IntRange(min=1), help="The highest rank that a module keeps.")
 @click.option(
     "--energy", type=float, metavar="E", help="The share of Σσ² that each keeps, as 0.95."
 )
-@_TO
-@_BASE
-@_OVERWRITE
-@_NO_HASHES
-@_DRY_RUN
-@_QUIET
+@options.TO
+@options.BASE
+@options.OVERWRITE
+@options.NO_HASHES
+@options.DRY_RUN
+@options.QUIET
 @output.json_option
 def resize_command(
     source: str,

@@ -6,31 +6,25 @@ from typing import TYPE_CHECKING
 
 import click
 
-from adaptsurgery.cli import output
+from adaptsurgery.cli import options, output
 
 if TYPE_CHECKING:
     from adaptsurgery.jobs.report import Report
 
-# The layouts by name, spelled out so that --help need not load them; a test compares.
-LAYOUTS = ("peft", "lycoris", "kohya", "diffusers", "comfyui")
-TARGETS = ("peft", "lycoris", "kohya")
-
 
 @click.command()
 @click.argument("sources", metavar="SRC...", nargs=-1, required=True)
+@options.OUT
 @click.option(
-    "-o", "--output", "out", required=True, metavar="OUT", help="A folder for peft, else a file."
-)
-@click.option("--to", required=True, type=click.Choice(TARGETS), help="The layout to write.")
-@click.option(
-    "--from", "layout", type=click.Choice(LAYOUTS), help="The source's layout, if detection errs."
+    "--to", required=True, type=click.Choice(options.TARGETS), help="The layout to write."
 )
 @click.option(
-    "--base",
-    metavar="BASE",
-    help="The model that the adapter is for, as the list of its modules: a safetensors file, a "
-    "folder, a Hub name, or sd15, sd2, sdxl, flux. Needed where no bundled list has the names.",
+    "--from",
+    "layout",
+    type=click.Choice(options.LAYOUTS),
+    help="The source's layout, if detection errs.",
 )
+@options.BASE
 @click.option(
     "--as", "algorithm", type=click.Choice(["lora"]), help="Change the algorithm; exact where it can be."
 )  # fmt: skip
@@ -41,10 +35,10 @@ TARGETS = ("peft", "lycoris", "kohya")
     default="",
     help="Before kohya's or LyCORIS's names, for models of no bundled table.",
 )
-@click.option("--overwrite", is_flag=True, help="Replace OUT if it is there.")
-@click.option("--no-hashes", is_flag=True, help="Leave out kohya's sshs hashes (a second reading).")
-@click.option("--dry-run", is_flag=True, help="Do everything but write.")
-@click.option("-q", "--quiet", is_flag=True, help="Print nothing but errors.")
+@options.OVERWRITE
+@options.NO_HASHES
+@options.DRY_RUN
+@options.QUIET
 @output.json_option
 def command(
     sources: tuple[str, ...],

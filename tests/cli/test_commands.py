@@ -13,8 +13,7 @@ import torch
 from adapter_files import lora_shapes, write_golden, write_kohya, write_zeros
 from safetensors.torch import save_file
 
-from adaptsurgery.cli import convert as convert_command
-from adaptsurgery.cli import output
+from adaptsurgery.cli import options, output
 from adaptsurgery.cli.app import COMMANDS
 from adaptsurgery.jobs.report import Row
 from adaptsurgery_formats import FORMATS, WRITABLE
@@ -41,8 +40,8 @@ def test_version(command: Command) -> None:
 
 
 def test_the_layouts_offered_are_those_that_there_are() -> None:
-    assert convert_command.LAYOUTS == tuple(FORMATS)
-    assert convert_command.TARGETS == WRITABLE
+    assert options.LAYOUTS == tuple(FORMATS)
+    assert options.TARGETS == WRITABLE
 
 
 def test_inspect_tells_in_plain_text(command: Command, tmp_path: Path) -> None:

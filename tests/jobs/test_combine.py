@@ -16,7 +16,7 @@ from hypothesis import strategies as st
 from plain_delta import changes
 
 from adaptsurgery import SurgeryError, convert, verify
-from adaptsurgery.jobs.combine import combine
+from adaptsurgery.jobs.combining.combine import combine
 
 TARGETS = ("peft", "lycoris", "kohya")
 

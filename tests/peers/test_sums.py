@@ -9,7 +9,7 @@ import peft
 import torch
 
 from adaptsurgery import convert
-from adaptsurgery.jobs.combine import combine
+from adaptsurgery.jobs.combining.combine import combine
 
 
 def test_the_real_peft_gives_the_summed_output(tmp_path: Path) -> None:

@@ -8,7 +8,7 @@ from pathlib import Path
 
 from adaptsurgery.checkpoint.hub import resolve
 from adaptsurgery.jobs.loading import check_values, parse_files, read_files
-from adaptsurgery.jobs.merging.match import Matched
+from adaptsurgery.jobs.merging.matched import Matched
 from adaptsurgery.jobs.merging.plan import AdapterInput, adapter_input
 from adaptsurgery_formats import AdapterState, Note
 from adaptsurgery_formats.errors import InexactError, ValueRefused

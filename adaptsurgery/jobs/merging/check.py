@@ -20,8 +20,9 @@ from adaptsurgery.checkpoint.hub import resolve
 from adaptsurgery.checkpoint.safetensors import read_safetensors
 from adaptsurgery.jobs.inputs import open_base
 from adaptsurgery.jobs.merging.manifest import manifest_path
-from adaptsurgery.jobs.merging.match import Change
+from adaptsurgery.jobs.merging.matched import Change
 from adaptsurgery.jobs.merging.plan import MergePlan, Options, TensorEdit
+from adaptsurgery.jobs.merging.planning import Adapters, planned
 from adaptsurgery.jobs.merging.quantised import Scale
 from adaptsurgery.jobs.report import Report, Row
 from adaptsurgery.jobs.verify import VerificationError
@@ -32,7 +33,6 @@ if TYPE_CHECKING:
     import torch
 
     from adaptsurgery.core.update import Update
-    from adaptsurgery.jobs.merging.merge import Adapters
 
 # What float32 arithmetic may add to one rounding, in parts of the tensor's largest number.
 NOISE = 2.0**-20
@@ -56,10 +56,8 @@ def verify_merge(
     VerificationError ("not-equal", "missing-tensor") at the first tensor that is not so, and
     "extra-tensor" for tensors that a merge would not have written.
     """
-    from adaptsurgery.jobs.merging.merge import _planned
-
     options = Options(inverse=inverse, dequantize=dequantize)
-    plan, states = _planned(base, adapters, options, allow_unmatched, False)
+    plan, states = planned(base, adapters, options, allow_unmatched, False)
     found = _by_key(open_base(os.fspath(merged)))
     rows = []
     for component, edit in _tensors(plan):

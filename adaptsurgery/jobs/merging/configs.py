@@ -13,7 +13,7 @@ from adaptsurgery.checkpoint.base import Base
 from adaptsurgery_formats import AdapterState
 
 if TYPE_CHECKING:
-    from adaptsurgery.jobs.merging.match import Matched
+    from adaptsurgery.jobs.merging.matched import Matched
     from adaptsurgery.jobs.merging.plan import Options
 
 Config = Mapping[str, Any]

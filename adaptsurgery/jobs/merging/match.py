@@ -7,11 +7,12 @@ then which rows of which stored tensors it changes. Nothing is left over silentl
 from __future__ import annotations
 
 from collections.abc import Iterator, Mapping, Sequence
-from dataclasses import dataclass, field
-from typing import Any
+from dataclasses import dataclass
 
 from adaptsurgery.checkpoint.base import Base, Located
 from adaptsurgery.jobs.merging.align import Aligned, Alignment, Lookup, best_alignments
+from adaptsurgery.jobs.merging.cuts import cut_of
+from adaptsurgery.jobs.merging.matched import Change, Matched, Saved, Target
 from adaptsurgery.jobs.merging.quantised import READABLE, quantised_error
 from adaptsurgery.jobs.merging.sites import Piece, Site, bias_name, sites_of
 from adaptsurgery.jobs.orientation import told, turned_by
@@ -30,60 +31,8 @@ from adaptsurgery_formats.resolve import fit
 from adaptsurgery_formats.state import CONV1D_NAMES, delta_shape, magnitude_axis
 from adaptsurgery_formats.tensors import FLOAT_DTYPES, Tensor, same_bytes
 
-Target = tuple[str, str]  # component and parameter name
 _HINTS = 8  # unmatched names that get a look for the nearest one
 _SHOWN = 40
-
-
-@dataclass(frozen=True)
-class Change:
-    """One module's part in one stored tensor.
-
-    ``adapter`` and ``module`` count in the plan's adapters and in the file's modules. ``what`` is
-    "weight" or "bias". Rows [first, first + rows) of the module's own canonical weight, stored
-    shape ``shape``, go to rows [at, at + rows) of the tensor's canonical form, or of its
-    ``index``-th slice; ``turned``: that is stored (i, o).
-    """
-
-    adapter: int
-    module: int
-    what: str
-    shape: tuple[int, ...]
-    at: int
-    rows: int
-    first: int = 0
-    index: int | None = None
-    turned: bool = False
-
-    def meets(self, other: Change) -> bool:
-        """Whether both change some of the same outputs."""
-        apart = self.at + self.rows <= other.at or other.at + other.rows <= self.at
-        return self.index == other.index and not apart
-
-
-@dataclass(frozen=True)
-class Saved:
-    """A parameter that an adapter replaces outright."""
-
-    adapter: int
-    component: str
-    name: str
-
-
-@dataclass
-class Matched:
-    """What the adapters do to the base, by component and parameter name.
-
-    ``heads``: a parameter to be written apart from the embedding that it was tied to → that one.
-    ``modules`` is the count of those matched; ``unmatched`` lists the others.
-    """
-
-    changes: dict[Target, list[Change]] = field(default_factory=dict)
-    saved: dict[Target, Saved] = field(default_factory=dict)
-    heads: dict[Target, Target] = field(default_factory=dict)
-    modules: int = 0
-    unmatched: list[str] = field(default_factory=list)
-    notes: list[Note] = field(default_factory=list)
 
 
 @dataclass(frozen=True)
@@ -350,29 +299,9 @@ class _Matcher:
                 if hit.module.algorithm != "hra":
                     known[hit.site.part] = delta_shape(hit.module)[0]
         return {
-            (component, name): self._cut(component, name, known)
+            (component, name): cut_of(self.base, component, name, known)
             for (component, name), known in told.items()
         }
-
-    def _cut(self, component: str, name: str, known: Mapping[int, int]) -> tuple[int, int, int]:
-        shape = self.base.parameters[component][name].shape
-        # c_attn is a Conv1D (i, 3·o) in some models and a Linear (3·o, i) in others
-        total = max(shape[:2]) if "c_attn" in name else shape[0]
-        thirds = name.endswith("in_proj_weight") or ("c_attn" in name and not known)
-        if thirds:
-            cut = (total // 3,) * 3
-        else:
-            cut = _three(total, known) or _heads(self.base.configs.get(component, {})) or (0, 0, 0)
-        if sum(cut) != total or min(cut) <= 0 or any(cut[p] != n for p, n in known.items()):
-            raise ShapeError(
-                f"`{name}` cannot be cut into q, k and v",
-                where=self.base.where,
-                seen=f"{total} rows; the adapters have "
-                + (", ".join(f"{'qkv'[p]} {n}" for p, n in sorted(known.items())) or "no widths"),
-                next="is the adapter for this base? a config.json with head counts may tell",
-                code="fused-cuts",
-            )
-        return cut
 
     def _place(self, hit: _Hit, cuts: Mapping[Target, tuple[int, int, int]]) -> None:
         """A module's changes, piece by piece."""
@@ -595,29 +524,6 @@ def _groups(state: AdapterState) -> dict[tuple[str, str], list[tuple[int, Module
         prefix = str(module.options.get("prefix", ""))
         groups.setdefault((module.component, prefix), []).append((number, module))
     return groups
-
-
-def _three(total: int, known: Mapping[int, int]) -> tuple[int, int, int] | None:
-    """Rows of q, k, v that make ``total``, from those known; k and v are alike."""
-    q, kv = known.get(0), known.get(1, known.get(2))
-    if q is None and kv is None:
-        return None
-    if q is None:
-        q = total - 2 * (kv or 0)
-    if kv is None:
-        kv = (total - q) // 2
-    return q, kv, kv
-
-
-def _heads(config: Mapping[str, Any]) -> tuple[int, int, int] | None:
-    """Rows of q, k, v from a config's head counts."""
-    config = config.get("text_config") or config
-    heads, hidden = config.get("num_attention_heads"), config.get("hidden_size")
-    if not isinstance(heads, int) or not isinstance(hidden, int) or heads <= 0:
-        return None
-    width = config.get("head_dim") or hidden // heads
-    kv = config.get("num_key_value_heads") or heads
-    return heads * width, kv * width, kv * width
 
 
 def _listed(names: list[str]) -> str:

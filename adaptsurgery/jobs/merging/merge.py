@@ -7,11 +7,11 @@ import os
 from collections.abc import Iterable, Sequence
 from pathlib import Path
 
-from adaptsurgery.jobs.inputs import check_part, open_base
-from adaptsurgery.jobs.merging.adapters import Named, check_replaced, read_adapters
+from adaptsurgery.jobs.inputs import check_part
+from adaptsurgery.jobs.merging.check import distance
 from adaptsurgery.jobs.merging.manifest import manifest_path
-from adaptsurgery.jobs.merging.match import match
-from adaptsurgery.jobs.merging.plan import MergePlan, Options, build_plan, check_options
+from adaptsurgery.jobs.merging.plan import MergePlan, Options, check_options
+from adaptsurgery.jobs.merging.planning import Adapters, planned
 from adaptsurgery.jobs.merging.run import (
     Norms,
     Progress,
@@ -19,11 +19,9 @@ from adaptsurgery.jobs.merging.run import (
     check_plan,
     run_plan,
 )
-from adaptsurgery.jobs.merging.tying import settle_ties
 from adaptsurgery.jobs.report import Report, Row
 from adaptsurgery_formats import AdapterState, Note
 
-Adapters = Named | Sequence[Named]
 # The unit of rounding, 2^-(p-1), of what weights are stored in.
 EPS = {"F64": 2.0**-52, "F32": 2.0**-23, "F16": 2.0**-10, "BF16": 2.0**-7}
 
@@ -106,7 +104,7 @@ def plan_merge(
     allow_unmatched: bool = False,
 ) -> MergePlan:
     """The plan of a merge as plain data; ``run.run_plan`` carries it out, now or elsewhere."""
-    return _planned(base, adapters, options or Options(), allow_unmatched, dry_run=False)[0]
+    return planned(base, adapters, options or Options(), allow_unmatched, dry_run=False)[0]
 
 
 def _run(
@@ -124,7 +122,7 @@ def _run(
     against: str | os.PathLike[str] | None,
 ) -> Report:
     check_options(options)
-    plan, states = _planned(base, adapters, options, allow_unmatched, dry_run)
+    plan, states = planned(base, adapters, options, allow_unmatched, dry_run)
     check_plan(plan, out, overwrite=overwrite, needed=not dry_run, parts=part[1])
     report = _report(plan, states, workers)
     for root in abandoned(plan, out):
@@ -146,37 +144,8 @@ def _run(
     if options.inverse:
         _tell_rounding(report, plan, states, norms)
         if against is not None and complete:
-            from adaptsurgery.jobs.merging.check import distance
-
             report.facts["against"] = distance(out, Path(against))
     return report
-
-
-def _planned(
-    base: str | os.PathLike[str],
-    adapters: Adapters,
-    options: Options,
-    allow_unmatched: bool,
-    dry_run: bool,
-) -> tuple[MergePlan, list[AdapterState]]:
-    found_base = open_base(os.fspath(base), headers=dry_run)
-    read = read_adapters(_several(adapters), inverse=options.inverse)
-    states = [state for state, _ in read]
-    found = match(
-        found_base, states, allow_unmatched=allow_unmatched, dequantize=options.dequantize
-    )
-    check_replaced(read, found, inverse=options.inverse)
-    untied = settle_ties(found_base, states, found)
-    return build_plan(found_base, read, found, untied, options), states
-
-
-def _several(adapters: Adapters) -> Iterable[Named]:
-    """One adapter as a list of one; a tuple of a path and a number is one adapter too."""
-    if isinstance(adapters, (str, os.PathLike)):
-        return [adapters]
-    if isinstance(adapters, tuple) and len(adapters) == 2 and isinstance(adapters[1], (int, float)):
-        return [(adapters[0], adapters[1])]
-    return adapters
 
 
 # -- What is told

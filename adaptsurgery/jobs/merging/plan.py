@@ -20,7 +20,7 @@ from typing import Any
 from adaptsurgery.checkpoint.base import PICKLES, Base, BaseFile
 from adaptsurgery.jobs.inputs import Input, base_input, refuse_pickles
 from adaptsurgery.jobs.merging.configs import config_changes
-from adaptsurgery.jobs.merging.match import Change, Matched, Saved, Target
+from adaptsurgery.jobs.merging.matched import Change, Matched, Saved, Target
 from adaptsurgery.jobs.merging.quantised import Quantised, Scale, quantised_of
 from adaptsurgery_formats import AdapterState, Note
 from adaptsurgery_formats.errors import FileError, ValueRefused, nearest

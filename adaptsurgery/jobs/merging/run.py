@@ -22,7 +22,7 @@ from adaptsurgery.jobs.inputs import Input, check_inputs
 from adaptsurgery.jobs.merging.adapters import parse_adapter
 from adaptsurgery.jobs.merging.configs import patched
 from adaptsurgery.jobs.merging.manifest import manifest_of, manifest_path
-from adaptsurgery.jobs.merging.match import Change
+from adaptsurgery.jobs.merging.matched import Change
 from adaptsurgery.jobs.merging.plan import MANIFEST, MergePlan, ShardJob, TensorEdit, stem_of
 from adaptsurgery.jobs.merging.quantised import Scale
 from adaptsurgery.jobs.partial import GoneError, Partial, busy, replace_json, write_json

@@ -12,7 +12,7 @@ from typing import Any
 
 from adaptsurgery.checkpoint.base import Base, Located
 from adaptsurgery.jobs.merging.configs import FLAG, is_text_of, may_tie
-from adaptsurgery.jobs.merging.match import Change, Matched, Target
+from adaptsurgery.jobs.merging.matched import Change, Matched, Target
 from adaptsurgery.jobs.merging.sites import (
     EMBEDDINGS,
     HEAD,

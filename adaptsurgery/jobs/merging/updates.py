@@ -6,7 +6,7 @@ from collections.abc import Sequence
 from dataclasses import replace
 from typing import TYPE_CHECKING
 
-from adaptsurgery.jobs.merging.match import Change
+from adaptsurgery.jobs.merging.matched import Change
 from adaptsurgery.jobs.orientation import told
 from adaptsurgery.jobs.updates import update_of
 from adaptsurgery_formats import AdapterState, ModuleState

@@ -15,7 +15,8 @@ from safetensors.torch import load_file, save_file
 from test_match import base_from, hra, lora, only
 
 from adaptsurgery.jobs.merging.configs import config_changes, patched
-from adaptsurgery.jobs.merging.match import Saved, match
+from adaptsurgery.jobs.merging.match import match
+from adaptsurgery.jobs.merging.matched import Saved
 from adaptsurgery.jobs.merging.merge import merge, unmerge
 from adaptsurgery.jobs.merging.plan import Options
 from adaptsurgery.jobs.merging.tying import settle_ties

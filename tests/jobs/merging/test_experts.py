@@ -11,7 +11,8 @@ from safetensors.torch import load_file, save_file
 
 from adaptsurgery.checkpoint.base import Base, BaseFile, assemble
 from adaptsurgery.jobs.merging.check import verify_merge
-from adaptsurgery.jobs.merging.match import Change, match
+from adaptsurgery.jobs.merging.match import match
+from adaptsurgery.jobs.merging.matched import Change
 from adaptsurgery.jobs.merging.merge import merge
 from adaptsurgery.jobs.merging.tying import settle_ties
 from adaptsurgery.jobs.verify import VerificationError

@@ -7,7 +7,8 @@ from typing import Any
 import pytest
 
 from adaptsurgery.checkpoint.base import Base, BaseFile, assemble
-from adaptsurgery.jobs.merging.match import Change, Matched, match
+from adaptsurgery.jobs.merging.match import match
+from adaptsurgery.jobs.merging.matched import Change, Matched
 from adaptsurgery.jobs.merging.tying import settle_ties
 from adaptsurgery_formats import AdapterState, ModuleState
 from adaptsurgery_formats.errors import SurgeryError

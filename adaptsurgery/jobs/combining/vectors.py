@@ -1,0 +1,77 @@
+"""Sums of norms' weights and of biases, and zeros where a layout wants a tensor."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import replace
+from typing import TYPE_CHECKING
+
+from adaptsurgery.checkpoint.bridge import from_torch, to_torch
+from adaptsurgery.jobs.combining.terms import Term, keys_of
+from adaptsurgery.jobs.steps import stored
+from adaptsurgery_formats import ModuleState, Tensor
+from adaptsurgery_formats.errors import ShapeError
+
+if TYPE_CHECKING:
+    import torch
+
+
+def is_vector(module: ModuleState) -> bool:
+    """Whether a module changes a norm's weight (n,): as norm, or as a dense difference of it."""
+    dense = module.algorithm == "full" and "diff" in module.tensors
+    return module.algorithm == "norm" or (dense and len(module.tensors["diff"].shape) == 1)
+
+
+def sum_of_vectors(terms: Sequence[Term]) -> ModuleState:
+    """The sum of changes of a norm, slot by slot."""
+    first = terms[0].module
+    if len({t.module.algorithm for t in terms}) > 1:
+        raise ShapeError(
+            f"`{first.label}` is a norm in one adapter and not in another",
+            seen=", ".join(t.module.algorithm for t in terms),
+        )
+    slots = [s for s in ("diff", "w_norm", "b_norm") if any(s in t.module.tensors for t in terms)]
+    held = {
+        slot: [(t.weight, t.module.tensors[slot]) for t in terms if slot in t.module.tensors]
+        for slot in slots
+    }
+    tensors = {slot: weighted_sum(each, first.label) for slot, each in held.items()}
+    return replace(first, tensors=tensors, keys=keys_of(terms))
+
+
+def weighted_sum(held: Sequence[tuple[float, Tensor]], label: str) -> Tensor:
+    """Σ c·t; the tensor itself where there is one, at 1."""
+    if len(held) == 1 and held[0][0] == 1.0:
+        return held[0][1]
+    if len({t.shape for _, t in held}) > 1:
+        shapes = " and ".join(str(list(t.shape)) for _, t in held)
+        raise ShapeError(f"`{label}`: {shapes} do not add", next="are the adapters for one model?")
+    terms: list[torch.Tensor] = [c * to_torch(t).double() for c, t in held]
+    return stored(sum(terms[1:], terms[0]), [t for _, t in held])
+
+
+def _zeros_like(tensor: Tensor) -> Tensor:
+    return from_torch(to_torch(tensor) * 0)
+
+
+def zeroed(module: ModuleState) -> ModuleState:
+    """The module with a Δ of 0: its first factor, or all that is added, is zeros."""
+    factors = ("up", "w1_a", "w1")
+    first = next((s for s in factors if s in module.tensors), None)
+    slots = [first] if first else list(module.tensors)
+    slots += ["up_bias"] if "up_bias" in module.tensors else []
+    return module.with_tensors(**{slot: _zeros_like(module.tensors[slot]) for slot in slots})
+
+
+def with_all_biases(modules: list[ModuleState]) -> list[ModuleState]:
+    """PEFT's lora_bias is for every LoRA or none: zeros where a LoRA has no bias."""
+    import torch
+
+    if not any("up_bias" in m.tensors for m in modules):
+        return modules
+    return [
+        m.with_tensors(up_bias=from_torch(torch.zeros(m.tensors["up"].shape[0])))
+        if m.algorithm == "lora" and "up_bias" not in m.tensors
+        else m
+        for m in modules
+    ]

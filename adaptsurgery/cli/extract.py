@@ -7,7 +7,7 @@ from typing import TYPE_CHECKING, Any
 import click
 
 from adaptsurgery.cli import output
-from adaptsurgery.cli.convert import TARGETS
+from adaptsurgery.cli.options import TARGETS
 
 if TYPE_CHECKING:
     from adaptsurgery.jobs.report import Report

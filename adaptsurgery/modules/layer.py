@@ -20,13 +20,14 @@ from adaptsurgery.algorithms import ALGORITHMS, HRA, DoRA
 from adaptsurgery.core.config import AdapterConfig, tensors_of
 from adaptsurgery.core.cost import Form
 from adaptsurgery.core.geometry import Layer
-from adaptsurgery.core.update import Delta, Renorm, Rotation, Update, compose, only_whole
+from adaptsurgery.core.update import Delta, Renorm, Rotation, Update, compose, only_whole, parts_of
 from adaptsurgery.modules import slots
 from adaptsurgery.modules.tracing import Recording, unreadable
 from adaptsurgery_formats.errors import ValueRefused
 
 _BY_NAME = {algorithm.name: algorithm for algorithm in ALGORITHMS}
 _PLAIN = {nn.Linear, nn.Conv1d, nn.Conv2d, nn.Conv3d, nn.Embedding}
+MANY = 512  # positions, where a trace leaves their number open
 _GEOMETRY = ("kind", "stride", "padding", "padding_mode", "dilation", "groups", "transposed", "padding_idx")  # fmt: skip
 
 
@@ -169,9 +170,10 @@ class AdaptedLayer(nn.Module):
             return self._adapted(x, live)
 
     def _adapted(self, x: Tensor, live: Sequence[str]) -> Tensor:
-        layer, form = self.layer(), self.form(x)
+        layer = self.layer()
         parts = sorted(((name, self.update(name)) for name in live), key=_place)
         update = compose([part for _, part in parts])
+        form = self.form(x, update, layer)
         if not self.training:
             return update.apply(x, layer, form)
         configs = [self.settings[name].config for name, _ in parts]
@@ -180,13 +182,25 @@ class AdaptedLayer(nn.Module):
         seen = [None if c is None else c.seen(x, kind) for c in configs]
         return update.apply(x, layer, form, gates, seen)
 
-    def form(self, x: Tensor) -> Form:
-        """By cost; a module with a forward of its own is given W', one with hooks is called."""
+    def form(self, x: Tensor, update: Update, layer: Layer) -> Form:
+        """By cost; a module with a forward of its own is given W', one with hooks is called.
+
+        Where the sizes of ``x`` cannot be read the cost is that of many positions.
+        """
         if not self.plain:
             return "folded"
         base = self.base_layer
-        hooked = base._forward_hooks or base._forward_pre_hooks or "forward" in vars(base)
-        return "factored" if hooked or unreadable(x) else "auto"
+        if base._forward_hooks or base._forward_pre_hooks or "forward" in vars(base):
+            return "factored"
+        if not unreadable(x):
+            return "auto"
+        trains = self.training and torch.is_grad_enabled()
+        deltas = [part for part in parts_of(update) if isinstance(part, Delta)]
+        prices = [delta.prices(MANY, layer, trains) for delta in deltas]
+        dear = any(
+            p["folded"] < p["factored"] for p in prices if {"folded", "factored"} <= p.keys()
+        )
+        return "folded" if dear else "factored"
 
     def layer(self) -> LiveLayer:
         """The base layer as the algebra sees it, with its parameters as they are now."""

@@ -131,3 +131,17 @@ def test_a_traced_model_can_be_traced_again_and_left_alone() -> None:
     second = torch.fx.symbolic_trace(copy.deepcopy(model))
     torch.testing.assert_close(first(X), second(X))
     assert set(vars(model)) == keys and isinstance(first, nn.Module)
+
+
+def test_a_rank_that_is_dearer_than_the_layer_is_folded_ahead() -> None:
+    """A LoHa's factors are of rank r²: with sizes left open the graph has W' once instead."""
+    base = nn.Sequential(nn.Linear(1024, 1024))
+    for rank, folded in ((2, False), (32, True)):
+        config = LoHaConfig(r=rank, target_modules=["0"], init_weights=False)
+        model = get_peft_model(copy.deepcopy(base), config).eval()
+        graph = torch.fx.symbolic_trace(model.get_base_model())
+        x = torch.randn(3, 1024)
+        torch.testing.assert_close(graph(x), model(x), rtol=1e-4, atol=1e-4)
+        linears = [n for n in graph.graph.nodes if n.target is torch._C._nn.linear]
+        called = [n for n in graph.graph.nodes if n.op == "call_module"]
+        assert (len(linears) == 1 and not called) is folded

@@ -1,6 +1,6 @@
-"""What the extraction of LoRA and HRA reaches and costs, beside the peers' methods.
+"""What an extraction reaches and costs, beside the peers' methods.
 
-    python tools/bench/extraction.py lora hra [--seed N] [--rounds 3] [--no-real] [--quick]
+    python tools/bench/extraction.py lora loha lokr hra [--seed N] [--rounds 3] [--no-real] [--quick]
 
 Matrices are drawn afresh from the seed, which is printed; "real" ones are full fine-tunes made on
 the spot (tools/bench/real_deltas.py). One thread; all contestants one after the other in every
@@ -18,6 +18,7 @@ import time
 from collections.abc import Callable, Iterator
 
 import torch
+from extraction_products import PARTS as PRODUCTS
 from real_deltas import Pair, fine_tuned
 from torch import Tensor
 
@@ -176,7 +177,7 @@ def main() -> None:
     parser = argparse.ArgumentParser(
         description=__doc__, formatter_class=argparse.RawTextHelpFormatter
     )
-    parser.add_argument("parts", nargs="+", choices=["lora", "hra"])
+    parser.add_argument("parts", nargs="+", choices=["lora", "hra", *PRODUCTS])
     parser.add_argument("--seed", type=int, default=random.randrange(10**6))
     parser.add_argument("--rounds", type=int, default=3)
     parser.add_argument("--no-real", action="store_true")
@@ -191,6 +192,9 @@ def main() -> None:
         bench_tucker(pairs)
     if "hra" in options.parts:
         bench_hra(pairs, options.quick)
+    real = {pair.name: (pair.tuned - pair.base).flatten(1) for pair in chosen(pairs)}
+    for part in (name for name in PRODUCTS if name in options.parts):
+        PRODUCTS[part](options.seed, real, options.quick)
 
 
 if __name__ == "__main__":

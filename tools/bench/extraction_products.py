@@ -23,7 +23,7 @@ from adaptsurgery.core.fit import Fit, Goal
 from adaptsurgery.core.kronecker import leading_vector, rearranged
 from adaptsurgery_formats.kronecker import peft_factorization
 
-RATES = (3e-3, 1e-2, 3e-2)  # AdamW's, on a D of mean square 1
+RATES = (1e-2, 3e-2, 1e-1)  # AdamW's, on a D of mean square 1
 STEPS = 1000
 
 

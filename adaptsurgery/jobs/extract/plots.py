@@ -114,9 +114,10 @@ def _colour(algorithm: str) -> str:
 
 
 def _count(number: float) -> str:
-    if number >= 1e6:
-        return f"{number / 1e6:.2g} M"
-    return f"{number / 1e3:.2g} k" if number >= 1e3 else f"{number:.2g}"
+    for unit, size in (("M", 1e6), ("k", 1e3)):
+        if number >= size:
+            return f"{number / size:.{int(number < 10 * size)}f} {unit}"
+    return f"{number:.0f}"
 
 
 def _short(name: str) -> str:

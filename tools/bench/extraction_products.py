@@ -2,7 +2,7 @@
 
 Deltas are drawn afresh from ``--seed``: true products with and without noise, normal and sparse
 numbers, and those of ``--real FILE`` (safetensors: deltas (o, i) by name), as
-`tools/bench/extraction.py` makes them from small models fine-tuned on the spot. One thread; the
+`tools/bench/real_deltas.py --save FILE` makes them. One thread; the
 seconds are the process's CPU time: trust the ratios.
 """
 

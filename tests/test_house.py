@@ -249,3 +249,10 @@ def test_links_lead_somewhere(document: str) -> None:
     for target in re.findall(r"\]\(([^)#]+)", path.read_text("utf-8")):
         if "://" not in target:
             assert (path.parent / target).exists(), target
+
+
+def test_no_two_test_files_share_a_name() -> None:
+    """pytest imports them by their base names, all into one room."""
+    files = [p for p in (ROOT / "tests").rglob("*.py") if p.name != "conftest.py"]
+    names = [p.name for p in files]
+    assert sorted(set(names)) == sorted(names)

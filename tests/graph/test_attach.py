@@ -9,7 +9,7 @@ from typing import Any
 
 import pytest
 import torch
-from nets import (
+from graph_nets import (
     ALGORITHMS,
     Convs,
     Guarded,
@@ -109,7 +109,7 @@ def test_the_same_after_a_file_in_a_fresh_process(tmp_path: Path) -> None:
     script = """
 import sys, torch
 sys.path.insert(0, sys.argv[2])
-from nets import close, code, equal, run
+from graph_nets import close, code, equal, run
 from adaptsurgery.graph.attach import detach
 folder = sys.argv[1]
 x, plain, wanted = torch.load(folder + "/x.pt")

@@ -9,7 +9,18 @@ import numpy as np
 import onnxruntime as ort
 import pytest
 import torch
-from nets import ALGORITHMS, Convs, Mlp, close, example, exported, made, run, updates_for, wanted
+from graph_nets import (
+    ALGORITHMS,
+    Convs,
+    Mlp,
+    close,
+    example,
+    exported,
+    made,
+    run,
+    updates_for,
+    wanted,
+)
 from torch import nn
 
 from adaptsurgery.algorithms import HRA

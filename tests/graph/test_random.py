@@ -5,9 +5,9 @@ from __future__ import annotations
 from typing import Any
 
 import torch
+from graph_nets import ALGORITHMS, close, code, equal, run, update_for, wanted
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from nets import ALGORITHMS, close, code, equal, run, update_for, wanted
 from torch import Tensor, nn
 
 from adaptsurgery.graph.attach import attach, detach

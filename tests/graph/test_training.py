@@ -6,7 +6,7 @@ from typing import Any
 
 import pytest
 import torch
-from nets import Convs, Mlp, close, equal, example, exported, made, run
+from graph_nets import Convs, Mlp, close, equal, example, exported, made, run
 
 from adaptsurgery.algorithms import AdapterConfig, HRAConfig, LoHaConfig, LoKrConfig, LoraConfig
 from adaptsurgery.graph.attach import attach, detach

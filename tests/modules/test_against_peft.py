@@ -9,7 +9,7 @@ from typing import Any
 import peft
 import pytest
 import torch
-from nets import ALGORITHMS, both, configs, logits, tiny
+from live_nets import ALGORITHMS, both, configs, logits, tiny
 from safetensors.torch import load_file
 
 from adaptsurgery import PeftModel

@@ -9,7 +9,7 @@ from typing import Any
 import peft
 import pytest
 import torch
-from nets import configs, tiny
+from live_nets import configs, tiny
 
 from adaptsurgery import LoKrConfig, get_peft_model
 

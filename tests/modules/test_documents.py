@@ -7,7 +7,7 @@ from typing import Any
 
 import pytest
 import torch
-from nets import logits, tiny
+from live_nets import logits, tiny
 
 from adaptsurgery import (
     HRAConfig,

@@ -12,7 +12,7 @@ import strategies as S
 import torch
 from hypothesis import given
 from hypothesis import strategies as st
-from nets import both, configs
+from live_nets import both, configs
 from torch import Tensor, nn
 
 from adaptsurgery import LoraConfig, get_peft_model

@@ -7,7 +7,7 @@ from typing import Any
 
 import pytest
 import torch
-from nets import ALGORITHMS, Mixed, configs, ids, logits, tiny
+from live_nets import ALGORITHMS, Mixed, configs, ids, logits, tiny
 from torch import nn
 
 from adaptsurgery import HRAConfig, LoHaConfig, LoKrConfig, LoraConfig, PeftModel, get_peft_model

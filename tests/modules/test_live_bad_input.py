@@ -8,7 +8,7 @@ from typing import Any
 
 import pytest
 import torch
-from nets import Mixed, ids
+from live_nets import Mixed, ids
 from safetensors.torch import load_file, save_file
 from torch import nn
 

@@ -9,7 +9,7 @@ from typing import Any
 
 import pytest
 import torch
-from nets import ALGORITHMS, Mixed, configs, ids, logits, tiny
+from live_nets import ALGORITHMS, Mixed, configs, ids, logits, tiny
 from torch import nn
 
 import adaptsurgery

@@ -126,7 +126,7 @@ class Emitter(TorchFunctionMode):
         key = _key(name, args, kwargs) if constant else None
         if key is not None and key in self._once:
             return self._once[key]
-        result = func(*args, **kwargs)
+        result = _linear(*inputs) if name == "linear" else func(*args, **kwargs)
         if not isinstance(result, Tensor) or any(result is t for t in inputs):
             return result
         self._write(name, args, kwargs, result)
@@ -186,6 +186,13 @@ class Emitter(TorchFunctionMode):
             raise ValueRefused(f"a slice {part} of a size that is left open", code="specialised")
         found: Tensor = tensor.narrow(axis, start, stop - start)
         return found
+
+
+def _linear(x: Tensor, weight: Tensor, bias: Tensor | None = None) -> Tensor:
+    """What F.linear gives, without the views of open sizes that its own shape function goes through."""
+    if x.dim() < 3 or x.dtype != weight.dtype or x.shape[-1] != weight.shape[1]:
+        return torch.nn.functional.linear(x, weight, bias)  # which tells what is wrong
+    return x.new_empty((*x.shape[:-1], weight.shape[0]))
 
 
 def overload(name: str, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:

@@ -15,8 +15,8 @@ from collections.abc import Callable
 from typing import Any
 
 import torch
-from torch import Tensor, nn
 from torch.export import Dim, ExportedProgram
+from transformers import LlamaConfig, LlamaForCausalLM
 
 from adaptsurgery.algorithms import HRAConfig, LoHaConfig, LoKrConfig, LoraConfig
 from adaptsurgery.graph.attach import attach, detach
@@ -31,35 +31,16 @@ CONFIGS: dict[str, type[Any]] = {
 TARGETS = ["q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj"]
 
 
-class Layer(nn.Module):
-    """Norm, attention, norm, gated MLP."""
-
-    def __init__(self) -> None:
-        super().__init__()
-        for name in TARGETS[:4]:
-            setattr(self, name, nn.Linear(WIDTH, WIDTH, bias=False))
-        self.gate_proj, self.up_proj = (nn.Linear(WIDTH, HIDDEN, bias=False) for _ in range(2))
-        self.down_proj = nn.Linear(HIDDEN, WIDTH, bias=False)
-        self.before, self.after = nn.RMSNorm(WIDTH), nn.RMSNorm(WIDTH)
-
-    def forward(self, x: Tensor) -> Tensor:
-        y = self.before(x)
-        heads = [
-            p(y).unflatten(-1, (HEADS, -1)).transpose(1, 2)
-            for p in (self.q_proj, self.k_proj, self.v_proj)
-        ]
-        mixed = nn.functional.scaled_dot_product_attention(*heads, is_causal=True)
-        x = x + self.o_proj(mixed.transpose(1, 2).flatten(2))
-        y = self.after(x)
-        z: Tensor = x + self.down_proj(nn.functional.silu(self.gate_proj(y)) * self.up_proj(y))
-        return z
-
-
 def exported(layers: int) -> ExportedProgram:
-    """The program, batch and sequence open."""
-    model = nn.Sequential(*(Layer() for _ in range(layers))).eval()
-    sizes = ({0: Dim("batch", min=2, max=64), 1: Dim("sequence", min=2, max=4096)},)
-    return torch.export.export(model, (torch.randn(3, 5, WIDTH),), dynamic_shapes=sizes)
+    """transformers' own Llama, narrow; batch and sequence open."""
+    config = LlamaConfig(
+        hidden_size=WIDTH, intermediate_size=HIDDEN, num_hidden_layers=layers,
+        num_attention_heads=HEADS, num_key_value_heads=HEADS, vocab_size=64, use_cache=False,
+    )  # fmt: skip
+    model = LlamaForCausalLM(config).eval()
+    sizes = {"input_ids": {0: Dim("batch", min=2, max=64), 1: Dim("sequence", min=2, max=1024)}}
+    ids = torch.randint(0, 64, (3, 5))
+    return torch.export.export(model, (), {"input_ids": ids}, dynamic_shapes=sizes)
 
 
 def seconds(work: Callable[[], Any]) -> tuple[float, Any]:

@@ -293,10 +293,15 @@ def _finish(plan: MergePlan, place: _Place, out: Path, overwrite: bool) -> tuple
 
 
 def _close(plan: MergePlan, place: _Place, out: Path) -> Norms:
-    """What comes after the rename: a file's manifest, and the partial output removed."""
-    norms = _all_norms(plan, place)
-    if not plan.folder:
-        replace_json(manifest_path(out, False), manifest_of(plan, norms))
+    """What comes after the rename: a file's manifest, and the partial output removed.
+
+    A run that was killed while it removed that has written the manifest, from norms that may be gone.
+    """
+    norms = _made(plan, out)
+    if norms is None:
+        norms = _all_norms(plan, place)
+        if not plan.folder:
+            replace_json(manifest_path(out, False), manifest_of(plan, norms))
     atomic.sync_folder(out.parent)
     place.remove()
     return norms

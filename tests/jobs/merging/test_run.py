@@ -273,6 +273,29 @@ def test_a_kill_right_after_the_rename_is_mended(
     assert told.rows and not told.notes and Path(report.outputs[1]).is_file()
 
 
+def test_a_kill_while_the_rest_is_removed_keeps_the_manifest(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The norms of the shards may be gone by then, and the manifest has them."""
+    folder, adapter = (
+        write_base(tmp_path / "base"),
+        write_adapter(tmp_path / "a.safetensors", range(2)),
+    )
+    base, out = folder / "model-00001-of-00003.safetensors", tmp_path / "out.safetensors"
+
+    def half(place: Any) -> None:
+        for path in (place.root / "norms").iterdir():
+            path.unlink()
+
+    with monkeypatch.context() as patch:
+        patch.setattr(run._Place, "remove", half)
+        merge(base, adapter, out)
+    wanted = Path(f"{out}.manifest.json").read_bytes()
+    assert b"change" in wanted and left_behind(tmp_path)
+    merge(base, adapter, out, overwrite=True)
+    assert Path(f"{out}.manifest.json").read_bytes() == wanted and not left_behind(tmp_path)
+
+
 def test_what_other_merges_left_is_named(inputs: tuple[Path, Path], tmp_path: Path) -> None:
     base, adapter = inputs
     merge(base, f"{adapter}=2", tmp_path / "out", shard_index=0, num_shards=3)

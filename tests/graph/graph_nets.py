@@ -163,3 +163,9 @@ def close(got: list[Tensor], want: list[Tensor], tolerance: float = 1e-5) -> Non
 
 def equal(got: list[Tensor], want: list[Tensor]) -> bool:
     return all(torch.equal(a, b) for a, b in zip(got, want, strict=True))
+
+
+def exported_as(model: nn.Module, kind: str, x: Tensor) -> Any:
+    """A program of fixed sizes, or its module."""
+    program = torch.export.export(model, (x,))
+    return program if kind == "program" else program.module()

@@ -32,6 +32,7 @@ COMMANDS = {
     "combine": "adaptsurgery.cli.combine",
     "resize": "adaptsurgery.cli.resize",
     "extract": "adaptsurgery.cli.extract",
+    "rewrite": "adaptsurgery.cli.rewrite",
 }
 
 

@@ -33,6 +33,11 @@ def printable(text: str) -> str:
     return errors.printable(text)
 
 
+def printable_lines(text: str) -> str:
+    """``printable``, line by line."""
+    return "\n".join(map(printable, text.splitlines()))
+
+
 def json_option(command: _F) -> _F:
     """--json, remembered for errors too, wherever on the command line it stands."""
 

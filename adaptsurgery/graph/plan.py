@@ -8,7 +8,7 @@ are taken for such unless ``outputs`` names them.
 from __future__ import annotations
 
 import hashlib
-from collections.abc import Collection
+from collections.abc import Collection, Iterable, Sequence
 from dataclasses import dataclass, field
 
 from adaptsurgery.core.config import AdapterConfig
@@ -67,11 +67,17 @@ class Plan:
             (*_columns(site), *_numbers(target), _remark(site)) for site, target in self.placed
         ]
         rows += [(*_columns(site), "", "", site.reason) for site in self.unsupported]
-        widths = [max(len(row[n]) for row in rows) for n in range(6)]
-        lines = ["  ".join([*(c.ljust(w) for c, w in zip(row, widths)), row[6]]) for row in rows]
+        lines = _aligned(rows)
         lines += [f"saved whole: {name}" for name in self.saved]
         lines += [f"note: {note.where}: {note.text}" for note in self.notes]
-        return "\n".join(line.rstrip() for line in lines)
+        return "\n".join(lines)
+
+
+def table(sites: Iterable[Site]) -> str:
+    """Sites as text, a line each, with why one cannot be adapted."""
+    rows = [("module", "kind", "shape", "calls", "")]
+    rows += [(*_columns(site), site.reason or _remark(site)) for site in sites]
+    return "\n".join(_aligned(rows))
 
 
 def plan(
@@ -166,6 +172,13 @@ def _nothing(sites: list[Site]) -> NameLookupError:
         next="find_sites(g) lists what was found; export the model with torch.export.export",
         code="no-sites",
     )
+
+
+def _aligned(rows: Sequence[tuple[str, ...]]) -> list[str]:
+    """Lines of columns; the last column is as long as it is."""
+    widths = [max(map(len, column)) for column in list(zip(*rows))[:-1]]
+    cells = [[*(c.ljust(w) for c, w in zip(row, widths)), row[-1]] for row in rows]
+    return ["  ".join(row).rstrip() for row in cells]
 
 
 def _columns(site: Site) -> tuple[str, str, str, str]:

@@ -62,12 +62,13 @@ def load_state(
     base: AnyBase | None = None,
     layout: str | None = None,
     look_up: bool = True,
+    names: Names | None = None,
 ) -> Loaded:
     """The adapter at a path or Hub name, with its modules found in ``base`` or a bundled table.
 
     Several paths are one adapter in parts: a UNet's and its text encoders', in one layout.
     ``base`` is a path, a Hub name, or one of the bundled tables' names; ``layout`` overrules
-    detection. With ``look_up`` False flat names may stay flat, where no table knows them.
+    detection; ``names`` is a list of modules that there is already. With ``look_up`` False flat names may stay flat, where no table knows them.
     Raises SurgeryError for whatever is wrong with the input.
     """
     given = [path] if isinstance(path, (str, os.PathLike)) else list(path)
@@ -80,8 +81,9 @@ def load_state(
         refuse_twice(state.modules, state.where)
     check_values(state)
     loaded = Loaded(state, places, files=[f for files in groups for f in files])
-    if base is not None:
-        loaded.names, loaded.base = names_of(base)
+    if base is not None or names is not None:
+        loaded.names, loaded.base = names_of(base) if base is not None else (names, None)
+        assert loaded.names is not None
         loaded.state = resolve(state, loaded.names)
     elif any(m.naming in ("flat", "dotted") for m in state.modules):
         _look_up_in_tables(loaded, must=look_up)

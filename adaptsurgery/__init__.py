@@ -31,6 +31,7 @@ if TYPE_CHECKING:
     from adaptsurgery.jobs.merging.merge import merge, plan_merge, unmerge
     from adaptsurgery.jobs.report import Report
     from adaptsurgery.jobs.resize import resize
+    from adaptsurgery.jobs.rewrite import rewrite
     from adaptsurgery.jobs.verify import verify
     from adaptsurgery.modules.model import AdaptedModel, HRAModel, LoHaModel, LoKrModel, LoraModel
     from adaptsurgery.modules.peft_model import PeftModel, get_peft_model
@@ -66,6 +67,7 @@ __all__ = [
     "orthogonality",
     "plan_merge",
     "resize",
+    "rewrite",
     "unfold",
     "unmerge",
     "verify",
@@ -101,6 +103,7 @@ _HOMES = {
     "unmerge": "adaptsurgery.jobs.merging.merge",
     "verify_merge": "adaptsurgery.jobs.merging.check",
     "resize": "adaptsurgery.jobs.resize",
+    "rewrite": "adaptsurgery.jobs.rewrite",
     "verify": "adaptsurgery.jobs.verify",
     "Report": "adaptsurgery.jobs.report",
     "SurgeryError": "adaptsurgery_formats.errors",

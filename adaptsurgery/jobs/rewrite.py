@@ -3,9 +3,12 @@
 from __future__ import annotations
 
 import json
+import logging
 import os
+import warnings
 import zipfile
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -67,6 +70,43 @@ def rewrite(
     if out is None and not listing and not dry_run:
         raise LayoutError("there is no output", next="-o OUT.pt2, or --dry-run", code="nothing-to-write")  # fmt: skip
     _check_outputs(source, out, onnx, overwrite)
+    with _torch_to_itself():
+        return _rewritten(
+            source, out, listing, config, adapter, name, mode, merge, onnx, base, seed, overwrite, dry_run
+        )  # fmt: skip
+
+
+@contextmanager
+def _torch_to_itself() -> Iterator[None]:
+    """Without what torch's exporters say about their own insides; errors are errors still."""
+    loggers = [logging.getLogger(name) for name in ("torch.onnx", "torch.export")]
+    before = [logger.level for logger in loggers]
+    for logger in loggers:
+        logger.setLevel(logging.ERROR)
+    try:
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore", FutureWarning)
+            yield
+    finally:
+        for logger, level in zip(loggers, before):
+            logger.setLevel(level)
+
+
+def _rewritten(
+    source: AnyPath,
+    out: AnyPath | None,
+    listing: bool,
+    config: AnyPath | None,
+    adapter: AnyPath | None,
+    name: str,
+    mode: str,
+    merge: bool,
+    onnx: AnyPath | None,
+    base: AnyPath | None,
+    seed: int | None,
+    overwrite: bool,
+    dry_run: bool,
+) -> Report:
     program = read_program(source)
     chosen = _chosen(program, source, config, adapter, base)
     report = _report(source, chosen)
@@ -265,7 +305,7 @@ def _report(source: AnyPath, chosen: _Chosen) -> Report:
     rows, sites = [], []
     for site in chosen.sites:
         target = ranks.get(site.path)
-        update = chosen.updates and chosen.updates[_key(site, chosen.updates)]
+        update = None if chosen.updates is None else chosen.updates[_key(site, chosen.updates)]
         algorithm = _algorithm(chosen, update)
         if algorithm:
             rows.append(Row(site.path, algorithm, "identical"))

@@ -27,10 +27,10 @@ from graph_nets import (
     updates_for,
     wanted,
 )
-from torch import nn
+from torch import Tensor, nn
 from torch.export import ExportedProgram
 
-from adaptsurgery.algorithms import HRA, LoRA
+from adaptsurgery.algorithms import HRA, LoRA, build
 from adaptsurgery.core.update import compose
 from adaptsurgery.graph.attach import attach, detach, set_scale
 from adaptsurgery.graph.dropout import set_train
@@ -264,3 +264,41 @@ def test_a_merge_in_a_wrong_order_is_refused() -> None:
     x = example(model, 5)
     close(run(merge(h, "turn"), x), [t.double() for t in run(h, x)])
     close(run(merge(h), x), [t.double() for t in run(h, x)])
+
+
+class Chain(nn.Module):
+    """Layers that read each other's outputs with nothing between, one of them twice."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.a, self.b, self.c = nn.Linear(6, 6), nn.Linear(6, 6), nn.Linear(6, 6)
+
+    def forward(self, x: Tensor) -> Tensor:
+        x = self.a(x)
+        return self.c(self.b(x)) + self.c(x)
+
+
+@pytest.mark.parametrize("algorithm", ["lora", "loha", "lokr", "hra"])
+def test_a_layer_that_reads_an_adapted_layer(algorithm: str) -> None:
+    torch.manual_seed(0)
+    model, x = Chain().eval(), torch.randn(3, 6)
+    program = torch.export.export(model, (x,))
+    makers = {
+        "lora": {"up": (6, 2), "down": (2, 6)},
+        "loha": {"w1_a": (6, 2), "w1_b": (2, 6), "w2_a": (6, 2), "w2_b": (2, 6)},
+        "lokr": {"w1": (2, 3), "w2": (3, 2)},
+        "hra": {"u": (6, 3)},
+    }
+    updates = {
+        path: build(algorithm, {n: torch.randn(s) for n, s in makers[algorithm].items()})
+        for path in "abc"
+    }
+    adapted = attach(program, updates)
+    merged = Chain().eval()
+    merged.load_state_dict(model.state_dict())
+    for path in "abc":
+        layer = merged.get_submodule(path)
+        layer.weight.data = updates[path].fold(layer.weight.data)
+    torch.testing.assert_close(adapted.module()(x), merged(x), atol=1e-4, rtol=1e-4)
+    assert torch.equal(detach(adapted).module()(x), model(x))
+    assert detach(adapted).graph_module.code == program.graph_module.code

@@ -24,7 +24,7 @@ from adaptsurgery.checkpoint.safetensors import read_safetensors
 from adaptsurgery.jobs.adapter import Adapter, load
 from adaptsurgery.jobs.convert import convert
 from adaptsurgery.jobs.loading import CONFIG, WEIGHTS, read_config
-from adaptsurgery.jobs.quickstart import extracting, given, making, tiny
+from adaptsurgery.jobs.quickstart import extracting, given, graphs, making, tiny
 from adaptsurgery.jobs.quickstart.making import Made
 from adaptsurgery.jobs.report import Report, Row
 from adaptsurgery.jobs.verify import verify
@@ -296,7 +296,22 @@ def _extracted(told: dict[str, Any]) -> str:
     )
 
 
-STEPS: tuple[Callable[[Work], None], ...] = (adapters, around, refusal, as_lora, extraction)
+def exported(work: Work) -> None:
+    """An adapter put into the exported model, which then needs no source."""
+    if work.trained is None:
+        return
+    work.title("Export the model by torch.export, and put the LoKr into the program")
+    made = next(made for made in work.adapters if made.name == "lokr")
+    found = graphs.exported(work.trained, made, work.files, work.seed, work.tell)
+    work.facts["programs"] = found
+    for name, off in found.items():
+        work.expect(off <= AGREE, f"{name}: its outputs are off by {off:.2g}")
+        work.tell(f"  {name}: outputs differ by {off:.1g} of the adapter's effect")
+
+
+STEPS: tuple[Callable[[Work], None], ...] = (
+    adapters, around, refusal, as_lora, extraction, exported
+)  # fmt: skip
 
 
 # -- Comparing -------------------------------------------------------------------------------------

@@ -1,0 +1,190 @@
+"""The rewrite job and its command: .pt2 in, .pt2 and ONNX out, whole or not at all."""
+
+from __future__ import annotations
+
+import io
+import json
+import zipfile
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from torch import Tensor, nn
+
+import adaptsurgery
+from adaptsurgery import Adapter, SurgeryError, graph
+from adaptsurgery.algorithms import HRA, LoRA
+from adaptsurgery.cli import run
+from adaptsurgery.jobs.rewrite import rewrite
+
+
+class Net(nn.Module):
+    def __init__(self) -> None:
+        super().__init__()
+        self.body = nn.ModuleDict({"fc_in": nn.Linear(6, 8), "fc_out": nn.Linear(8, 4)})
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.body["fc_out"](self.body["fc_in"](x).relu())
+
+
+X = torch.linspace(-1, 1, 30).reshape(5, 6)
+
+
+@pytest.fixture
+def model(tmp_path: Path) -> Path:
+    torch.manual_seed(0)
+    sizes = ({0: torch.export.Dim.AUTO},)
+    program = torch.export.export(Net().eval(), (X[:2],), dynamic_shapes=sizes)
+    torch.export.save(program, tmp_path / "model.pt2")
+    return tmp_path / "model.pt2"
+
+
+@pytest.fixture
+def adapter(tmp_path: Path) -> Path:
+    generator = torch.Generator().manual_seed(1)
+    updates = {
+        "body.fc_in": LoRA(torch.randn(8, 2, generator=generator), torch.randn(2, 6, generator=generator), scale=1.5),
+    }  # fmt: skip
+    Adapter.from_updates(updates).save(tmp_path / "lora.safetensors", "kohya")
+    return tmp_path / "lora.safetensors"
+
+
+def output(path: Path) -> Tensor:
+    return torch.export.load(path).module()(X).detach()
+
+
+def config_file(tmp_path: Path, **said: Any) -> Path:
+    path = tmp_path / "adapter_config.json"
+    path.write_text(json.dumps({"peft_type": "HRA", "r": 2, **said}))
+    return path
+
+
+def test_an_adapter_of_flat_names_is_looked_up_in_the_program(
+    model: Path, adapter: Path, tmp_path: Path
+) -> None:
+    report = rewrite(model, tmp_path / "out.pt2", adapter=adapter)
+    assert [row.module for row in report.rows] == ["body.fc_in"]
+    assert report.facts["parameters"]["adapter"] == 28
+    program = torch.export.load(tmp_path / "out.pt2")
+    assert graph.adapters(program) == ["default"]
+    merged = tmp_path / "merged.pt2"
+    rewrite(model, merged, adapter=adapter, merge=True)
+    assert graph.adapters(torch.export.load(merged)) == []
+    torch.testing.assert_close(output(merged), output(tmp_path / "out.pt2"))
+    assert not torch.allclose(output(merged), output(model), atol=1e-2)
+    back = graph.detach(program)
+    assert torch.equal(back.module()(X), torch.export.load(model).module()(X))
+
+
+def test_a_config_makes_a_new_adapter_by_its_seed(model: Path, tmp_path: Path) -> None:
+    config = config_file(tmp_path, target_modules=["fc_out"], init_weights=False)
+    for name, seed in (("a", 1), ("b", 1), ("c", 2)):
+        rewrite(model, tmp_path / f"{name}.pt2", config=config, seed=seed)
+    states = [
+        graph.adapter_state(torch.export.load(tmp_path / f"{n}.pt2"))["body.fc_out"] for n in "abc"
+    ]
+    a, b, c = [s.u for s in states if isinstance(s, HRA)]
+    assert torch.equal(a, b) and not torch.equal(a, c)
+
+
+def test_onnx_beside_it(model: Path, adapter: Path, tmp_path: Path) -> None:
+    runtime = pytest.importorskip("onnxruntime")
+    onnx = tmp_path / "out.onnx"
+    report = rewrite(model, tmp_path / "out.pt2", adapter=adapter, onnx=onnx)
+    assert report.outputs == [str(tmp_path / "out.pt2"), str(onnx)]
+    session = runtime.InferenceSession(onnx, providers=["CPUExecutionProvider"])
+    (got,) = session.run(None, {session.get_inputs()[0].name: X.numpy()})
+    torch.testing.assert_close(
+        torch.from_numpy(got), output(tmp_path / "out.pt2"), atol=1e-5, rtol=0
+    )
+
+
+def test_the_command(
+    model: Path, adapter: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    assert run(["rewrite", str(model), "--table"]) == 0
+    table = capsys.readouterr().out
+    assert "body.fc_in   linear  8×6" in table and "2 layers" in table
+    words = ["rewrite", str(model), "--adapter", str(adapter), "-o", str(tmp_path / "o.pt2")]
+    assert run([*words, "--dry-run"]) == 0
+    assert "dry run" in capsys.readouterr().out and not (tmp_path / "o.pt2").exists()
+    assert run([*words, "--json"]) == 0
+    said = json.loads(capsys.readouterr().out)
+    assert said["ok"] and said["facts"]["sites"][0]["path"] == "body.fc_in"
+    assert run(words) == 1
+    assert "output-exists" in capsys.readouterr().err
+    assert run([*words, "--overwrite", "--quiet"]) == 0
+    assert run(["rewrite", str(model), "-o", "x.pt2"]) == 1
+    assert "config-or-adapter" in capsys.readouterr().err
+
+
+def changed(model: Path, change: Callable[[dict[str, Any]], None]) -> bytes:
+    """The archive with its graph's description changed."""
+    out = io.BytesIO()
+    with zipfile.ZipFile(model) as old, zipfile.ZipFile(out, "w") as new:
+        for name in old.namelist():
+            data = old.read(name)
+            if "/models/" in name and name.endswith(".json"):
+                said = json.loads(data)
+                change(said)
+                data = json.dumps(said).encode()
+            new.writestr(name, data)
+    return out.getvalue()
+
+
+def newer(said: dict[str, Any]) -> None:
+    said["schema_version"]["major"] += 1
+
+
+def without_nodes(said: dict[str, Any]) -> None:
+    del said["graph_module"]
+
+
+BROKEN: dict[str, tuple[Callable[[Path], bytes], str]] = {
+    "truncated": (lambda m: m.read_bytes()[: m.stat().st_size // 2], "truncated"),
+    "empty": (lambda _: b"", "truncated"),
+    "newer": (lambda m: changed(m, newer), "newer-schema"),
+    "incomplete": (lambda m: changed(m, without_nodes), "not-a-program"),
+}
+
+
+@pytest.mark.parametrize("kind", BROKEN)
+def test_programs_that_cannot_be_read(
+    kind: str, model: Path, adapter: Path, tmp_path: Path
+) -> None:
+    make, code = BROKEN[kind]
+    bad = tmp_path / "bad.pt2"
+    bad.write_bytes(make(model))
+    with pytest.raises(SurgeryError) as caught:
+        rewrite(bad, tmp_path / "out.pt2", adapter=adapter)
+    assert caught.value.code == code and caught.value.next and str(bad) in caught.value.where
+    assert not (tmp_path / "out.pt2").exists()
+
+
+def test_nothing_is_written_where_something_is_wrong(
+    model: Path, adapter: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    out, before = tmp_path / "out.pt2", sorted(p.name for p in tmp_path.iterdir())
+    with pytest.raises(SurgeryError, match=r"no such file|is not there"):
+        rewrite(tmp_path / "none.pt2", out, adapter=adapter)
+    with pytest.raises(SurgeryError) as caught:
+        rewrite(model, out, config=config_file(tmp_path, target_modules=["nowhere"]))
+    assert caught.value.code == "no-targets"
+    with pytest.raises(SurgeryError) as caught:
+        rewrite(model, model, adapter=adapter, overwrite=True)
+    assert caught.value.code == "output-is-input"
+
+    def fail(*_: Any, **__: Any) -> None:
+        raise RuntimeError("the exporter fell over")
+
+    monkeypatch.setattr(graph, "export_onnx", fail)
+    with pytest.raises(RuntimeError):
+        rewrite(model, out, adapter=adapter, onnx=tmp_path / "out.onnx")
+    (tmp_path / "adapter_config.json").unlink()
+    assert sorted(p.name for p in tmp_path.iterdir()) == before
+
+
+def test_it_is_the_librarys() -> None:
+    assert adaptsurgery.rewrite is rewrite

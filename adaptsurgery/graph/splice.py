@@ -122,11 +122,6 @@ class Splicer:
             )
         self._settle(call, number, group, module, traced, noted, out)
 
-    def _input(self, call: Call) -> Node:
-        """What the layer reads: where that is another layer's output, with its adapters."""
-        node: Node = self.nodes[call.input]
-        return self.work.adapted.get(node, node)
-
     def _called(self, node: Node) -> nn.Module | None:
         return self.module.get_submodule(str(node.target)) if node.op == "call_module" else None
 
@@ -284,7 +279,6 @@ class Splicer:
         if "out" in roles:
             self.work.adapted[self.path, own_output.name] = roles["out"]
             ours = set(emit.made)
-            self.work.adapted[own_output] = roles["out"]
             for user in list(own_output.users):
                 if user not in ours:
                     user.replace_input_with(own_output, roles["out"])

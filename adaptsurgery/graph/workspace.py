@@ -31,7 +31,6 @@ class Workspace:
             dict(source.state_dict) if isinstance(source, ExportedProgram) else {}
         )
         self._added: dict[str, str] = {}  # placeholder → name in the state
-        self.adapted: dict[Node, Node] = {}  # a layer's own output → that of its adapters
         self._threaded: dict[tuple[tuple[str, ...], str], Node] = {}
         self.fake = _fake_mode(self.top)
         # Where a layer's output has become an adapter's: graph and old node → the node to read.

@@ -3,13 +3,15 @@
 from __future__ import annotations
 
 import os
+import shutil
 from collections.abc import Iterable, Mapping
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
+from adaptsurgery.checkpoint.atomic import sync_folder
 from adaptsurgery.checkpoint.base import Base
-from adaptsurgery.jobs.convert import check_paths, writable, write_adapter
+from adaptsurgery.jobs.convert import CARD, check_paths, writable, write_adapter
 from adaptsurgery.jobs.extract import summary
 from adaptsurgery.jobs.extract.options import Options, check_options
 from adaptsurgery.jobs.extract.pairs import pair_up
@@ -204,10 +206,7 @@ def _finish(
         layers = outcomes(plan, found)
         state = adapter_state(plan, place, runner, layers, found)
         report = summary.told(plan, layers, found)
-        base = runner.models["base"]
-        written = write_adapter(
-            _loaded(state, base), out, plan.options.to, overwrite=overwrite, hashes=False
-        )
+        written = _write(state, runner, place, out, overwrite)
         report.notes += [n for n in [*left, *written.notes] if n not in report.notes]
         report.outputs = written.outputs
         report.facts |= {"bytes": written.facts["bytes"], "complete": True}
@@ -218,6 +217,27 @@ def _finish(
             report.outputs = [*report.outputs, str(page)]
         place.remove()
     return report
+
+
+def _write(state: Any, runner: Runner, place: Place, out: Path, overwrite: bool) -> Report:
+    """The adapter within the partial output, and in one rename OUT: a kill leaves nothing else."""
+    beside = place.root / "adapter"
+    beside.mkdir(exist_ok=True)
+    place.content = beside / out.name
+    loaded = _loaded(state, runner.models["base"])
+    try:
+        written = write_adapter(
+            loaded, place.content, runner.plan.options.to, overwrite=True, hashes=False
+        )
+        for card in out.glob(f"**/{CARD}") if out.is_dir() else ():  # a model card stays
+            shutil.copy2(card, place.content / card.relative_to(out))
+        place.land(out, overwrite)
+        sync_folder(out.parent)
+    except OSError as error:
+        raise place.said(error, out) from error
+    held = [Path(path).relative_to(place.content) for path in written.outputs]
+    written.outputs = [str(out / path) if path.name else str(out) for path in held]
+    return written
 
 
 def _loaded(state: Any, base: Base) -> Loaded:

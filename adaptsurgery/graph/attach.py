@@ -24,7 +24,7 @@ from adaptsurgery.core.update import Delta, Renorm, Rotation, Update, parts_of
 from adaptsurgery.graph.dropout import is_training, set_dropouts
 from adaptsurgery.graph.find import find_sites
 from adaptsurgery.graph.record import Attached, described
-from adaptsurgery.graph.sites import Site
+from adaptsurgery.graph.sites import Site, one_each
 from adaptsurgery.graph.splice import Splicer, joined
 from adaptsurgery.graph.strip import Found, adapters_of, strip
 from adaptsurgery.graph.workspace import Workspace
@@ -315,7 +315,7 @@ def _matched(what: Mapping[str, Update], sites: Mapping[str, Site]) -> dict[str,
             next=nearest(lost[0], sites) if lost else "",
             code="no-site",
         )
-    return {path: what[path] for path in what}
+    return one_each(what, sites)
 
 
 def _weight(work: Workspace, site: Site) -> Tensor | None:

@@ -23,6 +23,7 @@ from adaptsurgery_formats.errors import ValueRefused
 
 FUSED = ("_transformer_encoder_layer_fwd", "_native_multi_head_attention")
 FAST_PATH = "trace it after torch.backends.mha.set_fastpath_enabled(False)"
+_FORMLESS = ("grouped_mm", "einsum", "baddbmm")
 _THREADED = (
     "wrap_with_set_grad_enabled",
     "wrap_with_autocast",
@@ -86,14 +87,14 @@ class _Finder:
         for scope in self.view.scopes:
             for position, node in enumerate(scope.nodes):
                 yield from self._whole(scope, position, node)
+                yield from self._formless(scope, position, node)
 
     def _is_weight(self, scope: Scope, base: Node, form: Form) -> bool:
         """Whether a node is a parameter or buffer of as many dims as the kind's weight has."""
         if base not in scope.names:
             return False
         tensor = self.view.tensors[scope.names[base]]
-        dims = 2 if form.kind == "linear" else 2 + int(form.kind[4])
-        return tensor.dim() == dims and is_floating(tensor)
+        return tensor.dim() == _dims(form) and is_floating(tensor)
 
     def _direct(
         self,
@@ -115,7 +116,7 @@ class _Finder:
             shape[::-1] if turned else shape,
             (_call(scope, form, given, [*passed[len(cast) :], form.node]),),
             weight=weight,
-            bias=_bias_name(scope, form) or self._bias(weight),
+            bias=self._bias_of(scope, form, path, weight),
             transposed=turned,
             type=self.names.type(path),
             reason=self._unreachable(scope),
@@ -134,6 +135,8 @@ class _Finder:
         call, reason = _call(scope, form, base, [form.node]), self._unreachable(scope)
         if not reason and not shape:
             reason = f"its weight is computed from `{root}`, and the trace notes no shape of it"
+        elif not reason and len(shape) != _dims(form):
+            reason = _stacked(root, shape)
         elif not reason and not (stack and alone):
             reason = f"its weight is a part of `{root}`, or computed from it"
         elif not reason:
@@ -162,7 +165,7 @@ class _Finder:
             module = scope.module.get_submodule(target)
             if not isinstance(module, GraphModule):
                 for site in _of_module(scope, node, target, module, self._unreachable(scope)):
-                    yield _Found(site, place)
+                    yield _Found(site, place, str(id(module)))
         elif op_name(node) in FUSED:
             reason = f"fused into `{op_name(node)}` (node `{node.name}`): {FAST_PATH}"
             for weight in dict.fromkeys(scope.names.get(n, "") for n in node.all_input_nodes):
@@ -173,6 +176,24 @@ class _Finder:
                     yield _Found(
                         Site(path, "linear", shape, (call,), weight=weight, reason=reason), place
                     )
+
+    def _formless(self, scope: Scope, position: int, node: Node) -> Iterator[_Found]:
+        """A product with a parameter that has no form of a layer: by groups of rows, an einsum."""
+        if is_ours(node) or not any(part in op_name(node) for part in _FORMLESS):
+            return
+        for given in node.all_input_nodes:
+            for root in self._roots(scope, given)[:1] if given in scope.fixed else []:
+                shape = tuple(self.view.tensors[root].shape)
+                stack = owners(node)
+                path = stack[-1].path if stack else module_of(root)
+                into = node.all_input_nodes[0].name
+                call = Call(into, node.name, (node.name,), "", "", scope.path, scope.hops)
+                reason = _stacked(root, shape)
+                if len(shape) == 2:
+                    reason = f"`{root}` goes into `{op_name(node)}`, which is no linear's form"
+                kind = self.names.type(path)
+                site = Site(path, "linear", shape, (call,), weight=root, type=kind, reason=reason)
+                yield _Found(site, (*scope.place, position), "", _keys(node))
 
     def _by_module(self, done: set[str]) -> Iterator[_Found]:
         """Modules that are layers by their class, and in which no product was found."""
@@ -214,6 +235,14 @@ class _Finder:
             waiting += fresh
         return sorted(found, key=lambda name: -self.view.tensors[name].numel())
 
+    def _bias_of(self, scope: Scope, form: Form, path: str, weight: str) -> str:
+        """The bias that a form adds; where it takes none, what stands beside the module's weight."""
+        name = _bias_name(scope, form)
+        if name or (form.bias is None and not form.bare):
+            return name
+        own = [w for w in self.view.same(weight) if module_of(w) == path]
+        return self._bias(own[0]) if own else ""
+
     def _bias(self, weight: str) -> str:
         """The bias beside a weight, where the node adds none: a decomposed graph adds it apart."""
         head, found, _ = weight.rpartition("weight")
@@ -228,6 +257,15 @@ class _Finder:
         if scope.path in self.twice:
             return f"inside `{'.'.join(scope.path)}`, a graph that is called from two places"
         return ""
+
+
+def _dims(form: Form) -> int:
+    """How many dims the weight of a form's kind has."""
+    return 2 if form.kind == "linear" else 2 + int(form.kind[4])
+
+
+def _stacked(root: str, shape: tuple[Any, ...]) -> str:
+    return f"stacked experts: `{root}` {'×'.join(map(str, shape))} is several matrices in one parameter"
 
 
 def _bias_name(scope: Scope, form: Form) -> str:
@@ -305,7 +343,7 @@ def _together(found: list[_Found], view: View, names: Names) -> list[Site]:
     for one in found:
         sites.setdefault(_module_key(one.site, view), []).append(one)
     groups = [group for whole in sites.values() for group in _objects(whole)]
-    return [_joined([f.site for f in group], view, names) for group in groups]
+    return [_joined(group, view, names) for group in groups]
 
 
 def _module_key(site: Site, view: View) -> object:
@@ -327,8 +365,9 @@ def _objects(calls: list[_Found]) -> list[list[_Found]]:
     return list(groups.values())
 
 
-def _joined(sites: list[Site], view: View, names: Names) -> Site:
+def _joined(group: list[_Found], view: View, names: Names) -> Site:
     """One site of several calls, under the first of the module's names in the model's order."""
+    sites = [one.site for one in group]
     first = sites[0]
     called = dict.fromkeys(site.path for site in sites)
     order = [module_of(name) for name in view.same(first.weight)] if first.weight else []
@@ -342,7 +381,11 @@ def _joined(sites: list[Site], view: View, names: Names) -> Site:
     calls = tuple(call for site in sites for call in site.calls)
     uncalled = [p for p in order if p in called or p in sure or p not in names.types]
     aliases = tuple(p for p in dict.fromkeys([*uncalled, *called]) if p != path)
-    return replace(first, path=path, aliases=aliases, calls=calls, reason="".join(reasons[:1]))
+    sure_of_one = len(called) == 1 or first.bias or all(one.identity for one in group)
+    untold = () if sure_of_one else tuple(dict.fromkeys([path, *called]))
+    return replace(
+        first, path=path, aliases=aliases, names=untold, calls=calls, reason="".join(reasons[:1])
+    )
 
 
 def _geometry(site: Site) -> tuple[object, ...]:

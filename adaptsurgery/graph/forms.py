@@ -41,6 +41,7 @@ class Form:
     padding: tuple[int, ...] | str = ()
     dilation: tuple[int, ...] = ()
     groups: int = 1
+    bare: bool = False  # takes no bias: one is added apart
 
     @property
     def geometry(self) -> dict[str, Any]:
@@ -146,7 +147,7 @@ def _addmm(node: Node, given: Mapping[str, Any]) -> Form | None:
 def _product(node: Node, given: Mapping[str, Any]) -> Form | None:
     left = given.get("self", given.get("input"))
     right = given.get("mat2", given.get("other"))
-    return Form(node, "linear", left, right, turned=True)
+    return Form(node, "linear", left, right, turned=True, bare=True)
 
 
 def _convolution(dims: int) -> Callable[[Node, Mapping[str, Any]], Form | None]:

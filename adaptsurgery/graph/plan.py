@@ -8,8 +8,8 @@ are taken for such unless ``outputs`` names them.
 from __future__ import annotations
 
 import hashlib
-from collections.abc import Collection, Iterable, Sequence
-from dataclasses import dataclass, field
+from collections.abc import Collection, Iterable, Iterator, Sequence
+from dataclasses import dataclass, field, replace
 
 from adaptsurgery.core.config import AdapterConfig
 from adaptsurgery.graph.find import find_sites
@@ -100,7 +100,7 @@ def plan(
     kinds = _kinds(view, sites, config)
     heads = _heads(sites) if outputs is None else tuple(outputs)
     targets = find_targets(kinds, config, model_type=model_type, outputs=heads)
-    chosen = [(sites.get(t.name) or _no_site(t), t) for t in targets.chosen]
+    chosen = list(_placed(targets.chosen, sites))
     notes = (*targets.notes, *_noted(heads, config, outputs))
     return Plan(
         config,
@@ -110,6 +110,22 @@ def plan(
         notes,
         fingerprint(g),
     )
+
+
+def _placed(chosen: Sequence[Target], sites: dict[str, Site]) -> Iterator[tuple[Site, Target]]:
+    """Each target's site, once; one whose names are targeted in part, or unlike, has a reason."""
+    named = {name: site for site in sites.values() for name in site.names} | sites
+    numbers = {target.name: (target.rank, target.alpha) for target in chosen}
+    seen: set[str] = set()
+    for target in chosen:
+        site = named.get(target.name) or _no_site(target)
+        if site.path in seen:
+            continue
+        seen.add(site.path)
+        if len({numbers.get(name) for name in site.names}) > 1:
+            remedy = "target all alike, or torch.export.export(…, strict=True)"
+            site = replace(site, reason=f"{site.untold()}: {remedy}")
+        yield site, target
 
 
 def fingerprint(g: Graph) -> str:
@@ -131,10 +147,12 @@ def _kinds(view: View, sites: dict[str, Site], config: AdapterConfig) -> dict[st
     names = Names(view)
     said = config.target_modules
     by_class = isinstance(said, str) and said.lower() == ALL_LINEAR
-    kinds = dict.fromkeys(names.modules([site.path for site in sites.values()]), "")
+    paths = [name for site in sites.values() for name in (site.names or (site.path,))]
+    kinds = dict.fromkeys(names.modules(paths), "")
     for path, site in sites.items():
         layer = names.is_layer(path, site.weight)
-        kinds[path] = site.kind if layer or not by_class else ""
+        for name in site.names or (path,):
+            kinds[name] = site.kind if layer or not by_class else ""
     embeddings = [p for p in kinds if names.type(p).endswith("Embedding") and p not in sites]
     kinds.update(dict.fromkeys(embeddings, "embedding"))
     return kinds

@@ -6,11 +6,16 @@ of it, and for the same program saved and loaded.
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from dataclasses import dataclass
+from typing import TypeVar
 
 from torch import Tensor
 
 from adaptsurgery.core.geometry import Layer
+from adaptsurgery_formats.errors import ValueRefused
+
+T = TypeVar("T")
 
 # The key of meta["custom"] under which a node that surgery put there bears its record (a string of
 # JSON). Nodes that bear it are no sites.
@@ -51,7 +56,9 @@ class Site:
     in_proj_weight) the path is its owner's. ``type`` is the class that the trace noted, or "".
     ``shape`` is canonical, (o, i, *k). ``weight`` and ``bias`` are names as state_dict() has them: "" for a bias
     that there is not, and for a weight that is computed (weight_norm, int8), which cannot be
-    replaced. ``shares`` names who else uses the weight: other sites' paths, an embedding's.
+    replaced. ``names`` are paths (the first is ``path``) that were called with one weight and no
+    bias, where the trace does not tell one module under several names from several modules that
+    share it: an adapter is for all of them or refused. ``shares`` names who else uses the weight: other sites' paths, an embedding's.
     ``reason`` tells why no adapter can be put there; it is "" where one can.
     """
 
@@ -68,6 +75,7 @@ class Site:
     dilation: tuple[int, ...] = ()
     groups: int = 1
     aliases: tuple[str, ...] = ()
+    names: tuple[str, ...] = ()
     shares: tuple[str, ...] = ()
     type: str = ""
     reason: str = ""
@@ -90,3 +98,29 @@ class Site:
             dilation=self.dilation,
             groups=self.groups,
         )
+
+    def untold(self) -> str:
+        """Why an adapter for some of the ``names`` cannot be put on those alone."""
+        said = ", ".join(f"`{name}`" for name in self.names)
+        return f"the trace does not tell whether {said} are one module or several of one weight"
+
+
+def one_each(given: Mapping[str, T], sites: Mapping[str, Site]) -> dict[str, T]:
+    """``given`` by the paths of its sites; ``sites`` has each under all of its paths.
+
+    Raises ValueRefused ("untold-modules") where a site gets two different values, or where some
+    of its ``names`` are left out.
+    """
+    found: dict[str, T] = {}
+    for path, value in given.items():
+        site = sites[path]
+        if found.setdefault(site.path, value) is not value or set(site.names) - set(given):
+            raise ValueRefused(
+                f"`{path}`: {site.untold() if site.names else 'two names of one layer are given'}",
+                seen=f"an adapter for {', '.join(p for p in given if sites[p] is site)}",
+                next="torch.export.export(…, strict=True) tells them apart"
+                if site.names
+                else f"name `{site.path}` alone",
+                code="untold-modules",
+            )
+    return found

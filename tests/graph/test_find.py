@@ -9,7 +9,11 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.export import Dim, ExportedProgram, export
+from torch.fx import symbolic_trace
 
+from adaptsurgery import graph
+from adaptsurgery.algorithms.lora import LoRA, LoraConfig
+from adaptsurgery.core.geometry import Layer
 from adaptsurgery.graph.find import FAST_PATH, find_sites
 from adaptsurgery.graph.sites import Site
 from adaptsurgery_formats.errors import ValueRefused
@@ -23,6 +27,9 @@ FUNCTIONS = {
     "encoder": {f"encoder.layers.{n}.self_attn{end}" for n in (0, 1) for end in ("", ".out_proj")},
     "attention": {"attn", "attn.out_proj"},
 }
+
+# Several matrices in one parameter: listed, and no place for an adapter.
+STACKED = {"mixtral": {f"model.layers.{n}.mlp.experts" for n in (0, 1)}}
 
 
 def called(model: nn.Module, inputs: dict[str, Any]) -> dict[str, tuple[str, tuple[int, ...], int]]:
@@ -57,13 +64,18 @@ def table(sites: list[Site]) -> dict[str, tuple[str, tuple[int, ...], int]]:
     return {site.path: (site.kind, site.shape, len(site.calls)) for site in sites}
 
 
+def rows(sites: list[Site]) -> list[tuple[Any, ...]]:
+    return [(s.path, s.kind, s.shape, len(s.calls), s.weight, s.bias, s.reason) for s in sites]
+
+
 @pytest.mark.slow
 @pytest.mark.parametrize("name", zoo.MODELS)
 def test_every_called_layer_of_the_zoo_is_found(name: str) -> None:
     found = zoo.entry(name)
-    sites = find_sites(zoo.program(name))
+    listed = find_sites(zoo.program(name))
     functions = FUNCTIONS.get(name, set())
-    assert not [site for site in sites if site.reason]
+    sites = [site for site in listed if site.adaptable]
+    assert {site.path for site in listed if site.reason} == STACKED.get(name, set())
     got = table(sites)
     assert {p: v for p, v in got.items() if p not in functions} == called(found.model, found.inputs)
     assert functions <= got.keys() <= dict(found.model.named_modules()).keys()
@@ -79,9 +91,9 @@ def test_every_called_layer_of_the_zoo_is_found(name: str) -> None:
 @pytest.mark.parametrize("name", [n for n in zoo.MODELS if n not in ("sdxl", "flux", "vae")])
 def test_the_same_sites_in_a_module_and_in_a_decomposed_program(name: str) -> None:
     program = zoo.program(name)
-    wanted = table(find_sites(program))
-    assert table(find_sites(program.module())) == wanted
-    assert table(find_sites(program.run_decompositions())) == wanted
+    wanted = rows(find_sites(program))
+    assert rows(find_sites(program.module())) == wanted
+    assert rows(find_sites(program.run_decompositions())) == wanted
 
 
 def program_of(
@@ -145,19 +157,139 @@ def test_one_module_under_two_names_is_one_site(strict: bool, bias: bool) -> Non
 
 
 class TwoModules(nn.Module):
-    def __init__(self) -> None:
+    def __init__(self, first: bool = True, second: bool = True) -> None:
         super().__init__()
-        self.a, self.b = nn.Linear(8, 8), nn.Linear(8, 8)
+        self.a, self.b = nn.Linear(8, 8, bias=first), nn.Linear(8, 8, bias=second)
         self.b.weight = self.a.weight
 
     def forward(self, x: Tensor) -> Tensor:
-        return self.b(self.a(x))
+        return self.b(self.a(x).relu())
 
 
 @pytest.mark.parametrize("strict", [False, True])
 def test_two_modules_of_one_weight_are_two_sites(strict: bool) -> None:
     sites = find_sites(program_of(TwoModules(), torch.randn(2, 8), strict=strict))
     assert [(s.path, s.shares) for s in sites] == [("a", ("b",)), ("b", ("a",))]
+
+
+@pytest.mark.parametrize("how", [False, True, "symbolic"])
+def test_of_two_modules_of_one_weight_only_one_has_a_bias(how: Any) -> None:
+    model, x = TwoModules(second=False).eval(), torch.randn(2, 3, 8)
+    g: Any = symbolic_trace(model) if how == "symbolic" else program_of(model, x, strict=how)
+    graphs = [g] if how == "symbolic" else [g, g.module(), g.run_decompositions()]
+    for one_of in graphs:
+        got = [(s.path, s.bias, s.shares) for s in find_sites(one_of)]
+        assert got == [("a", "a.bias", ("b",)), ("b", "", ("a",))]
+
+
+def lora(shape: tuple[int, int], seed: int) -> LoRA:
+    generator = torch.Generator().manual_seed(seed)
+    o, i = shape
+    return LoRA(torch.randn(o, 2, generator=generator), torch.randn(2, i, generator=generator))
+
+
+@pytest.mark.parametrize("kind", ["strict", "symbolic"])
+def test_of_two_modules_of_one_weight_the_one_that_is_named_is_adapted(kind: str) -> None:
+    model, x = TwoModules(False, False).eval(), torch.randn(2, 8)
+    g: Any = symbolic_trace(model) if kind == "symbolic" else program_of(model, x, strict=True)
+    assert [(s.path, s.names) for s in find_sites(g)] == [("a", ()), ("b", ())]
+    update = lora((8, 8), 1)
+    h = graph.attach(g, {"b": update})
+    got = (h if kind == "symbolic" else h.module())(x)
+    hidden = model.a(x).relu()
+    torch.testing.assert_close(got, update.apply(hidden, Layer.from_module(model.b)))
+    merged = graph.merge(h)
+    torch.testing.assert_close((merged if kind == "symbolic" else merged.module())(x), got)
+
+
+def test_where_nothing_tells_two_modules_from_one_an_adapter_for_a_part_is_refused() -> None:
+    """Without a bias, in a non-strict trace: all of the names, or a strict trace."""
+    model, x = TwoModules(False, False).eval(), torch.randn(2, 8)
+    program = program_of(model, x)
+    (site,) = find_sites(program)
+    assert (site.path, site.names, len(site.calls)) == ("a", ("a", "b"), 2)
+    one_for_both = lora((8, 8), 1)
+    for given in (
+        {"a": one_for_both},
+        {"b": one_for_both},
+        {"a": one_for_both, "b": lora((8, 8), 2)},
+    ):
+        with pytest.raises(ValueRefused, match=r"`a`, `b` are one module or several") as caught:
+            graph.attach(program, given)
+        assert caught.value.code == "untold-modules" and "strict=True" in caught.value.next
+    for config in (
+        LoraConfig(r=2, target_modules=["a"]),
+        LoraConfig(r=2, target_modules=["b"]),
+        LoraConfig(r=2, target_modules=["a", "b"], rank_pattern={"b": 3}),
+    ):
+        with pytest.raises(ValueRefused, match=r"one module or several.*strict=True") as caught:
+            graph.attach(program, config)
+        assert caught.value.code == "unsupported-site"
+    hidden = one_for_both.apply(x, Layer.from_module(model.a)).relu()
+    wanted = one_for_both.apply(hidden, Layer.from_module(model.b))
+    both = graph.attach(program, {"a": one_for_both, "b": one_for_both})
+    torch.testing.assert_close(both.module()(x), wanted)
+    assert len(graph.plan(program, LoraConfig(r=2, target_modules=["a", "b"])).placed) == 1
+
+
+class Experts(nn.Module):
+    """A matrix for each expert, all in one parameter."""
+
+    def __init__(self, how: str) -> None:
+        super().__init__()
+        self.how, self.stack = how, nn.Parameter(torch.randn(3, 8, 8))
+
+    def forward(self, x: Tensor) -> Tensor:
+        if self.how == "bmm":
+            return torch.bmm(x.expand(3, -1, -1), self.stack).sum(0)
+        if self.how == "turned":
+            return torch.matmul(x.expand(3, -1, -1), self.stack.transpose(-1, -2)).sum(0)
+        if self.how == "einsum":
+            return torch.einsum("ni,eoi->no", x, self.stack)
+        if self.how == "apart":
+            return sum((F.linear(x, w) for w in self.stack), x)
+        ends = torch.tensor([1, 1, 2], dtype=torch.int32)
+        grouped = F.grouped_mm(x.bfloat16(), self.stack.bfloat16(), offs=ends)
+        return grouped.float()
+
+
+class Mixture(nn.Module):
+    def __init__(self, how: str) -> None:
+        super().__init__()
+        self.experts, self.out = Experts(how), nn.Linear(8, 8)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.out(self.experts(x))
+
+
+@pytest.mark.parametrize("how", ["bmm", "turned", "einsum", "apart", "grouped"])
+def test_stacked_experts_are_listed_with_a_reason(how: str) -> None:
+    program = program_of(Mixture(how), torch.randn(2, 8), open_=False)
+    for g in (program, program.module(), program.run_decompositions()):
+        *experts, out = find_sites(g)
+        assert out.path == "out" and out.adaptable
+        assert experts and {site.path for site in experts} == {"experts"}
+        assert all("`experts.stack`" in site.reason for site in experts)
+        with pytest.raises(ValueRefused, match=r"experts\.stack") as caught:
+            graph.attach(g, LoraConfig(r=2, target_modules=["experts", "out"]))
+        assert caught.value.code == "unsupported-site"
+    linear = graph.plan(program, LoraConfig(r=2, target_modules="all-linear"))
+    assert [site.path for site in linear.sites] == ["out"]
+
+
+class Summed(nn.Module):
+    def __init__(self) -> None:
+        super().__init__()
+        self.kernel, self.out = nn.Parameter(torch.randn(8, 8)), nn.Linear(8, 8)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.out(torch.einsum("ni,io->no", x, self.kernel))
+
+
+def test_an_einsum_with_a_parameter_is_no_silence() -> None:
+    site, out = find_sites(program_of(Summed(), torch.randn(2, 8)))
+    assert (site.path, site.shape, out.path) == ("", (8, 8), "out")
+    assert "`kernel` goes into `einsum`" in site.reason
 
 
 def test_albert_has_one_site_a_layer_however_often_it_is_called() -> None:

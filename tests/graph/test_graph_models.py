@@ -103,7 +103,7 @@ def assert_same(got: Tensor, wanted: Tensor) -> None:
 @pytest.mark.parametrize("name", zoo.MODELS)
 def test_a_graph_with_adapters_is_the_live_model(name: str, algorithm: str) -> None:
     found, program = zoo.entry(name), zoo.program(name)
-    sites = spread(graph.find_sites(program))
+    sites = spread([site for site in graph.find_sites(program) if site.adaptable])
     updates = updates_for(sites, algorithm)
     adapted = graph.attach(program, updates).module()
     wanted = live(found.model, sites, updates)
@@ -117,7 +117,7 @@ def test_a_graph_with_adapters_is_the_live_model(name: str, algorithm: str) -> N
 @pytest.mark.parametrize("name", zoo.MODELS)
 def test_a_merged_graph_is_the_merged_model(name: str, algorithm: str) -> None:
     found, program = zoo.entry(name), zoo.program(name)
-    sites = spread([site for site in graph.find_sites(program) if site.weight])
+    sites = spread([site for site in graph.find_sites(program) if site.adaptable and site.weight])
     updates = updates_for(sites, algorithm)
     merged = graph.merge(graph.attach(program, updates))
     assert not graph.adapters(merged)

@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import logging
 import os
+import re
 import warnings
 import zipfile
 from collections.abc import Iterator, Mapping
@@ -79,6 +80,8 @@ def rewrite(
 @contextmanager
 def _torch_to_itself() -> Iterator[None]:
     """Without what torch's exporters say about their own insides; errors are errors still."""
+    import torch.export  # noqa: F401 — it sets the levels of its loggers as it is imported
+
     loggers = [logging.getLogger(name) for name in ("torch.onnx", "torch.export")]
     before = [logger.level for logger in loggers]
     for logger in loggers:
@@ -136,7 +139,8 @@ def read_program(path: AnyPath) -> ExportedProgram:
     """The program of a .pt2 file.
 
     Raises FileError: ``no-such-file``, ``truncated`` (no whole zip archive), ``not-a-program``,
-    ``newer-schema`` (of a torch that is newer than this one).
+    ``newer-schema`` (of a torch that is newer than this one), ``unknown-class`` (it returns an object
+    that torch rebuilds by its Python class alone).
     """
     import torch
 
@@ -184,6 +188,26 @@ def _check_archive(path: Path, where: str) -> None:
             code="truncated",
         ) from error
     _check_schema(said, where)
+    _check_types(said, where)
+
+
+def _check_types(said: Any, where: str) -> None:
+    """Classes that the program takes or returns, which torch rebuilds only where they were imported."""
+    from torch.utils._pytree import SERIALIZED_TYPE_TO_PYTHON_TYPE as KNOWN
+
+    calls = said.get("graph_module", {}).get("module_call_graph", [])
+    signatures = [call.get("signature") or {} for call in calls]
+    specs = " ".join(str(s.get(name, "")) for s in signatures for name in ("in_spec", "out_spec"))
+    strange = sorted(set(re.findall(r'"type": "([^"]+)"', specs)) - KNOWN.keys())
+    if strange:
+        raise FileError(
+            "this program returns or takes an object of a class that is not imported",
+            where=where,
+            seen=", ".join(strange),
+            next="export the model with plain tensors and tuples (transformers, diffusers: "
+            f"return_dict=False); or in Python: import {strange[0].rpartition('.')[0]}, then rewrite(…)",
+            code="unknown-class",
+        )
 
 
 def _check_schema(said: Any, where: str) -> None:

@@ -55,7 +55,7 @@ def noise(*shape: int) -> Tensor:
 
 
 _SEQUENCE = {0: Dim.AUTO, 1: Dim.AUTO}
-_TEXT: dict[str, Any] = {"vocab_size": 50, "hidden_size": 16, "num_hidden_layers": 2,
+_TEXT: dict[str, Any] = {"vocab_size": 50, "hidden_size": 16, "num_hidden_layers": 1,
                          "num_attention_heads": 2, "intermediate_size": 24,
                          "max_position_embeddings": 32}  # fmt: skip
 
@@ -74,7 +74,7 @@ def vit() -> Entry:
     from transformers import ViTConfig, ViTForImageClassification
 
     config = ViTConfig(
-        hidden_size=16, num_hidden_layers=2, num_attention_heads=2, intermediate_size=24,
+        hidden_size=16, num_hidden_layers=1, num_attention_heads=2, intermediate_size=24,
         image_size=8, patch_size=4, num_labels=5,
     )  # fmt: skip
     model = ViTForImageClassification(config)
@@ -94,7 +94,7 @@ def gpt2() -> Entry:
     from transformers import GPT2Config, GPT2LMHeadModel
 
     config = GPT2Config(
-        vocab_size=50, n_embd=16, n_layer=2, n_head=2, n_positions=32, use_cache=False,
+        vocab_size=50, n_embd=16, n_layer=1, n_head=2, n_positions=32, use_cache=False,
         bos_token_id=0, eos_token_id=0, attn_implementation="eager",
     )  # fmt: skip
     return text(GPT2LMHeadModel(config))
@@ -103,9 +103,10 @@ def gpt2() -> Entry:
 def llama(tied: bool = False) -> Entry:
     from transformers import LlamaConfig, LlamaForCausalLM
 
+    layers = {"num_hidden_layers": 1 if tied else 2}
     config = LlamaConfig(
-        **_TEXT, num_key_value_heads=1, tie_word_embeddings=tied, use_cache=False
-    )  # fmt: skip
+        **{**_TEXT, **layers}, num_key_value_heads=1, tie_word_embeddings=tied, use_cache=False
+    )
     return text(LlamaForCausalLM(config))
 
 
@@ -138,7 +139,7 @@ def phi3() -> Entry:
 def albert() -> Entry:
     from transformers import AlbertConfig, AlbertModel
 
-    config = AlbertConfig(**_TEXT, embedding_size=8)
+    config = AlbertConfig(**{**_TEXT, "num_hidden_layers": 2}, embedding_size=8)
     return text(AlbertModel(config))
 
 
@@ -193,9 +194,9 @@ class SDXL(nn.Module):
         from diffusers import UNet2DConditionModel
 
         self.unet = UNet2DConditionModel(
-            sample_size=8, block_out_channels=(8, 16), layers_per_block=1, norm_num_groups=4,
-            down_block_types=("DownBlock2D", "CrossAttnDownBlock2D"), attention_head_dim=2,
-            up_block_types=("CrossAttnUpBlock2D", "UpBlock2D"), cross_attention_dim=12,
+            sample_size=8, block_out_channels=(8,), layers_per_block=1, norm_num_groups=4,
+            down_block_types=("CrossAttnDownBlock2D",), attention_head_dim=2,
+            up_block_types=("CrossAttnUpBlock2D",), cross_attention_dim=12,
             use_linear_projection=True, addition_embed_type="text_time",
             addition_time_embed_dim=4, projection_class_embeddings_input_dim=32,
         )  # fmt: skip
@@ -307,7 +308,7 @@ class Encoder(nn.Module):
     def __init__(self) -> None:
         super().__init__()
         layer = nn.TransformerEncoderLayer(16, 2, 24, batch_first=True)
-        self.encoder = nn.TransformerEncoder(layer, 2, enable_nested_tensor=False)
+        self.encoder = nn.TransformerEncoder(layer, 1, enable_nested_tensor=False)
 
     def forward(self, x: Tensor) -> Tensor:
         return self.encoder(x)

@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import io
 import json
+import subprocess
+import sys
 import zipfile
 from collections.abc import Callable
 from pathlib import Path
@@ -12,6 +14,7 @@ from typing import Any
 import pytest
 import torch
 from torch import Tensor, nn
+from transformers.modeling_outputs import BaseModelOutput
 
 import adaptsurgery
 from adaptsurgery import Adapter, SurgeryError, graph
@@ -161,6 +164,29 @@ def test_programs_that_cannot_be_read(
         rewrite(bad, tmp_path / "out.pt2", adapter=adapter)
     assert caught.value.code == code and caught.value.next and str(bad) in caught.value.where
     assert not (tmp_path / "out.pt2").exists()
+
+
+class Named(nn.Module):
+    """What transformers' models do: an object of a class of their own comes out."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.fc = nn.Linear(6, 4)
+
+    def forward(self, x: Tensor) -> Any:
+        return BaseModelOutput(last_hidden_state=self.fc(x))
+
+
+def test_a_class_that_is_not_imported_is_named_with_the_remedy(tmp_path: Path) -> None:
+    program = torch.export.export(Named().eval(), (X,))
+    torch.export.save(program, tmp_path / "m.pt2")
+    report = rewrite(tmp_path / "m.pt2")  # its class is imported here
+    assert [site["path"] for site in report.facts["sites"]] == ["fc"]
+    words = [sys.executable, "-m", "adaptsurgery", "rewrite", str(tmp_path / "m.pt2"), "--table"]
+    done = subprocess.run(words, check=False, capture_output=True, text=True)
+    assert done.returncode == 1 and "error[unknown-class]" in done.stderr
+    assert "transformers.modeling_outputs.BaseModelOutput" in done.stderr
+    assert "return_dict=False" in done.stderr and "Traceback" not in done.stderr
 
 
 def test_nothing_is_written_where_something_is_wrong(

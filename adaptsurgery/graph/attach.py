@@ -15,7 +15,7 @@ from typing import Any, Literal, TypeVar
 import torch
 from torch import Tensor, nn
 from torch.export import ExportedProgram
-from torch.fx import GraphModule
+from torch.fx import GraphModule, Node
 
 from adaptsurgery.algorithms import AdapterConfig
 from adaptsurgery.core.config import tensors_of
@@ -23,10 +23,12 @@ from adaptsurgery.core.cost import Form, cheapest
 from adaptsurgery.core.update import Delta, Renorm, Rotation, Update, parts_of
 from adaptsurgery.graph.dropout import is_training, set_dropouts
 from adaptsurgery.graph.find import find_sites
+from adaptsurgery.graph.plan import Plan, planned
 from adaptsurgery.graph.record import Attached, described
 from adaptsurgery.graph.sites import Site, one_each
 from adaptsurgery.graph.splice import Splicer, joined
 from adaptsurgery.graph.strip import Found, adapters_of, strip
+from adaptsurgery.graph.template import Place, key, recorded, replay
 from adaptsurgery.graph.workspace import Workspace
 from adaptsurgery_formats.errors import NameLookupError, ShapeError, ValueRefused, nearest
 
@@ -43,6 +45,7 @@ class Session:
     found: Found
     wanted: dict[str, list[Attached]]
     training: bool
+    _sites: list[Site] | None = None
 
     @classmethod
     def of(cls, g: Any) -> Session:
@@ -62,6 +65,16 @@ class Session:
     def base(self) -> Any:
         """The graph without adapters, as it stands now."""
         return self.work.source if not self.found else bare(self.work, self.found)
+
+    def sites(self) -> list[Site]:
+        """The sites of the base; looked for once, unless ``changed``."""
+        if self._sites is None:
+            self._sites = find_sites(self.base())
+        return self._sites
+
+    def changed(self) -> None:
+        """Have the sites looked for again, since the base is another now."""
+        self._sites = None
 
     def check_name(self, name: str) -> None:
         """Raise NameLookupError unless an adapter of that name is there."""
@@ -90,7 +103,7 @@ class Session:
     def finish(self) -> Any:
         """Put what is wanted onto the bare copy, and give it back."""
         if self.wanted:
-            sites = {site.path: site for site in find_sites(self.base())}
+            sites = {site.path: site for site in self.sites()}
             if lost := sorted(self.wanted.keys() - sites.keys()):
                 raise ValueRefused(
                     "layers that bear an adapter are not found in the graph any more",
@@ -123,7 +136,29 @@ def bare(work: Workspace, found: Found) -> Any:
 
 
 def put(work: Workspace, site: Site, adapters: list[Attached]) -> None:
-    """All adapters of one site, composed, at each of its calls."""
+    """All adapters of one site, composed, at each of its calls; as at one like it, where that is known."""
+    before = _known_replacements(work)
+    place = Place(work, site, site.calls[0], tuple(adapters))
+    like = key(place)
+    if template := work.templates.get(like):
+        replay(place, template)
+    else:
+        own = place.own()
+        made = _spliced(work, site, adapters)
+        if like is not None and (new := recorded(place, *made, own)):
+            work.templates[like] = new
+    if _known_replacements(work) != before:
+        raise ValueRefused(
+            f"`{site.path}`: the adapter would fix a size that the graph leaves open",
+            next="mode weight, or a static export",
+            code="specialised",
+        )
+
+
+def _spliced(
+    work: Workspace, site: Site, adapters: list[Attached]
+) -> tuple[list[Node], dict[str, Node]]:
+    """The update itself at each call; the nodes of the last, and those that stand in for its values."""
     held = {name: work.tensor(name) for a in adapters for name in a.names}
     updates: list[Update] = []
     names: dict[int, str] = {}
@@ -134,19 +169,14 @@ def put(work: Workspace, site: Site, adapters: list[Attached]) -> None:
     whole, configs = joined(adapters, updates)
     form: Form = "folded" if all(a.form == "folded" for a in adapters) else "factored"
     splicers: dict[tuple[str, ...], Splicer] = {}
-    before = _known_replacements(work)
+    made: tuple[list[Node], dict[str, Node]] = ([], {})
     for number, call in enumerate(site.calls):
         if call.graph not in splicers:
             splicers[call.graph] = Splicer(
                 work, site, whole, tuple(adapters), form, names, configs, call.graph
             )
-        splicers[call.graph].splice(call, number)
-    if _known_replacements(work) != before:
-        raise ValueRefused(
-            f"`{site.path}`: the adapter would fix a size that the graph leaves open",
-            next="mode weight, or a static export",
-            code="specialised",
-        )
+        made = splicers[call.graph].splice(call, number)
+    return made
 
 
 def _names_of(attached: Attached, update: Update) -> dict[int, str]:
@@ -192,9 +222,8 @@ def attach(
     """
     session = Session.of(g)
     _check_free(name, session)
-    base = session.base()
-    sites = _by_name(find_sites(base))
-    chosen = _chosen(base, what, sites, session.work, generator, dtype)
+    sites = _by_name(session.sites())
+    chosen = _chosen(session, what, sites, generator, dtype)
     for path, (update, config) in chosen.items():
         site = sites[path]
         check_site(site, update)
@@ -273,20 +302,21 @@ def _check_free(name: str, session: Session) -> None:
 
 
 def _chosen(
-    base: Any,
+    session: Session,
     what: Any,
     sites: Mapping[str, Site],
-    work: Workspace,
     generator: torch.Generator | None,
     dtype: torch.dtype | None,
 ) -> dict[str, tuple[Update, AdapterConfig | None]]:
     """Path → the update for it, and the config that it is made from."""
     if isinstance(what, Mapping):
         return {path: (update, None) for path, update in _matched(what, sites).items()}
-    from adaptsurgery.graph.plan import Plan, plan
-
-    made = what if isinstance(what, Plan) else plan(base, what)
-    made.check(base)
+    if isinstance(what, Plan):
+        made = what
+        made.check(session.base())
+    else:
+        made = planned(session.base(), what, session.sites())
+        made.check_targets()
     config = made.config
     found: dict[str, tuple[Update, AdapterConfig | None]] = {}
     for site, target in made.placed:
@@ -297,7 +327,7 @@ def _chosen(
             kind=site.kind,
             dtype=dtype or torch.float32,
             generator=generator,
-            weight=_weight(work, site),
+            weight=_weight(session.work, site),
         )
         found[site.path] = (update, config)
     return found

@@ -46,6 +46,7 @@ def merge(g: G, name: str | None = None) -> G:
         if going:
             staying = [a for a in adapters if a not in going]
             _Merger(session.work, base, sites[path]).run(going, staying)
+    session.changed()
     for each in session.names if name is None else [name]:
         session.remove(each)
     result: G = session.finish()

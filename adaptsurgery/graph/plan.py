@@ -44,7 +44,7 @@ class Plan:
 
     def check(self, g: Graph) -> None:
         """Raise ValueRefused unless ``g`` is the graph of this plan and all its targets can be had."""
-        if fingerprint(g) != self.fingerprint:
+        if fingerprint(View(g)) != self.fingerprint:
             raise ValueRefused(
                 "the plan is one for another graph",
                 seen=f"{len(self.placed)} sites, the first `{self.placed[0][0].path}`"
@@ -53,6 +53,10 @@ class Plan:
                 next="plan(g, config) of this graph",
                 code="another-graph",
             )
+        self.check_targets()
+
+    def check_targets(self) -> None:
+        """Raise ValueRefused for targets that cannot be adapted."""
         if self.unsupported:
             raise ValueRefused(
                 f"{len(self.unsupported)} targets cannot be adapted",
@@ -93,8 +97,20 @@ def plan(
     adaptsurgery.targeting.find_targets, whose errors these are. NameLookupError for a graph in which
     no layer was found at all.
     """
+    return planned(g, config, find_sites(g), model_type=model_type, outputs=outputs)
+
+
+def planned(
+    g: Graph,
+    config: AdapterConfig,
+    found: Sequence[Site],
+    *,
+    model_type: str | None = None,
+    outputs: Collection[str] | None = None,
+) -> Plan:
+    """``plan`` with the sites as they were found."""
     view = View(g)
-    sites = {site.path: site for site in reversed(find_sites(g, view))}
+    sites = {site.path: site for site in reversed(found)}
     if not any(site.adaptable for site in sites.values()):
         raise _nothing(list(sites.values()))
     kinds = _kinds(view, sites, config)
@@ -108,7 +124,7 @@ def plan(
         tuple(site for site, _ in chosen if not site.adaptable),
         targets.saved,
         notes,
-        fingerprint(g),
+        fingerprint(view),
     )
 
 
@@ -128,10 +144,10 @@ def _placed(chosen: Sequence[Target], sites: dict[str, Site]) -> Iterator[tuple[
         yield site, target
 
 
-def fingerprint(g: Graph) -> str:
+def fingerprint(view: View) -> str:
     """What tells one graph from another: its nodes, nested ones too, by name and target."""
     found = hashlib.sha256()
-    for scope in View(g).scopes:
+    for scope in view.scopes:
         found.update(repr(scope.path).encode())
         for node in scope.nodes:
             found.update(f"{node.op} {node.name} {node.target}\n".encode())

@@ -89,7 +89,9 @@ class Tag:
     node: str = ""
 
     def write(self, node: Node) -> None:
-        said = {name: value for name, value in asdict(self).items() if value}
+        said = {f.name: value for f in fields(self) if (value := getattr(self, f.name))}
+        if self.adapters:
+            said["adapters"] = [asdict(a) for a in self.adapters]
         node.meta["custom"] = {**(node.meta.get("custom") or {}), RECORD: json.dumps(said)}
 
 

@@ -8,7 +8,6 @@ giving the base its own values back.
 
 from __future__ import annotations
 
-import copy
 from collections.abc import Callable, Iterable, Mapping
 from contextlib import ExitStack
 from dataclasses import dataclass, field, fields, replace
@@ -27,6 +26,7 @@ from adaptsurgery.core.update import Update, compose, parts_of
 from adaptsurgery.graph.emit import Emitter, retarget
 from adaptsurgery.graph.record import SHARED, Attached, Tag, mapped
 from adaptsurgery.graph.sites import Call, Site
+from adaptsurgery.graph.template import note
 from adaptsurgery.graph.workspace import Workspace
 from adaptsurgery_formats.errors import SurgeryError, ValueRefused
 
@@ -83,8 +83,8 @@ class Splicer:
 
     def __post_init__(self) -> None:
         self.module = self.work.module(self.path)
-        self.nodes = {node.name: node for node in self.module.graph.nodes}
-        self.has_values = any("val" in node.meta for node in self.module.graph.nodes)
+        self.nodes = self.work.nodes(self.path)
+        self.has_values = self.work.has_values(self.path)
         self.emitter = Emitter(self.module.graph)
         self.faked = mapped(self.update, self._fake)
 
@@ -99,8 +99,11 @@ class Splicer:
 
     # --- one call --------------------------------------------------------------------------------
 
-    def splice(self, call: Call, number: int) -> None:
-        """Put the adapters at ``call``, the ``number``-th of the site."""
+    def splice(self, call: Call, number: int) -> tuple[list[Node], dict[str, Node]]:
+        """Put the adapters at ``call``, the ``number``-th of the site.
+
+        What was made, and the nodes that stand in for the layer's own values.
+        """
         emit = self.emitter
         group = [self.nodes[name] for name in call.nodes]
         module = self._called(group[0])
@@ -120,7 +123,7 @@ class Splicer:
             out = self.faked.apply(
                 x, traced, self.form, gates if several else gates[0], seen if several else seen[0]
             )
-        self._settle(call, number, group, module, traced, noted, out)
+        return self._settle(call, number, group, module, traced, noted, out)
 
     def _called(self, node: Node) -> nn.Module | None:
         return self.module.get_submodule(str(node.target)) if node.op == "call_module" else None
@@ -251,7 +254,7 @@ class Splicer:
         layer: Traced,
         noted: list[Forward],
         out: Tensor,
-    ) -> None:
+    ) -> tuple[list[Node], dict[str, Node]]:
         """Give the last forward to the base's own nodes, compute the others, and note it all."""
         emit = self.emitter
         for forward in noted[:-1]:
@@ -282,7 +285,9 @@ class Splicer:
             for user in list(own_output.users):
                 if user not in ours:
                     user.replace_input_with(own_output, roles["out"])
+        made = emit.made
         self._note(number, own_output, roles, group[0] if functional else None, ends)
+        return made, roles
 
     def _computed(self, forward: Forward, layer: Traced) -> None:
         """Write a forward down as an operation of the adapter's own."""
@@ -392,22 +397,17 @@ class Splicer:
             if node._erased:
                 continue
             value = node.meta.pop("val", None)
-            node.meta = {
-                k: copy.copy(base.meta[k])
-                for k in ("nn_module_stack", "stack_trace")
-                if k in base.meta
-            }
-            if self.has_values and value is not None:
-                node.meta["val"] = value
-            elif self.has_values and node.op == "get_attr":
-                node.meta["val"] = self._value_of(node)
+            if self.has_values and value is None and node.op == "get_attr":
+                value = self._value_of(node)
             shared = node in constant and node not in role_of
             tag = Tag(self.site.path, SHARED if shared else number, role_of.get(node, ""))
             if node in role_of:
                 tag = replace(tag, adapters=self.adapters)
             if replaced is not None and role_of.get(node) == "out":
                 tag = replace(tag, module=str(replaced.target), node=replaced.name)
-            tag.write(node)
+            note(node, base, tag)
+            if self.has_values and value is not None:
+                node.meta["val"] = value
         if replaced is not None:
             self.module.graph.erase_node(replaced)
         emit.made = []

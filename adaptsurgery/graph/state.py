@@ -12,7 +12,6 @@ from torch.fx import GraphModule
 
 from adaptsurgery.core.update import Update
 from adaptsurgery.graph.attach import Session, check_site, prefix
-from adaptsurgery.graph.find import find_sites
 from adaptsurgery.graph.record import described
 from adaptsurgery.graph.strip import adapters_of
 from adaptsurgery.graph.walk import Graph, View
@@ -71,7 +70,7 @@ def load_state(g: G, updates: Mapping[str, Update], name: str = "default") -> G:
             next=nearest(wrong[0], on),
             code="other-modules",
         )
-    sites = {site.path: site for site in find_sites(session.base())}
+    sites = {site.path: site for site in session.sites()}
     for path in on:
         check_site(sites[path], updates[path])
         for n, attached in enumerate(session.wanted[path]):

@@ -16,6 +16,7 @@ from torch.export.graph_signature import InputKind, InputSpec, TensorArgument
 from torch.fx import GraphModule, Node
 from torch.fx.experimental.symbolic_shapes import ShapeEnv
 
+from adaptsurgery.graph.template import Template
 from adaptsurgery.graph.walk import Graph, View, flat
 
 
@@ -35,6 +36,12 @@ class Workspace:
         self.fake = _fake_mode(self.top)
         # Where a layer's output has become an adapter's: graph and old node → the node to read.
         self.adapted: dict[tuple[tuple[str, ...], str], Node] = {}
+        self._named: dict[tuple[str, ...], dict[str, Node]] = {}
+        self._with_values: dict[tuple[str, ...], bool] = {}
+        self._first: Node | None = None
+        self.templates: dict[
+            object, Template
+        ] = {}  # what a site got, by what others have in common
 
     # --- graphs ----------------------------------------------------------------------------------
 
@@ -57,6 +64,19 @@ class Workspace:
     def view(self) -> View:
         """The copy as it stands. A program's signature is the source's, so adapters have no names."""
         return View(self.top)
+
+    def nodes(self, path: tuple[str, ...]) -> dict[str, Node]:
+        """The nodes of the graph at ``path`` by name, as they were when first asked for."""
+        if path not in self._named:
+            self._named[path] = {node.name: node for node in self.module(path).graph.nodes}
+        return self._named[path]
+
+    def has_values(self, path: tuple[str, ...]) -> bool:
+        """Whether the graph at ``path`` notes what its nodes give."""
+        if path not in self._with_values:
+            nodes = self.module(path).graph.nodes
+            self._with_values[path] = any("val" in node.meta for node in nodes)
+        return self._with_values[path]
 
     def callers(self, path: tuple[str, ...]) -> list[Node]:
         """The higher-order nodes that call the graph at ``path``."""
@@ -119,6 +139,10 @@ class Workspace:
 
     # --- nodes of tensors ------------------------------------------------------------------------
 
+    def is_led(self, key: tuple[tuple[str, ...], str]) -> bool:
+        """Whether a parameter has a node in a graph already, by path and name."""
+        return key in self._threaded
+
     def node_of(self, name: str, path: tuple[str, ...], value: Tensor | None) -> Node:
         """The node of the parameter ``name`` in the graph at ``path``, led in through every call."""
         key = (path, name)
@@ -129,7 +153,10 @@ class Workspace:
 
     def _top_node(self, name: str, value: Tensor | None) -> Node:
         graph = self.top.graph
-        before = self._first_input() if self.is_program else self._first_operation()
+        if self.is_program:
+            before = self._first = self._first or self._first_input()
+        else:
+            before = self._first_operation()
         with graph.inserting_before(before):
             if self.is_program:
                 node = graph.placeholder("p_" + name.replace(".", "_"))
@@ -189,9 +216,10 @@ class Workspace:
 
     def finish(self) -> Graph:
         """The copy as a graph of the source's kind, checked."""
-        for _, module in self.modules():
+        for path, module in self.modules():
             module.graph.lint()
-            module.recompile()
+            if path or not self.is_program:  # a program compiles its own outermost graph
+                module.recompile()
         if not isinstance(self.source, ExportedProgram):
             return self.top
         source = self.source

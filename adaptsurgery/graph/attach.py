@@ -8,7 +8,8 @@ and what a base looks like never depends on what was on it before.
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Mapping
+import warnings
+from collections.abc import Mapping
 from dataclasses import dataclass, replace
 from typing import Any, Literal, TypeVar
 
@@ -34,6 +35,7 @@ from adaptsurgery_formats.errors import NameLookupError, ShapeError, ValueRefuse
 
 G = TypeVar("G", ExportedProgram, GraphModule)
 Mode = Literal["auto", "factored", "weight"]
+LEFT = "modules_to_save: a graph's adapter has no place for it; the base's own numbers stay"
 POSITIONS = 512  # how many tokens "auto" reckons with where the graph leaves it open
 
 
@@ -217,8 +219,10 @@ def attach(
     rotations in the order of attaching.
 
     Raises ValueRefused for a name that is taken, a plan of another graph, a layer that no adapter
-    can be put on, or a size that the adapter would fix; NameLookupError for paths that match no
-    layer; ShapeError for an update that does not fit its layer. ``g`` is as it was after any of them.
+    can be put on, a size that the adapter would fix, or a config with modules_to_save or ``bias``,
+    which train the base's own tensors; NameLookupError for paths that match no
+    layer; ShapeError for an update that does not fit its layer. Warns of what a config says in vain,
+    and of modules that an Adapter was saved with whole. ``g`` is as it was after any of them.
     """
     session = Session.of(g)
     _check_free(name, session)
@@ -254,28 +258,26 @@ def detach(g: G, name: str = "default") -> G:
 def set_scale(g: G, scale: float, name: str = "default") -> G:
     """``g`` with an adapter at ``scale`` times its strength as attached or loaded.
 
-    Raises ValueRefused for HRA and DoRA, which do not add, at any other scale than 1.
+    The record keeps both, so that another scale is one of the same strength, and 1 gives it back.
+    Raises ValueRefused for HRA and DoRA, which do not add, at any other scale than 1, and for a scale
+    that is not finite.
     """
-    return _with_updates(g, name, lambda update: update.scaled(scale))
-
-
-def _with_updates(g: G, name: str, change: Callable[[Update], Update]) -> G:
+    if not math.isfinite(scale):
+        raise ValueRefused(f"{scale} is no scale", next="a finite number", code="bad-scale")
     session = Session.of(g)
     session.check_name(name)
     for site, adapters in session.wanted.items():
         session.wanted[site] = [
-            _rescaled(a, change(a.update(_tensors(session.work, a)))) if a.name == name else a
-            for a in adapters
+            _at(a, scale, session.work) if a.name == name else a for a in adapters
         ]
     result: G = session.finish()
     return result
 
 
-def _rescaled(attached: Attached, update: Update) -> Attached:
-    plain = [part.inner if isinstance(part, Renorm) else part for part in parts_of(update)]
-    scales = [part.scale if isinstance(part, Delta) else 1.0 for part in plain]
-    parts = tuple(replace(p, scale=s) for p, s in zip(attached.parts, scales))
-    return replace(attached, parts=parts)
+def _at(attached: Attached, scale: float, work: Workspace) -> Attached:
+    plain = replace(attached, strength=1.0)
+    plain.update(_tensors(work, attached)).scaled(scale)  # raises where it has no meaning
+    return replace(attached, strength=float(scale))
 
 
 def _tensors(work: Workspace, attached: Attached) -> dict[str, Tensor]:
@@ -310,6 +312,9 @@ def _chosen(
 ) -> dict[str, tuple[Update, AdapterConfig | None]]:
     """Path → the update for it, and the config that it is made from."""
     if isinstance(what, Mapping):
+        saved = getattr(what, "saved", {})  # an Adapter's, by component and name
+        for path in [name for held in saved.values() for name in held]:
+            warnings.warn(f"{path}: {LEFT} [not-adapted]", stacklevel=4)
         return {path: (update, None) for path, update in _matched(what, sites).items()}
     if isinstance(what, Plan):
         made = what
@@ -317,6 +322,9 @@ def _chosen(
     else:
         made = planned(session.base(), what, session.sites())
         made.check_targets()
+        for note in made.notes:
+            warnings.warn(f"{note.where}: {note.text} [{note.code}]", stacklevel=4)
+    _check_base_kept(made)
     config = made.config
     found: dict[str, tuple[Update, AdapterConfig | None]] = {}
     for site, target in made.placed:
@@ -331,6 +339,22 @@ def _chosen(
         )
         found[site.path] = (update, config)
     return found
+
+
+def _check_base_kept(made: Plan) -> None:
+    """An adapter here is tensors of its own: a config that trains the base's is refused."""
+    config = made.config
+    asked = [f"modules_to_save: `{name}`" for name in made.saved]
+    if (bias := getattr(config, "bias", "none")) != "none":
+        asked.append(f'bias="{bias}"')
+    if asked:
+        raise ValueRefused(
+            "the config trains tensors of the base, which a graph's adapter does not hold",
+            items=asked[:20],
+            next='modules_to_save=None and bias="none", and give the optimiser those parameters of '
+            "the graph beside adapter_parameters(g); or adapt the live model",
+            code="base-trained",
+        )
 
 
 def _matched(what: Mapping[str, Update], sites: Mapping[str, Site]) -> dict[str, Update]:

@@ -41,7 +41,7 @@ class Attached:
     """One adapter on one site. ``dropout`` holds its config's shares, where there are any.
 
     ``places`` counts its sites, once for each graph that calls them: where a program shows fewer,
-    notes were lost.
+    notes were lost. ``strength`` multiplies the parts' scales, which stay those of attaching.
     """
 
     name: str
@@ -50,6 +50,7 @@ class Attached:
     parts: tuple[Part, ...]
     dropout: dict[str, Any] = field(default_factory=dict)
     places: int = 0
+    strength: float = 1.0
 
     @property
     def names(self) -> list[str]:
@@ -69,7 +70,8 @@ class Attached:
 
     def _built(self, part: Part, tensors: Mapping[str, Tensor]) -> Update:
         slots = {slot: tensors[name].detach() for slot, name in part.slots.items()}
-        return build(part.algorithm, slots, part.scale, self.shape, **part.options)
+        scale = part.scale * self.strength
+        return build(part.algorithm, slots, scale, self.shape, **part.options)
 
     @classmethod
     def of_json(cls, said: dict[str, Any]) -> Attached:

@@ -80,7 +80,7 @@ def load_state(g: G, updates: Mapping[str, Update], name: str = "default") -> G:
                     session.work.drop_tensor(old)
                 for full, tensor in tensors.items():
                     session.work.set_tensor(full, nn.Parameter(tensor.detach().clone()))
-                session.wanted[path][n] = replace(attached, parts=parts)
+                session.wanted[path][n] = replace(attached, parts=parts, strength=1.0)
     result: G = session.finish()
     return result
 

@@ -150,7 +150,7 @@ def _adapter_key(work: Workspace, attached: Attached) -> object:
         (p.algorithm, p.scale, repr(p.options), [(s, _look(work.tensor(n))) for s, n in p.slots.items()])
         for p in attached.parts
     ]  # fmt: skip
-    return attached.form, repr(attached.dropout), repr(parts)
+    return attached.form, attached.strength, repr(attached.dropout), repr(parts)
 
 
 def recorded(

@@ -270,8 +270,9 @@ def _chosen(
 
 
 def _left(name: str) -> Note:
-    text = "modules_to_save: a graph's adapter has no place for it; the base's own numbers stay"
-    return Note("not-adapted", name, text)
+    from adaptsurgery.graph.attach import LEFT
+
+    return Note("not-adapted", name, LEFT)
 
 
 def _adapter_for(
@@ -293,7 +294,7 @@ def _changed(
     from adaptsurgery.graph import attach, merge
 
     generator = None if seed is None else torch.Generator().manual_seed(seed)
-    what: Any = chosen.plan if chosen.plan is not None else chosen.updates
+    what: Any = chosen.plan if chosen.plan is not None else dict(chosen.updates or {})
     changed = attach(program, what, name, mode, generator=generator)  # type: ignore[arg-type]
     return merge(changed, name) if fold else changed
 

@@ -30,7 +30,7 @@ from graph_nets import (
 from torch import Tensor, nn
 from torch.export import ExportedProgram
 
-from adaptsurgery.algorithms import HRA, LoRA, build
+from adaptsurgery.algorithms import HRA, LoRA, LoraConfig, build
 from adaptsurgery.core.update import compose
 from adaptsurgery.graph.attach import attach, detach, set_scale
 from adaptsurgery.graph.dropout import set_train
@@ -175,7 +175,10 @@ def test_state_scale_and_other_numbers() -> None:
     assert isinstance(first, LoRA) and isinstance(given, LoRA)
     assert torch.equal(first.up, given.up) and first.scale == given.scale
     double = {path: update.scaled(2.0) for path, update in updates.items()}
-    close(run(set_scale(h, 2.0), x), wanted(model, double, x))
+    doubled = set_scale(h, 2.0)
+    close(run(doubled, x), wanted(model, double, x))
+    close(run(set_scale(doubled, 2.0), x), wanted(model, double, x))
+    assert equal(run(set_scale(set_scale(doubled, 0.0), 1.0), x), run(h, x))
     other = updates_for(model, "hra")
     loaded = load_state(h, other)
     close(run(loaded, x), wanted(model, other, x))
@@ -227,6 +230,17 @@ def test_what_is_refused_leaves_the_input_alone(kind: str) -> None:
         (lambda: detach(g), NameLookupError, "no-adapter"),
         (lambda: merge(g), NameLookupError, "no-adapter"),
         (lambda: load_state(h, {"a": good}), NameLookupError, "other-modules"),
+        (lambda: set_scale(h, float("nan")), ValueRefused, "bad-scale"),
+        (
+            lambda: attach(g, LoraConfig(target_modules=["a"], bias="all")),
+            ValueRefused,
+            "base-trained",
+        ),
+        (
+            lambda: attach(g, LoraConfig(target_modules=["a"], modules_to_save=["b"])),
+            ValueRefused,
+            "base-trained",
+        ),
         (lambda: set_scale(attach(g, {"a": HRA(torch.randn(6, 2))}), 2), ValueRefused, "no-weight"),
     ]
     for call, error, slug in cases:
@@ -234,6 +248,17 @@ def test_what_is_refused_leaves_the_input_alone(kind: str) -> None:
             call()
         assert raised.value.code == slug  # type: ignore[attr-defined]
     assert code(g) == before and code(h) == after
+
+
+def test_what_is_without_effect_is_warned_of() -> None:
+    class Whole(dict[str, Any]):
+        saved = {"": {"b.weight": torch.zeros(4, 8)}}  # noqa: RUF012
+
+    g = exported(made(Mlp))
+    with pytest.warns(UserWarning, match="nowhere: no module is called so"):
+        attach(g, LoraConfig(target_modules=["a", "nowhere"]))
+    with pytest.warns(UserWarning, match="b.weight: modules_to_save"):
+        attach(g, Whole(a=update_for("lora", (8, 6))))
 
 
 def test_a_failure_half_way_leaves_the_input_alone(monkeypatch: pytest.MonkeyPatch) -> None:

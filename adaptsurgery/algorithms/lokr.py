@@ -39,7 +39,7 @@ from adaptsurgery.core.kronecker import (
 )
 from adaptsurgery.core.linalg import check_rank, factor_svd, split, tail_error
 from adaptsurgery.core.scaling import full_norm, in_range, powers
-from adaptsurgery.core.update import Delta
+from adaptsurgery.core.update import Delta, widest
 from adaptsurgery_formats.errors import ValueRefused
 from adaptsurgery_formats.kronecker import (
     FACTORIZATIONS,
@@ -145,6 +145,11 @@ class LoKr(Delta):
         whole = {"w1": self.outer(), "w2": self.inner()}
         shape = None if self.kernel is None else self.shape
         return LoKr(**whole, scale=self.scale, weight_shape=shape)
+
+    def prepared(self, dtype: torch.dtype, device: torch.device | None = None) -> LoKr:
+        """Cast, both factors whole: multiplied in float64, which costs nothing at their size."""
+        held = next(iter(self.tensors().values())).device
+        return self.cast(widest(device or held)).flat().cast(dtype, device)
 
     def without_core(self) -> LoKr:
         """The same Δ without a Tucker core, at the same rank, exactly: w2_a (b, r), w2_b (r, d, *k)."""

@@ -93,11 +93,12 @@ def write_stream(
     outputs = {key: entry.out for key, entry in entries.items()}
     head = layout(outputs, metadata)
     size = len(head) + sum(t.nbytes for t in outputs.values())
+    where_changed = torch_device(device) if device != "cpu" else None
     with _Target(where, size, progress) as target, _Sources() as sources:
         target.write(head, 0)
-        plan = _Plan(target, sources, compute, norms)
+        plan = _Plan(target, sources, compute, norms, where_changed)
         jobs = plan.jobs({key: entries[key] for key in order(outputs)}, len(head))
-        run(jobs, partial(_Desk, torch_device(device) if device != "cpu" else None), workers)
+        run(jobs, partial(_Desk, where_changed), workers)
         if sync:
             target.sync()
     return plan.norms()
@@ -156,9 +157,16 @@ Job = Callable[[_Desk], object]
 class _Plan:
     """The output cut into jobs, in the order of its bytes."""
 
-    def __init__(self, target: _Target, sources: _Sources, compute: str, measured: bool) -> None:
+    def __init__(
+        self,
+        target: _Target,
+        sources: _Sources,
+        compute: str,
+        measured: bool,
+        device: torch.device | None,
+    ) -> None:
         self.target, self.sources = target, sources
-        self.compute, self.measured = compute, measured
+        self.compute, self.measured, self.device = compute, measured, device
         self.pieces: list[tuple[int, str, Norms]] = []
 
     def norms(self) -> dict[str, Norms]:
@@ -262,7 +270,7 @@ class _Change:
         asked = torch_dtype(self.plan.compute)
         if entry.edit is None:
             return None, wide_for(self.stored, asked)
-        edit = edit_for(entry.edit, self.stored, self.out, asked)
+        edit = edit_for(entry.edit, self.stored, self.out, asked, self.plan.device)
         return edit, edit.compute
 
     def job(self, start: int, stop: int) -> Job:

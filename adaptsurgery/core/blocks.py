@@ -24,7 +24,16 @@ import torch
 from torch import Tensor
 
 from adaptsurgery.core.rounding import round_into, rounded
-from adaptsurgery.core.update import Delta, Renorm, Rotation, Update, compose, parts_of, wide_for
+from adaptsurgery.core.update import (
+    Delta,
+    Renorm,
+    Rotation,
+    Update,
+    compose,
+    parts_of,
+    wide_for,
+    widest,
+)
 from adaptsurgery_formats.errors import InexactError, ShapeError, ValueRefused
 
 BLOCK = 256 * 1024  # numbers changed at a time: few calls, and a block stays in a core's cache
@@ -106,7 +115,8 @@ class BlockEdit:
 
     ``unit`` is the number of rows that have to come together: 1 where every row changes by itself,
     all rows (of an expert) where not. ``compute`` is the dtype of the blocks, ``turns`` says whether
-    a rotation or a renorm is among the updates: what sums over a row. ``edit_of`` builds it.
+    a rotation or a renorm is among the updates, and ``narrow`` that numbers come and go as float32,
+    whatever ``compute`` is. ``edit_of`` builds it.
     """
 
     def __init__(
@@ -119,7 +129,7 @@ class BlockEdit:
         turns: bool,
     ) -> None:
         self.rows, self.columns, self.unit = rows, columns, unit
-        self.compute, self.turns = compute, turns
+        self.compute, self.turns, self.narrow = compute, turns, False
         self.steps = tuple(steps)
         self.stride = stride_of(columns)
 
@@ -209,16 +219,21 @@ def edit_for(
     source: torch.dtype,
     target: torch.dtype,
     compute: torch.dtype,
+    device: torch.device | None = None,
 ) -> BlockEdit:
     """The edit that ``build`` makes for a dtype, in the one that ``core.update.wide_for`` wants.
 
     ``source`` and ``target`` are what the tensor is stored in before and after, and ``compute`` is
-    what was asked for, at least.
+    what was asked for, at least. Deltas reach float16 from float64 through float32 unless float64
+    was asked for: two roundings, which put 6e-5 of the numbers on the wrong side, and are quick.
+    A ``device`` without float64 (Apple's) does what it can.
     """
-    wide = torch.promote_types(wide_for(source, compute), wide_for(target))
-    edit = build(wide)
-    needed = wide_for(target, wide, turned=edit.turns)
-    return edit if needed == wide else build(needed)
+    asked = wide_for(source, compute)
+    exact = widest(device) == torch.float64
+    edit = build(torch.promote_types(asked, wide_for(target, exact=exact)))
+    wider = asked == torch.float32 and edit.compute != asked
+    edit.narrow = wider and target.itemsize < 4 and not edit.turns
+    return edit
 
 
 def check_places(
@@ -334,7 +349,7 @@ class _Building:
             return self._vector(region, place, delta, factor)
         first = place.source[0] if place.source else 0
         if region.transposed:
-            wide = delta.cast(self.compute, self.device)  # before factors are multiplied
+            wide = delta.cast(widest(self.device), self.device)  # before factors are multiplied
             turned = wide.transposed() if place.source is None else None
             if turned is None:
                 return self._strided(region, delta, first, factor)
@@ -395,7 +410,7 @@ class Norms:
 
     Measuring every number costs as much as changing it, so that ``SAMPLE`` numbers of every piece
     are measured, and stand for the piece: estimates, of which ``share`` says how much they rest on.
-    A tensor of no more than that is measured whole. `XX
+    A tensor of no more than that is measured whole.
     """
 
     before: float = 0.0  # squares, of the numbers measured
@@ -457,13 +472,18 @@ def change_rows(
     stop = start + source.shape[0]
     steps = [] if edit is None else edit.between(start, stop)
     stride = scratch.shape[0]
+    narrow = scratch.float() if edit is not None and edit.narrow else scratch
     for part, here in zip(torch.split(source, stride), torch.split(target, stride)):
-        block = scratch if part.shape[0] == stride else scratch[: part.shape[0]]
-        block.copy_(part)
-        run_steps(steps, (block,), start)
+        block, ends = scratch[: part.shape[0]], narrow[: part.shape[0]]
+        ends.copy_(part)
+        if edit is not None and edit.narrow:
+            run_steps(steps, (block.copy_(ends),), start)
+            ends.copy_(block)
+        else:
+            run_steps(steps, (block,), start)
         if norms is not None:
-            norms.take(part, block, target.dtype)
-        settle(block, here, edit is not None, start)
+            norms.take(part, ends, target.dtype)
+        settle(ends, here, edit is not None, start)
         start += stride
 
 

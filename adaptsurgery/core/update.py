@@ -353,7 +353,7 @@ class Rotation(Update):
         """W·R or W·Rᵀ, a block of rows at a time."""
         self.check_fits(weight.shape)
         self.check_values()
-        wide = compute_dtype(weight, compute, turned=True)
+        wide = compute_dtype(weight, compute, exact=True)
         with torch.no_grad():
             turn = self.turning(torch.empty(0, dtype=wide, device=weight.device), back)
         return by_rows(weight, wide, lambda block, start: turn(block))
@@ -444,7 +444,7 @@ class Renorm(Update):
         return (new if gate is None else wide + gated(new - wide, gate)).to(weight.dtype)
 
     def fold(self, weight: Tensor, *, compute: torch.dtype | None = None) -> Tensor:
-        wide = weight.to(compute_dtype(weight, compute, turned=True))
+        wide = weight.to(compute_dtype(weight, compute, exact=True))
         with torch.no_grad():
             return rounded(self.renormed(self.inner.fold(wide)), weight.dtype)
 
@@ -480,13 +480,13 @@ class Composition(Update):
         return wide.to(weight.dtype)
 
     def fold(self, weight: Tensor, *, compute: torch.dtype | None = None) -> Tensor:
-        out = weight.to(compute_dtype(weight, compute, turned=bool(self.rotations or self.renorm)))
+        out = weight.to(compute_dtype(weight, compute, exact=bool(self.rotations or self.renorm)))
         for update in self._in_order():
             out = update.fold(out)
         return rounded(out, weight.dtype)
 
     def unfold(self, weight: Tensor, *, compute: torch.dtype | None = None) -> Tensor:
-        out = weight.to(compute_dtype(weight, compute, turned=bool(self.rotations or self.renorm)))
+        out = weight.to(compute_dtype(weight, compute, exact=bool(self.rotations or self.renorm)))
         for update in reversed(self._in_order()):
             out = update.unfold(out)
         return rounded(out, weight.dtype)
@@ -627,7 +627,7 @@ def only_whole(update: U, weight: float) -> U:
 
 
 def compute_dtype(
-    weight: Tensor, compute: torch.dtype | None = None, *, turned: bool = False
+    weight: Tensor, compute: torch.dtype | None = None, *, exact: bool = False
 ) -> torch.dtype:
     """What a weight is folded in: float32 at least. ValueRefused for a weight that is not floating."""
     if not weight.is_floating_point():
@@ -636,20 +636,25 @@ def compute_dtype(
             next="dequantise it first",
             code="not-floating",
         )
-    return wide_for(weight.dtype, compute, turned=turned)
+    return wide_for(weight.dtype, compute, exact=exact)
 
 
 def wide_for(
-    stored: torch.dtype, compute: torch.dtype | None = None, *, turned: bool = False
+    stored: torch.dtype, compute: torch.dtype | None = None, *, exact: bool = False
 ) -> torch.dtype:
     """What numbers stored so are computed in: float32, or ``compute`` where that is wider.
 
-    float64 for float64, and for float16 that is ``turned``: a rotation and a renorm sum over a whole
-    row, and with float32's 13 spare bits 3e-4 of the elements would be rounded to the wrong side.
+    float64 for float64, and for float16 that has to be ``exact``: with float32's 13 spare bits, the
+    rounding of a sum of a few terms puts up to 1e-3 of the elements on the wrong side.
     """
-    double = stored == torch.float64 or (turned and stored == torch.float16)
+    double = stored == torch.float64 or (exact and stored == torch.float16)
     least = torch.float64 if double else torch.float32
     return least if compute is None else torch.promote_types(compute, least)
+
+
+def widest(device: torch.device | None) -> torch.dtype:
+    """float64, or what a device (Apple's) has in its place."""
+    return torch.float32 if device is not None and device.type == "mps" else torch.float64
 
 
 def widened(tensor: Tensor) -> Tensor:

@@ -273,7 +273,13 @@ class _Work:
         build = partial(
             edit_of, site.places, site.shape, device=stored.device, inverse=self.inverse
         )
-        return edit_for(lambda wide: build(compute=wide), stored.dtype, stored.dtype, self.compute)
+        return edit_for(
+            lambda wide: build(compute=wide),
+            stored.dtype,
+            stored.dtype,
+            self.compute,
+            stored.device,
+        )
 
     def replace_saved(self) -> None:
         for name, tensor in self.saved:

@@ -12,7 +12,7 @@ from torch import Tensor
 from adaptsurgery.algorithms import HRA, DoRA, LoRA, build
 from adaptsurgery.core.blocks import BlockEdit, Norms, Place, change_rows, edit_for, edit_of, settle
 from adaptsurgery.core.rounding import rounded
-from adaptsurgery.core.update import Update, compose
+from adaptsurgery.core.update import Delta, Update, compose
 from adaptsurgery_formats.errors import InexactError, ShapeError, ValueRefused
 
 ALGORITHMS = ("lora", "loha", "lokr", "hra", "full", "dora")
@@ -279,3 +279,57 @@ def test_one_number_that_moves_where_nothing_was_measured_is_seen(dtype: torch.d
     assert sums.moved and sums.change == 0.0
     diff[3999, 29] = float(weight[3999, 29].double() * 1e-3)
     assert _norms(weight, diff, 2000, 100).moved == (dtype == torch.float32)  # bf16 rounds it away
+
+
+def _rank(algorithm: str, r: int, k: int, ratio: float) -> Update:
+    """An update of 512 × 512 and rank r, ``ratio`` times as large as a weight of 0.05."""
+    n = 512
+    names: dict[str, tuple[tuple[int, int], ...]] = {
+        "lora": ((n, r), (r, n)),
+        "loha": ((n, r), (r, n)) * 2,
+        "lokr": ((16, r), (r, 16), (32, r), (r, 32)),
+    }
+    slots = {
+        "lora": ("up", "down"),
+        "loha": ("w1_a", "w1_b", "w2_a", "w2_b"),
+        "lokr": ("w1_a", "w1_b", "w2_a", "w2_b"),
+    }[algorithm]
+    drawn = [numbers(7 * k + m, *shape).float() for m, shape in enumerate(names[algorithm])]
+    update = build(algorithm, dict(zip(slots, drawn)), 1.0)
+    assert isinstance(update, Delta)
+    return update.scaled(ratio * 0.05 / float(update.dense().std()))
+
+
+@pytest.mark.parametrize("transposed", [False, True])
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16], ids=str)
+@pytest.mark.parametrize("algorithms", ["lora", "loha", "lokr", "lora loha lokr lora"])
+def test_a_change_as_large_as_the_weight_is_rounded_as_well(
+    algorithms: str, dtype: torch.dtype, transposed: bool
+) -> None:
+    """All but 1e-4 equal float64 mathematics, whatever ΔW/W and the number of adapters."""
+    weight = (numbers(9, 512, 512) * 0.05).to(dtype)
+    stored = weight.t().contiguous() if transposed else weight
+    rank = 64 if dtype == torch.float16 else 16
+    for ratio in (0.1, 1.0):
+        updates = [_rank(a, rank, k, ratio) for k, a in enumerate(algorithms.split())]
+        exact = weight.double()
+        for update in updates:
+            exact = update.fold(exact)
+        places = [Place(u, transposed=transposed) for u in updates]
+        edit = edit_for(lambda d: edit_of(places, (512, 512), d), dtype, dtype, torch.float32)  # noqa: B023
+        seen = torch.empty_like(stored)
+        change_rows(edit, stored, seen, 0, torch.empty(edit.stride, 512, dtype=edit.compute))
+        wrong = (seen.t() if transposed else seen) != rounded(exact, dtype)
+        assert int(wrong.sum()) <= 1e-4 * wrong.numel()
+
+
+def test_a_device_without_float64_gets_none() -> None:
+    asked: list[torch.dtype] = []
+
+    def build_edit(dtype: torch.dtype) -> BlockEdit:
+        asked.append(dtype)
+        return edit_of([], (4, 4), dtype)
+
+    for device in ("mps", "cpu"):
+        edit_for(build_edit, torch.float16, torch.float16, torch.float32, torch.device(device))
+    assert asked == [torch.float32, torch.float64]

@@ -223,8 +223,8 @@ class LoraConfig(PatternConfig):
         slots: Shapes = {"up": (o, rank, *ones), "down": (rank, i, *k)}
         if self.lora_bias:
             slots["up_bias"] = (o,)
-        if self.use_dora:  # PEFT takes the norm of an embedding's row, which is an input
-            slots["magnitude"] = (1, i) if kind == "embedding" else (o, 1, *ones)
+        if self.use_dora:
+            slots["magnitude"] = (o, 1, *ones)
         return slots
 
     def assembled(self, tensors: dict[str, Tensor], scale: float, shape: tuple[int, ...]) -> Update:

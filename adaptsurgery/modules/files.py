@@ -227,6 +227,7 @@ def _homes(model: AdaptedModel, adapter: str) -> dict[str, tuple[_Home, bool]]:
     """Every key that a file of the adapter may have → its tensor's place, and whether it must."""
     homes: dict[str, tuple[_Home, bool]] = {}
     seen: set[int] = set()
+    biases = getattr(model.peft_config[adapter], "bias", "none")
     for name, layer in model.layers():
         if adapter in layer.settings:
             for suffix in layer.settings[adapter].suffixes.values():
@@ -242,6 +243,9 @@ def _homes(model: AdaptedModel, adapter: str) -> dict[str, tuple[_Home, bool]]:
                     if getattr(module, leaf) is not None:
                         path = f"{inner}.{leaf}" if inner else leaf
                         homes[f"{PREFIX}{name}.{path}"] = (_Home(module, leaf), True)
+                        if leaf == "bias" and biases == "all":  # which PEFT then writes again
+                            twin = f"{PREFIX}{name}.modules_to_save.{path}"
+                            homes[twin] = (_Home(module, leaf), False)
     for name, module, leaf in _beside(model, adapter):
         homes.setdefault(f"{PREFIX}{name}.{leaf}", (_Home(module, leaf), False))
     return homes
@@ -253,10 +257,10 @@ def _beside(model: AdaptedModel, adapter: str) -> Iterator[tuple[str, nn.Module,
     ask = getattr(model.model, "get_output_embeddings", None)
     head = ask() if callable(ask) else None
     head = getattr(head, "base_layer", head)
-    for name, module in model.model.named_modules():
-        name = name.removesuffix(".original_module")
+    for full, module in model.model.named_modules():
+        name = full.removesuffix(".original_module")
         if biases and module._parameters.get("bias") is not None:
-            yield name, module, "bias"
+            yield from ((n, module, "bias") for n in {full, name})
         if isinstance(module, nn.Embedding) or (head is not None and module is head):
             yield name, module, "weight"
 

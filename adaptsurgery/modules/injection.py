@@ -4,7 +4,8 @@ from __future__ import annotations
 
 import re
 import warnings
-from collections.abc import Collection, Iterable
+from collections.abc import Collection, Iterable, Iterator
+from contextlib import contextmanager
 from dataclasses import replace
 from typing import Any
 
@@ -25,6 +26,28 @@ from adaptsurgery_formats.peft import SUFFIXES
 def _whole(name: str) -> bool:
     """Whether a parameter belongs to a module that is saved whole, or to the original of one."""
     return not {"modules_to_save", "original_module"}.isdisjoint(name.split("."))
+
+
+@contextmanager
+def trainable_as_before(model: nn.Module) -> Iterator[None]:
+    """Where what is within fails, the parameters that were trainable are so again."""
+    trained = [p for p in model.parameters() if p.requires_grad]
+    try:
+        yield
+    except BaseException:
+        for parameter in trained:
+            parameter.requires_grad_(True)
+        raise
+
+
+@contextmanager
+def located(name: str) -> Iterator[None]:
+    """An error within is of the module ``name``, where it says no other place."""
+    try:
+        yield
+    except SurgeryError as error:
+        error.where = error.where or name
+        raise
 
 
 def check_name(name: str, taken: Collection[str]) -> None:
@@ -59,12 +82,9 @@ def planned(
         if id(module) in layers:
             _check_same(layers[id(module)][2], target)
             continue
-        try:
+        with located(target.name):
             layer = module if isinstance(module, AdaptedLayer) else AdaptedLayer(module)
             layers[id(module)] = (layer, _new_update(layer, target, config, empty), target)
-        except SurgeryError as error:
-            error.where = error.where or target.name
-            raise
     _tell_shared(walk, {target.name for target in chosen}, layers)
     return [(layer, update) for layer, update, _ in layers.values()]
 

@@ -95,7 +95,7 @@ class AdaptedLayer(nn.Module):
         self.geometry = {name: getattr(layer, name) for name in _GEOMETRY}
         self.dims, self.shape = layer.dims, layer.shape
         self.plain = type(base_layer) in _PLAIN or (layer.transposed and layer.kind == "linear")
-        self._original: tuple[Tensor, Tensor | None] | None = None
+        self._original: tuple[Tensor | None, Tensor | None] | None = None
         self.train(base_layer.training)
 
     def __getattr__(self, name: str) -> Any:
@@ -221,57 +221,85 @@ class AdaptedLayer(nn.Module):
     def merge(self, adapters: Iterable[str], *, keep: bool = True, safe: bool = False) -> None:
         """Fold adapters into the base layer; several at different times as if at once.
 
-        With ``keep`` the original parameters are held for ``unmerge``. ``safe`` refuses numbers that
-        are not finite, before anything is changed. Raises ValueRefused.
+        With ``keep`` the original weight is held for ``unmerge``. ``safe`` refuses numbers that are
+        not finite, before anything is changed. Raises ValueRefused.
         """
-        wanted = [n for n in adapters if n in self.settings and n not in self.merged]
+        wanted = self._wanted(adapters)
         if not wanted:
             return
-        merged = (*self.merged, *wanted)
         original = self._originals()
+        weight, bias = self._merged((*self.merged, *wanted), original, safe)
+        self._set(weight, bias)
+        self.merged = (*self.merged, *wanted)
+        self._original = original if keep else (None, original[1])
+
+    def check_merge(self, adapters: Iterable[str], *, safe: bool = False) -> None:
+        """Raise what ``merge`` would, changing nothing; ``safe`` computes the weight for it."""
+        if wanted := self._wanted(adapters):
+            merged = (*self.merged, *wanted)
+            if safe:
+                self._merged(merged, self._originals(), safe)
+            else:
+                self._check_stored()
+                compose([self.update(name) for name in merged])
+
+    def _wanted(self, adapters: Iterable[str]) -> list[str]:
+        return [n for n in adapters if n in self.settings and n not in self.merged]
+
+    def _merged(
+        self, names: Sequence[str], original: tuple[Tensor, Tensor | None], safe: bool
+    ) -> tuple[Tensor, Tensor | None]:
+        """The base layer's parameters with adapters folded into the original ones."""
         layer = replace(self.layer(), weight=original[0], bias=original[1])
-        update = compose([self.update(name) for name in merged])
+        update = compose([self.update(name) for name in names])
         weight = layer.stored(update.fold(layer.canonical())).contiguous()
         bias = update.fold_bias(layer.bias, layer.weight.dtype)
         if safe and not all(t.isfinite().all() for t in (weight, bias) if t is not None):
             raise ValueRefused(
-                f"merged with {', '.join(merged)} the weight is not finite",
+                f"merged with {', '.join(names)} the weight is not finite",
                 next="look at the adapter's numbers; a base in float16 may overflow",
                 code="non-finite",
             )
-        self._set(weight, bias)
-        self.merged, self._original = merged, original if keep else None
+        return weight, bias
 
     def unmerge(self) -> None:
         """Put the base layer's parameters back as they were, bit for bit where they were kept."""
-        if not self.merged:
-            return
-        if self._original is not None:
-            self._set(*self._original)
-        else:
-            layer = self.layer()
-            update = compose([self.update(name) for name in self.merged])
-            self._set(layer.stored(update.unfold(layer.canonical())).contiguous(), layer.bias)
-        self.merged, self._original = (), None
+        if self.merged:
+            self._set(*self._originals())
+            self.merged, self._original = (), None
+
+    @property
+    def lasting(self) -> bool:
+        """Whether what is merged cannot be taken out: a DoRA, and the weight was not kept."""
+        doras = ("magnitude" in self.settings[name].suffixes for name in self.merged)
+        return any(doras) and (self._original is None or self._original[0] is None)
 
     def _originals(self) -> tuple[Tensor, Tensor | None]:
         """The base layer's parameters without what is merged."""
-        if self.merged and self._original is None:
-            self.unmerge()
-        if self._original is not None:
-            return self._original
+        self._check_stored()
         layer = self.layer()
+        if self._original is None:
+            return layer.weight, layer.bias
+        weight, bias = self._original
+        if weight is None:
+            update = compose([self.update(name) for name in self.merged])
+            weight = layer.stored(update.unfold(layer.canonical())).contiguous()
+        return weight, bias
+
+    def _check_stored(self) -> None:
+        """Raise ValueRefused where there is no parameter with numbers to fold into."""
         if "weight" not in self.base_layer._parameters:
             raise ValueRefused(
                 f"the weight of a {type(self.base_layer).__name__} is computed, not stored",
                 next="torch.nn.utils.parametrize.remove_parametrizations first",
                 code="not-a-parameter",
             )
-        if layer.weight.is_meta:
+        if slots.stored(self.base_layer, "weight").is_meta:
             raise ValueRefused(
-                "the weight is on the meta device: it has no numbers", code="no-numbers"
+                "the weight is on the meta device: it has no numbers",
+                next="load the base's numbers first",
+                code="no-numbers",
             )
-        return layer.weight, layer.bias
 
     def _set(self, weight: Tensor, bias: Tensor | None) -> None:
         """New parameters for the base layer: those that other modules share stay as they are."""
@@ -287,8 +315,9 @@ class AdaptedLayer(nn.Module):
             setattr(self.base_layer, name, new)
 
     def forget(self) -> None:
-        """Let the original parameters of what is merged go."""
-        self._original = None
+        """Let the original weight of what is merged go; a bias stays, being small."""
+        if self._original is not None:
+            self._original = (None, self._original[1])
 
     def extra_repr(self) -> str:
         return ", ".join(f"{name}: {said.algorithm}" for name, said in self.settings.items())

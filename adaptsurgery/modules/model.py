@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import math
 import warnings
 from collections.abc import Collection, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
@@ -16,17 +17,25 @@ from adaptsurgery.core.update import Update
 from adaptsurgery.modules.injection import (
     attach,
     check_name,
+    located,
     of_keys,
     planned,
     save_whole,
     tied,
     train_biases,
+    trainable_as_before,
 )
 from adaptsurgery.modules.layer import AdaptedLayer
 from adaptsurgery.modules.saved import SavedModule
 from adaptsurgery.modules.walk import Walk, model_type, outputs
 from adaptsurgery.targeting import Targets, find_targets
-from adaptsurgery_formats.errors import NameLookupError, SurgeryError, ValueRefused, nearest
+from adaptsurgery_formats.errors import (
+    InexactError,
+    NameLookupError,
+    SurgeryError,
+    ValueRefused,
+    nearest,
+)
 
 Names = str | Sequence[str]
 
@@ -61,17 +70,16 @@ class AdaptedModel(nn.Module):
         self.training = model.training
         self.peft_config: dict[str, AdapterConfig] = {}
         self.active_adapters: list[str] = []
-        self.enabled = True
+        self.enabled, self.inference = True, False  # adapters compute; the active ones do not train
         configs = config if isinstance(config, Mapping) else {adapter_name: config}
-        trained = [p for p in model.parameters() if p.requires_grad]
-        model.requires_grad_(False)
-        try:
-            for name, one in configs.items():
-                self.add_adapter(name, one, low_cpu_mem_usage, state_dict=state_dict)
-        except BaseException:
-            for parameter in trained:
-                parameter.requires_grad_(True)
-            raise
+        with trainable_as_before(model):
+            model.requires_grad_(False)
+            try:
+                for name, one in configs.items():
+                    self.add_adapter(name, one, low_cpu_mem_usage, state_dict=state_dict)
+            except BaseException:
+                self._unload([], False, False)
+                raise
         self.set_adapter(
             next(iter(configs)), inference_mode=next(iter(configs.values())).inference_mode
         )
@@ -223,35 +231,41 @@ class AdaptedModel(nn.Module):
                 code="merged",
             )
         strengths = [1.0] * len(names) if weights is None else [float(w) for w in weights]
-        if len(strengths) != len(names):
+        if len(strengths) != len(names) or not all(map(math.isfinite, strengths)):
             raise ValueRefused(
-                f"{len(strengths)} weights for {len(names)} adapters", code="bad-weights"
+                f"weights {strengths} for the adapters {', '.join(names)}",
+                next="one finite number an adapter",
+                code="bad-weights",
             )
-        for name, weight in zip(names, strengths):
-            self._weigh(name, weight)
-        self.active_adapters = names
-        self._activate(inference_mode)
+        self._weigh(dict(zip(names, strengths)))
+        self.active_adapters, self.inference = names, inference_mode
+        self._activate()
 
-    def _weigh(self, adapter: str, weight: float) -> None:
-        for module in self._holders():
-            if isinstance(module, AdaptedLayer) and adapter in module.settings:
-                said = module.settings[adapter]
-                if said.weight != weight:
-                    module.settings[adapter] = replace(said, weight=weight)
-                    try:
-                        module.update(adapter)  # refused where a weight has no meaning
-                    except SurgeryError:
-                        module.settings[adapter] = said
-                        raise
+    def _weigh(self, strengths: Mapping[str, float]) -> None:
+        """Set what the adapters are multiplied by: in all layers, or in none where one refuses."""
+        before = []
+        layers = [m for m in self._holders() if isinstance(m, AdaptedLayer)]
+        try:
+            for layer in layers:
+                for name in strengths.keys() & layer.settings.keys():
+                    said = layer.settings[name]
+                    if said.weight != strengths[name]:
+                        before.append((layer, name, said))
+                        layer.settings[name] = replace(said, weight=strengths[name])
+                        layer.update(name)  # refused where a weight has no meaning
+        except SurgeryError:
+            for layer, name, said in before:
+                layer.settings[name] = said
+            raise
 
-    def _activate(self, inference: bool = False) -> None:
+    def _activate(self) -> None:
         """Tell every layer what is active, and train that alone."""
         active = tuple(self.active_adapters)
         for module in self._holders():
             module.active, module.enabled = active, self.enabled
             held = module.settings if isinstance(module, AdaptedLayer) else module.modules_to_save
             for name in held:
-                trained = name in active and not inference
+                trained = name in active and not self.inference
                 for tensor in parameters_of(module, name):
                     tensor.requires_grad_(trained)
 
@@ -268,6 +282,7 @@ class AdaptedModel(nn.Module):
 
     def disable_adapter_layers(self) -> None:
         """Let the base alone compute; what is merged is taken out."""
+        self._check_out()
         merged = {id(m): m.merged for m in self._holders() if isinstance(m, AdaptedLayer)}
         for module in self._holders():
             module.enabled = False
@@ -331,18 +346,34 @@ class AdaptedModel(nn.Module):
         Several merged one after the other are as if merged at once. With ``keep`` the original
         weights are held, and come back bit for bit; without, they are computed back, up to rounding,
         and a DoRA cannot be. ``safe_merge`` refuses weights that are not finite.
-        ValueRefused while the model trains: merged adapters are not trained.
+        ValueRefused while the model trains, for merged adapters are not trained, and while the
+        adapters are switched off.
         """
+        if not self.enabled:
+            raise ValueRefused(
+                "the adapters are switched off, and a merge would let them compute",
+                next="enable_adapter_layers() first",
+                code="disabled",
+            )
         if self.training:
             raise ValueRefused(
                 "merged adapters are not trained, and the model is in training mode",
                 next="eval() first; or merge_and_unload() for good",
                 code="training",
             )
-        self._merge(self._chosen(adapter_names), safe_merge, keep)
+        names = self._chosen(adapter_names)
+        if again := [name for name in names if name in self.merged_adapters]:
+            warnings.warn(f"merged already: {', '.join(again)}", stacklevel=2)
+        self._merge(names, safe_merge, keep)
 
     def _chosen(self, names: Names | None) -> list[str]:
         if names is None:
+            if not self.active_adapters:
+                raise ValueRefused(
+                    "no adapter is active",
+                    next="adapter_names=[…] names some; unload() takes all out",
+                    code="none-active",
+                )
             return list(self.active_adapters)
         return [self._known(n) for n in ([names] if isinstance(names, str) else names)]
 
@@ -351,11 +382,8 @@ class AdaptedModel(nn.Module):
         try:
             for name, layer in self.layers():
                 before = layer.merged
-                try:
+                with located(name):
                     layer.merge(names, keep=True, safe=safe)
-                except SurgeryError as error:
-                    error.where = error.where or name
-                    raise
                 done.append((layer, before))
         except BaseException:
             for layer, before in done:
@@ -366,9 +394,28 @@ class AdaptedModel(nn.Module):
             layer.forget()
 
     def unmerge_adapter(self) -> None:
-        """Take everything that is merged out of the base's weights again."""
+        """Take everything that is merged out of the base's weights again.
+
+        InexactError for a DoRA that was merged without ``keep``; then nothing is changed.
+        """
+        if not self.merged_adapters:
+            warnings.warn("nothing is merged", stacklevel=2)
+        self._unmerge()
+
+    def _unmerge(self) -> None:
+        self._check_out()
         for _, layer in self.layers():
             layer.unmerge()
+
+    def _check_out(self) -> None:
+        """Raise InexactError where what is merged cannot be taken out."""
+        for name, layer in self.layers():
+            if layer.lasting:
+                raise InexactError(
+                    f"`{name}`: a DoRA cannot be taken out of a weight whose original was not kept",
+                    next="merge_and_unload() leaves it there; merge_adapter(keep=True) keeps it",
+                    code="no-inverse",
+                )
 
     def merge_and_unload(
         self,
@@ -389,22 +436,25 @@ class AdaptedModel(nn.Module):
 
     def unload(self) -> nn.Module:
         """Take all adapters out and give the base back, with its own keys and numbers."""
-        for _, layer in self.layers():
-            layer.unmerge()
+        self._unmerge()
         self._unload([], False, False)
         return self.model
 
     def _unload(self, names: Sequence[str], progressbar: bool, safe: bool) -> None:
         walk = Walk.of(self.model)
-        holders = {
-            id(m): m for m in walk.modules.values() if isinstance(m, (AdaptedLayer, SavedModule))
-        }
+        holders: dict[int, AdaptedLayer | SavedModule] = {}
+        for name, module in walk.modules.items():
+            if isinstance(module, (AdaptedLayer, SavedModule)):
+                holders[id(module)] = module
+                if isinstance(module, AdaptedLayer):  # all before one is changed
+                    with located(name):
+                        module.check_merge(names, safe=safe)
         for holder in _progress(list(holders.values()), progressbar):
             if isinstance(holder, SavedModule):
                 kept = [n for n in names if n in holder.modules_to_save]
                 new = holder.modules_to_save[kept[0]] if kept else holder.original_module
             else:
-                holder.merge(names, keep=False, safe=safe)
+                holder.merge(names, keep=False)
                 new = holder.base_layer
             walk.put(holder, new)
         self.peft_config, self.active_adapters = {}, []

@@ -13,6 +13,8 @@ from torch import nn
 from adaptsurgery.core.config import AdapterConfig
 from adaptsurgery.jobs.report import Report
 from adaptsurgery.modules import files, status
+from adaptsurgery.modules.injection import trainable_as_before
+from adaptsurgery.modules.layer import AdaptedLayer
 from adaptsurgery.modules.model import MODELS, AdaptedModel
 from adaptsurgery.modules.walk import Walk
 from adaptsurgery_formats.errors import ValueRefused
@@ -130,8 +132,9 @@ class PeftModel(nn.Module):
         """
         read, state = files.read_adapter(os.fspath(model_id), model, base)
         config = replace(config or read, inference_mode=not is_trainable)
-        made = cls(model, config, adapter_name, mixed, low_cpu_mem_usage=not ignore)
-        made._load(adapter_name, state, ignore, os.fspath(model_id), whole=True)
+        with trainable_as_before(model):
+            made = cls(model, config, adapter_name, mixed, low_cpu_mem_usage=not ignore)
+            made._load(adapter_name, state, ignore, os.fspath(model_id), whole=True)
         return made
 
     def load_adapter(
@@ -178,13 +181,30 @@ class PeftModel(nn.Module):
                 next="load_adapter under another name; unmerge_adapter() what is merged",
                 code="cannot-swap",
             )
-        scales = self.base_model.scales(config)
+        scales = self._new_scales(adapter, config, os.fspath(model_id))
         files.load_state(self.base_model, adapter, state, where=os.fspath(model_id))
-        for name, layer in self.base_model.layers():
-            if adapter in layer.settings:
-                said = layer.settings[adapter]
-                layer.settings[adapter] = replace(said, scale=scales[name], config=config)
+        turned = getattr(config, "apply_GS", False)
+        for layer, scale in scales:
+            said = layer.settings[adapter]
+            layer.settings[adapter] = replace(said, scale=scale, apply_gs=turned, config=config)
         self.base_model.peft_config[adapter] = replace(config, inference_mode=held.inference_mode)
+
+    def _new_scales(
+        self, adapter: str, config: AdapterConfig, where: str
+    ) -> list[tuple[AdaptedLayer, float]]:
+        """An adapter's layers, each with the scale that another config gives it."""
+        scales = self.base_model.scales(config)
+        held = [(n, x) for n, x in self.base_model.layers() if adapter in x.settings]
+        found = {id(layer): (layer, scales[name]) for name, layer in held if name in scales}
+        if strange := [name for name, layer in held if id(layer) not in found]:
+            raise ValueRefused(
+                f"the file's config does not target {len(strange)} of the modules of `{adapter}`",
+                where=where,
+                seen=", ".join(strange[:4]),
+                next="load_adapter under another name",
+                code="cannot-swap",
+            )
+        return list(found.values())
 
     # --- what there is ---------------------------------------------------------------------------
 

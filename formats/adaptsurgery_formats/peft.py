@@ -375,7 +375,7 @@ def _unheld(module: ModuleState, shape: tuple[int, ...] | None) -> tuple[str, st
     if "magnitude" in t:
         if module.algorithm != "lora":
             return "no-dora", "PEFT has DoRA around LoRA only"
-        if magnitude_axis(module) == "in" and module.kind != "embedding":
+        if magnitude_axis(module) == "in":
             return "dora-axis", "PEFT's DoRA takes norms per output, this one per input"
     if module.algorithm in ("loha", "lokr") and dims > 4:
         return "no-conv3d", f"PEFT has no {module.algorithm} on Conv3d"

@@ -175,6 +175,32 @@ def test_what_peft_is_wrong_about(case: str) -> None:
     assert not right, "PEFT is right now"
 
 
+def test_peft_s_gradients_of_a_tucker_loha_mix_its_halves() -> None:
+    """Its own backward takes hada_t2 and w2_b for the gradient of w1_a, and hada_t1 for w2_a's."""
+    said = {"r": 2, "alpha": 3, "target_modules": ["layer"], "use_effective_conv2d": True}
+    mine, peer = both(One(nn.Conv2d(3, 4, 3)), *configs("loha", **said))
+    x, layer = torch.randn(2, 3, 7, 7), mine.base_model.model.layer
+    torch.testing.assert_close(mine(x), peer(x))
+    held = {
+        n: t.detach().double().requires_grad_()
+        for n, t in layer.update("default").tensors().items()
+    }
+    weight = layer.base_layer.weight.double() + 1.5 * reference.delta("loha", held, layer.shape)
+    plain = nn.functional.conv2d(x.double(), weight, layer.base_layer.bias.double())
+    wanted = torch.autograd.grad(plain.square().mean(), list(held.values()))
+    wrong = {}
+    for model in (mine, peer):
+        model(x).square().mean().backward()
+    for slot, gradient in zip(held, wanted):
+        name = f"base_model.model.layer.hada_{slot}.default"
+        torch.testing.assert_close(
+            mine.get_parameter(name).grad, gradient.float(), rtol=1e-4, atol=1e-6
+        )
+        theirs = peer.get_parameter(name).grad
+        wrong[slot] = not torch.allclose(theirs, gradient.float(), rtol=1e-2, atol=1e-5)
+    assert wrong["w1_a"] and wrong["w2_a"], "PEFT is right now"
+
+
 @pytest.mark.parametrize("algorithm", ["loha", "lokr"])
 def test_all_rows_dropped_add_nothing_where_peft_has_nan(algorithm: str) -> None:
     said = {"rank_dropout_scale": True} if algorithm == "lokr" else {}

@@ -507,10 +507,16 @@ def test_a_slow_pattern_over_very_long_names(desk: Desk, monkeypatch: pytest.Mon
     desk.refused("slow-pattern", desk.folder_of(peft_folder(tensors, said)), base=None)
 
 
-@pytest.mark.parametrize("pattern", ("", ".*(a+)+", "(", "[", "\\", "a" * 5000))
-def test_layers_pattern_is_no_regex(desk: Desk, pattern: str) -> None:
+@pytest.mark.parametrize(
+    ("pattern", "code"),
+    [
+        *((p, "config-disagrees") for p in ("", ".*(a+)+", "\\", "a" * 5000)),
+        *((p, "bad-pattern") for p in ("(", "[")),
+    ],
+)
+def test_layers_pattern_that_names_no_layer(desk: Desk, pattern: str, code: str) -> None:
     said = SAID | {"layers_to_transform": [0], "layers_pattern": [pattern]}
-    desk.refused("config-disagrees", desk.folder_of(peft_folder(PEFT, said)))
+    desk.refused(code, desk.folder_of(peft_folder(PEFT, said)))
 
 
 def test_a_layer_number_of_thousands_of_digits(desk: Desk) -> None:

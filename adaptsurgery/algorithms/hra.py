@@ -285,13 +285,14 @@ def extract(
     return update
 
 
-def fit(base: Tensor, tuned: Tensor, goal: Goal, *, seed: int = 0) -> Fit:
+def fit(base: Tensor, tuned: Tensor, goal: Goal, *, seed: int = 0, whole: bool = False) -> Fit:
     """W1 ≈ W0·H1···Hr by a Procrustes problem in r dimensions (core/procrustes.py), and its error.
 
     Exact where ``tuned`` is ``base`` with such a chain in it. No chain, however long, comes nearer
     than ``limit``, the best orthogonal matrix (left out above 2,048 columns, 2·o if that is fewer:
     it costs an SVD). The ranks that goals find are even, as PEFT wants them; a rotation in an odd
-    number of dimensions takes one reflection fewer. Vectors in float32, float64 where a weight is.
+    number of dimensions takes one reflection fewer. ``whole``: all that were asked for, whatever it
+    costs: PEFT has one rank for all layers. Vectors in float32, float64 where a weight is.
     Raises what ``difference`` and ``rank_for`` do.
     """
     found = difference(base, tuned)
@@ -301,13 +302,15 @@ def fit(base: Tensor, tuned: Tensor, goal: Goal, *, seed: int = 0) -> Fit:
 
         @cache
         def attempt(rank: int) -> HRA:
-            return HRA(_chain(problem, rank, seed).to(found.dtype))
+            return HRA(_chain(problem, rank, seed, whole).to(found.dtype))
 
         def error_at(rank: int) -> float:
             turned = attempt(rank).fold(base.double()) if total else base
             return norm_of(turned.double() - tuned.double()) / total if total else 0.0
 
         most = max(problem.size, 2)
+        if whole and goal.rank is not None:
+            most = max(most, goal.rank)
         even = goal.most_error is not None or goal.budget is not None
         rank = rank_for(
             goal,
@@ -331,9 +334,9 @@ def _rank_note(asked: int | None, rank: int) -> tuple[str, ...]:
     )
 
 
-def _chain(problem: Procrustes, rank: int, seed: int) -> Tensor:
+def _chain(problem: Procrustes, rank: int, seed: int, whole: bool) -> Tensor:
     """The reflections of the best turn in ``rank`` dimensions, and pairs that cancel for the rest."""
-    turn = problem.best(rank, seed)
+    turn = problem.best(rank, seed, whole)
     u = turn.plane @ reflections(turn.inner) if problem.norm else turn.plane[:, :0]
     spare = max(rank, 2) - u.shape[1]
     u = torch.cat([u, turn.plane[:, :1].expand(-1, spare - spare % 2)], dim=1)

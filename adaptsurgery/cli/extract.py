@@ -50,7 +50,11 @@ def _ranks(ctx: click.Context, param: click.Parameter, value: tuple[str, ...]) -
 @click.option(
     "--conv-rank", type=click.IntRange(min=1), metavar="N", help="Of kernels other than 1."
 )
-@click.option("--tucker", is_flag=True, help="A Tucker core on kernels other than 1.")
+@click.option(
+    "--tucker",
+    is_flag=True,
+    help="A Tucker core on kernels other than 1: LoKr, and LoRA but in PEFT.",
+)
 @click.option("--include", multiple=True, metavar="P", help="Layers to adapt: PEFT's rules.")
 @click.option("--exclude", multiple=True, metavar="P", help="Layers to leave out.")
 @click.option(

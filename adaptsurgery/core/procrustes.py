@@ -73,42 +73,47 @@ class Procrustes:
         """‖W1 − W0·Q‖/‖D‖."""
         return math.sqrt(max(0.0, 1 - gain / self.norm**2)) if self.norm else 0.0
 
-    def best(self, rank: int, seed: int = 0) -> Turn:
+    def best(self, rank: int, seed: int = 0, whole: bool = False) -> Turn:
         """The best turn in ``rank`` dimensions that a climb finds; exact where there is such a one.
 
-        Its determinant is that of ``rank`` reflections, where that costs next to nothing.
+        Its determinant is that of ``rank`` reflections, where that costs next to nothing, and in
+        any case where all, the ``whole`` of the rank, have to be there.
         """
         if rank >= self.size:
-            return self._of_parity(self.within(torch.eye(self.size, dtype=self.moment.dtype)), rank)
+            everything = self.within(torch.eye(self.size, dtype=self.moment.dtype))
+            return self._of_parity(everything, rank, whole)
         found = self.within(self._plane(self.change, rank, seed))
         if self.norm and self.error(found.gain) > EXACT:
             starts = [self.within(plane) for plane in self._starts(rank, seed)]
             found = max(found, *starts, key=lambda turn: turn.gain)
-        return self._of_parity(self._climb(found) if self.norm else found, rank)
+        return self._of_parity(self._climb(found) if self.norm else found, rank, whole)
 
-    def _of_parity(self, turn: Turn, rank: int) -> Turn:
-        """The turn with the determinant (−1)^rank, by way of the least singular value of A; the turn
-        as it is where that would add more than a hundredth to its squared error.
+    def _of_parity(self, turn: Turn, rank: int, whole: bool) -> Turn:
+        """The turn with the determinant (−1)^rank, by way of the least singular value of A; where
+        that would add more than a hundredth to its squared error, the turn as it is, or, where the
+        ``whole`` rank is asked for, what a climb among those of that determinant finds.
 
         A chain of ``rank`` reflections has that determinant, and one of fewer may have the other.
         """
-        if round(float(torch.linalg.det(turn.inner))) == (-1) ** rank:
+        other, total = self.within(turn.plane, (-1) ** rank), self.norm**2
+        if turn.gain - other.gain <= 0.01 * max(total - turn.gain, 1e-10 * total):
+            return other
+        if not whole:
             return turn
-        left, s, right = torch.linalg.svd(turn.plane.t() @ self.moment @ turn.plane)
-        left[:, -1] *= -1
-        cost, total = 4 * float(s[-1]), self.norm**2
-        near = cost <= 0.01 * max(total - turn.gain, 1e-10 * total)
-        return Turn(turn.plane, left @ right, turn.gain - cost) if near else turn
+        return self._climb(other, (-1) ** rank) if rank < self.size else other
 
     def _plane(self, matrix: Tensor, rank: int, seed: int) -> Tensor:
         """The leading right singular vectors, and rows of W0 where there are too few."""
         rows = leading(matrix, rank, seed=seed).vt
         return _orthonormal(torch.cat([rows, self.base[: rank - len(rows)]]))
 
-    def within(self, plane: Tensor) -> Turn:
-        """The best turn of the span of V."""
+    def within(self, plane: Tensor, sign: int = 0) -> Turn:
+        """The best turn of the span of V; of those of one determinant where that is ±1."""
         inner = plane.t() @ self.moment @ plane
         left, s, right = torch.linalg.svd(inner)
+        if sign * float(torch.linalg.det(left @ right)) < 0:
+            left[:, -1] *= -1
+            s[-1] *= -1
         return Turn(plane, left @ right, 2 * float(s.sum() - inner.trace()))
 
     def _starts(self, rank: int, seed: int) -> list[Tensor]:
@@ -139,14 +144,14 @@ class Procrustes:
         slope = self.moment @ (plane @ inner.t()) + self.moment.t() @ (plane @ inner)
         return slope - plane @ (plane.t() @ slope)
 
-    def _climb(self, start: Turn) -> Turn:
+    def _climb(self, start: Turn, sign: int = 0) -> Turn:
         """Barzilai–Borwein steps with a QR back to the manifold; a step that loses much is halved."""
         best = here = start
         slope = self._slope(here)
         step = 0.1 * math.sqrt(slope.shape[1]) / max(float(slope.norm()), 1e-300)
         recent, since = [here.gain], 0
         for _ in range(STEPS):
-            there = self.within(_orthonormal((here.plane + step * slope).t()))
+            there = self.within(_orthonormal((here.plane + step * slope).t()), sign)
             if there.gain < min(recent[-5:]):
                 step, since = step / 4, since + 1
             else:

@@ -154,6 +154,37 @@ def test_reflections_of_an_orthogonal_matrix(seed: int, size: int, near: bool) -
     assert u.shape[1] <= size and round(float(torch.linalg.det(inner))) == (-1) ** u.shape[1]
 
 
+@settings(max_examples=40, deadline=None)
+@given(seeds, shapes, st.integers(2, 9))
+def test_the_whole_rank_where_all_have_to_be_there(
+    seed: int, shape: tuple[int, ...], rank: int
+) -> None:
+    """And no turn of its determinant is nearer than what a climb from the free one's plane finds."""
+    base, tuned = numbers(seed, *shape), numbers(seed + 1, *shape)
+    free = hra.fit(base, tuned, Goal(rank=rank))
+    found = hra.fit(base, tuned, Goal(rank=rank), whole=True)
+    assert found.rank == rank and found.error <= 1 + 1e-9
+    assert found.error == pytest.approx(measured(base, tuned, found), abs=1e-12)
+    if free.rank == rank:
+        assert torch.equal(free.update.u, found.update.u)
+
+
+def test_the_whole_rank_climbs_on_among_its_determinant() -> None:
+    better = 0
+    for seed in range(8):
+        base = numbers(seed, 30, 20)
+        tuned = HRA(numbers(seed + 1, 20, 3)).fold(base) + 0.5 * numbers(seed + 2, 30, 20)
+        problem = Procrustes(base, tuned)
+        free = problem.best(4)
+        if round(float(torch.linalg.det(free.inner))) == 1:
+            continue
+        flipped, climbed = problem.within(free.plane, 1), problem.best(4, whole=True)
+        assert round(float(torch.linalg.det(climbed.inner))) == 1
+        assert flipped.gain <= climbed.gain
+        better += climbed.gain > flipped.gain * (1 + 1e-6)
+    assert better
+
+
 def test_goals_find_even_ranks() -> None:
     base = numbers(0, 40, 33)
     tuned = HRA(numbers(1, 33, 6)).fold(base) + 1e-3 * numbers(2, 40, 33)

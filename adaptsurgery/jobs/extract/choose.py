@@ -7,7 +7,6 @@ or, where an error was asked for, the one with the fewest parameters.
 
 from __future__ import annotations
 
-import math
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
@@ -53,14 +52,32 @@ class Outcome:
 def outcomes(plan: ExtractPlan, found: Results) -> list[Outcome]:
     """Every layer with its candidate, in the plan's order.
 
-    Raises InexactError ("nothing-held") where one kind has to serve and none meets the goal anywhere.
+    Raises ValueRefused ("out-of-reach") with all layers on which no candidate meets the goal.
     """
     made = [Outcome(layer, Measured.from_dict(data)) for layer, data in zip(plan.layers, found)]
     changed = [o for o in made if o.measured.found]
+    _check_reached(plan, changed)
     wanted = _one_kind(plan, changed) if plan.options.to == "peft" and changed else None
     for outcome in changed:
         _settle(outcome, wanted, plan.options.exact_goal)
     return made
+
+
+def _check_reached(plan: ExtractPlan, changed: Sequence[Outcome]) -> None:
+    beyond: dict[str, str] = {}
+    for outcome in changed:
+        kept = [f for f in outcome.measured.found if not f.compared]
+        if all(f.failed for f in kept):
+            beyond[outcome.layer.label] = kept[0].failed
+    if beyond:
+        names = " or ".join(dict.fromkeys(c.algorithm for c in plan.layers[0].candidates if not c.compared))  # fmt: skip
+        raise ValueRefused(
+            f"{len(beyond)} of {len(changed)} changed layers: no {names} meets the goal",
+            where=plan.tuned,
+            items=[f"`{label}`: {why}" for label, why in beyond.items()],
+            next="another goal, another --algorithm, or --exclude them",
+            code="out-of-reach",
+        )
 
 
 def _settle(outcome: Outcome, wanted: _Kind | None, fewest: bool) -> None:
@@ -87,8 +104,6 @@ def _one_kind(plan: ExtractPlan, changed: Sequence[Outcome]) -> _Kind:
         for found in outcome.measured.found:
             if not found.compared and not found.failed:
                 kinds.setdefault((found.algorithm, found.factor), []).append(found)
-    if not kinds:
-        raise InexactError("no candidate can be held by all layers", code="nothing-held")
     totals = {kind: _total(kind, changed, plan.options.exact_goal) for kind in kinds}
     return min(kinds, key=lambda kind: totals[kind])
 
@@ -269,11 +284,3 @@ def _template(state: AdapterState, component: str, whole: list[str]) -> dict[str
     if biases and algorithm in ("lora", "hra"):
         found["bias"] = f"{algorithm}_only"
     return found
-
-
-def relative(part: float, whole: float) -> float:
-    return part / whole if whole else 0.0
-
-
-def root(squares: Sequence[float]) -> float:
-    return math.sqrt(sum(s * s for s in squares))

@@ -137,10 +137,10 @@ def _run(
     place = Place(plan, out)
     if not dry_run and (part[1] > 1 or place.root.exists()) and made(plan, out):
         place.remove()
-        return _made_already(plan, out)
+        return _made_already(plan, out, workers)
     target = writable(options.to)
     check_paths([base.where, tuned.where], out, target, overwrite)
-    report = summary.planned(plan)
+    report = summary.planned(plan, workers)
     report.notes += (left := _abandoned(place))
     if dry_run:
         return report
@@ -152,11 +152,11 @@ def _run(
         report.notes.append(Note("part-done", str(out), text))
         return report
     with place.tidy(alone=part[1] == 1):
-        return _finish(runner, place, found, out, page, overwrite, left)
+        return _finish(runner, place, found, out, page, overwrite, left, workers)
 
 
-def _made_already(plan: ExtractPlan, out: Path) -> Report:
-    report = summary.planned(plan)
+def _made_already(plan: ExtractPlan, out: Path, workers: int) -> Report:
+    report = summary.planned(plan, workers)
     report.outputs = [str(out)]
     report.facts["complete"] = True
     text = "made by another run of the same extraction, whose report has the figures"
@@ -197,6 +197,7 @@ def _finish(
     page: Path | None,
     overwrite: bool,
     left: list[Note],
+    workers: int,
 ) -> Report:
     """The adapter and the reports, all of them whole, and the partial output removed."""
     from adaptsurgery.jobs.extract.choose import adapter_state, outcomes
@@ -205,7 +206,7 @@ def _finish(
     with place.lock("finish"):
         layers = outcomes(plan, found)
         state = adapter_state(plan, place, runner, layers, found)
-        report = summary.told(plan, layers, found)
+        report = summary.told(plan, layers, found, workers)
         written = _write(state, runner, place, out, overwrite)
         report.notes += [n for n in [*left, *written.notes] if n not in report.notes]
         report.outputs = written.outputs

@@ -13,7 +13,7 @@ from torch import Tensor
 
 from adaptsurgery.algorithms import HRA, hra, loha, lokr, lora
 from adaptsurgery.checkpoint.bridge import to_torch, torch_dtype
-from adaptsurgery.core.fit import Fit, Goal
+from adaptsurgery.core.fit import SLACK, Fit, Goal, norm_of
 from adaptsurgery.core.update import Delta, Update
 from adaptsurgery.jobs.extract.candidates import SAME, Candidate
 from adaptsurgery.jobs.extract.options import ALGORITHMS, DTYPES, Options
@@ -127,10 +127,7 @@ def number_of(tensor: LazyTensor, pair: Pair, side: str) -> Tensor:
 
 
 def fit_layer(layer: Layer, read: Read, options: Options) -> tuple[Measured, dict[str, LazyTensor]]:
-    """A layer's candidates, measured, and the tensors of those that may be taken, by "n.slot".
-
-    Raises ValueRefused where no candidate can be had.
-    """
+    """A layer's candidates, measured, and the tensors of those that may be taken, by "n.slot"."""
     weights = read_weights(layer, read)
     _, norm = weights.blocks()
     weight = float(torch.linalg.vector_norm(weights.base, dtype=torch.float64))
@@ -144,28 +141,17 @@ def fit_layer(layer: Layer, read: Read, options: Options) -> tuple[Measured, dic
         measured.found.append(one)
         if module is not None and not candidate.compared:
             tensors |= {f"{number}.{slot}": t for slot, t in module.tensors.items()}
-    _check_any(layer, measured)
     measured.spectrum = work.spectrum
-    if layer.curve and norm:
-        measured.curve = work.curve(_best(measured.found).parameters)
+    best = _best(measured.found)
+    if layer.curve and norm and best is not None:
+        measured.curve = work.curve(best.parameters)
         measured.spectrum = work.spectrum
     return measured, tensors
 
 
-def _check_any(layer: Layer, measured: Measured) -> None:
-    kept = [f for f in measured.found if not f.compared]
-    if all(f.failed for f in kept):
-        raise ValueRefused(
-            f"`{layer.label}`: no {' or '.join(dict.fromkeys(f.algorithm for f in kept))} meets the goal",
-            seen=kept[0].failed,
-            next="another goal, another --algorithm, or --exclude it",
-            code="out-of-reach",
-        )
-
-
-def _best(found: list[Found]) -> Found:
+def _best(found: list[Found]) -> Found | None:
     kept = [f for f in found if not f.failed and not f.compared]
-    return min(kept, key=lambda f: f.error)
+    return min(kept, key=lambda f: f.error, default=None)
 
 
 def noise_of(pair: Pair, weight: Tensor) -> float:
@@ -194,8 +180,12 @@ class _Work:
         self, candidate: Candidate, before: list[Found]
     ) -> tuple[Found, ModuleState | None]:
         found = Found(candidate.algorithm, candidate.factor, candidate.compared)
+        goal = self._goal(candidate, before)
+        if goal is None:
+            found.failed = "nothing to compare it with"
+            return found, None
         try:
-            fit = self._fit(candidate.algorithm, self._goal(candidate, before), candidate.factor)
+            fit = self._fit(candidate.algorithm, goal, candidate.factor)
         except ValueRefused as error:
             if error.code not in _NO_GOOD:
                 raise
@@ -212,9 +202,10 @@ class _Work:
                         "options": module.options}  # fmt: skip
         return found, module
 
-    def _goal(self, candidate: Candidate, before: list[Found]) -> Goal:
+    def _goal(self, candidate: Candidate, before: list[Found]) -> Goal | None:
         if candidate.goal == SAME:
-            return Goal(budget=_best(before).parameters)
+            best = _best(before)
+            return None if best is None else Goal(budget=best.parameters)
         value = candidate.value
         whole = candidate.goal in ("rank", "budget")
         given: dict[str, Any] = {candidate.goal: int(value) if whole else value}
@@ -223,11 +214,14 @@ class _Work:
     def _fit(self, algorithm: str, goal: Goal, factor: int | None = None) -> Fit:
         own: dict[str, Any] = {}
         wide = any(k != 1 for k in self.layer.shape[2:])
-        if algorithm in ("lora", "lokr") and self.options.tucker and wide:
+        cored = algorithm == "lokr" or (algorithm == "lora" and self.options.to != "peft")
+        if self.options.tucker and wide and cored:
             own["tucker"] = True
         if algorithm == "lokr":
             own["factor"], own["decompose_both"] = factor, self.options.decompose_both
             own["loader"] = "peft" if self.options.to == "peft" else "lycoris"
+        if algorithm == "hra":
+            own["whole"] = self.options.to == "peft"
         fit: Callable[..., Fit] = _FITTERS[algorithm].fit
         return fit(self.weights.base, self.weights.tuned, goal, seed=self.seed, **own)
 
@@ -247,9 +241,12 @@ class _Work:
         return stored
 
     def _error(self, update: Update) -> float:
-        """‖D − D̂‖/‖D‖ of what is stored, in float64; 0 where D and D̂ are both 0."""
+        """‖D − D̂‖/‖D‖ of what is stored, in float64; 0 where D is 0, and D̂ but for rounding."""
         missing, total = self.weights.blocks(_change(update, self.weights.base))
-        return missing / total if total else (0.0 if not missing else math.inf)
+        if total:
+            return missing / total
+        assert missing <= SLACK * norm_of(self.weights.base), "a change where there was none"
+        return 0.0
 
     def _keep_spectrum(self, fit: Fit) -> None:
         if fit.spectrum is not None and len(fit.spectrum) > len(self.spectrum):

@@ -71,16 +71,19 @@ def check_options(options: Options) -> None:
 def _refuse_idle(options: Options) -> None:
     """Options that the algorithm has no use for."""
     kronecker = options.algorithm in ("lokr", AUTO)
+    coreable = kronecker or (options.algorithm == "lora" and options.to != "peft")
     idle = {
         "--factor": options.factor is not None and not kronecker,
         "--decompose-both": options.decompose_both and not kronecker,
-        "--tucker": options.tucker and options.algorithm in ("loha", "hra"),
+        "--tucker": options.tucker and not coreable,
     }
     for name, wrong in idle.items():
         if wrong:
             raise LayoutError(
-                f"{name} has no effect on {options.algorithm}",
-                next="leave it out" if name == "--tucker" else "it is for --algorithm lokr",
+                f"{name} has no effect on {options.algorithm} in {options.to}",
+                next="it is for lokr, and for lora beyond PEFT, which has no core in its LoRA"
+                if name == "--tucker"
+                else "it is for --algorithm lokr",
                 code="option-without-effect",
             )
     if options.algorithm == "hra" and options.ranks:

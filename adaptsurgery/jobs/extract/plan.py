@@ -97,7 +97,7 @@ class ExtractPlan:
         sides = [side for pair in pairs for side in (pair.base, pair.tuned)]
         return sum(math.prod(s.shape) * DTYPE_BYTES[s.dtype] for s in sides)
 
-    def peak_memory(self, workers: int = 2) -> int:
+    def peak_memory(self, workers: int) -> int:
         """Bytes that carrying it out should hold at most, torch included: some ten largest layers.
 
         HRA, which works in float64 on a square of the inputs, holds some twenty.

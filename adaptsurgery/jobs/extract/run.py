@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import json
 import os
-from collections.abc import Callable, Mapping
+from collections.abc import Callable
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -138,6 +138,3 @@ def results(plan: ExtractPlan, place: Place) -> Results | None:
 def check(plan: ExtractPlan) -> None:
     """Both models as they were when the plan was made."""
     check_inputs([*plan.base_files, *plan.tuned_files])
-
-
-Saved = Mapping[str, Mapping[str, Tensor]]

@@ -17,7 +17,7 @@ UNRELATED = 1.0  # ‖D‖/‖W‖; two models that know nothing of each other d
 NOISY = 0.5  # share of ‖D‖² that storage's rounding may be before it is said
 
 
-def planned(plan: ExtractPlan) -> Report:
+def planned(plan: ExtractPlan, workers: int) -> Report:
     """The report of a dry run: what would be done."""
     layers = len(plan.layers)
     left = [d for group in plan.dense for d in group if not d.slot]
@@ -25,7 +25,10 @@ def planned(plan: ExtractPlan) -> Report:
         Row(layer.label, "/".join(dict.fromkeys(c.algorithm for c in layer.candidates)), "planned")
         for layer in plan.layers
     ]
-    facts = _facts(plan) | {"layers": [], "left_out": [_left(d.pair.label, d.reason) for d in left]}
+    facts = _facts(plan, workers) | {
+        "layers": [],
+        "left_out": [_left(d.pair.label, d.reason) for d in left],
+    }
     return Report("extract", f"{layers} layers", rows, _notes(plan), facts=facts)
 
 
@@ -37,7 +40,7 @@ def _notes(plan: ExtractPlan) -> list[Note]:
     return [Note(*n) for n in plan.notes]
 
 
-def _facts(plan: ExtractPlan) -> dict[str, Any]:
+def _facts(plan: ExtractPlan, workers: int) -> dict[str, Any]:
     options = plan.options
     return {
         "base": plan.base,
@@ -48,12 +51,12 @@ def _facts(plan: ExtractPlan) -> dict[str, Any]:
         "dtype": options.dtype,
         "seed": options.seed,
         "bytes_read": plan.nbytes,
-        "predicted_peak_memory": plan.peak_memory(),
+        "predicted_peak_memory": plan.peak_memory(workers),
         "digest": plan.digest,
     }
 
 
-def told(plan: ExtractPlan, made: Sequence[Outcome], found: Results) -> Report:
+def told(plan: ExtractPlan, made: Sequence[Outcome], found: Results, workers: int) -> Report:
     """The report of an extraction that was carried out."""
     dense = _dense(plan, found)
     totals = _totals(made, dense)
@@ -70,7 +73,7 @@ def told(plan: ExtractPlan, made: Sequence[Outcome], found: Results) -> Report:
         for r in layers
         if r["left_out"]
     ]
-    facts = _facts(plan) | totals | {
+    facts = _facts(plan, workers) | totals | {
         "layers": layers,
         "dense": [d for d in dense if d["slot"] and d["norm"]],
         "left_out": sorted(left, key=lambda d: -d["share"]),

@@ -101,6 +101,7 @@ def test_an_empty_adapter_if_it_is_allowed(bench: Bench, algorithm: str) -> None
     bench.tuned = dict(bench.base)
     report = bench.extract(allow_empty=True, algorithm=algorithm)
     assert report.facts["error"] == 0 and report.facts["modules"] == 8
+    assert {row["error"] for row in report.facts["layers"]} == {0.0}
     out = bench.folder / "merged.safetensors"
     adaptsurgery.merge(bench.folder / "base.safetensors", bench.folder / "out", out)
     for key, tensor in models.read(out).items():
@@ -253,6 +254,7 @@ def test_a_tiny_and_a_huge_model(bench: Bench) -> None:
         ({"algorithm": "hra", "to": "kohya"}, "no-hra"),
         ({"factor": 4}, "option-without-effect"),
         ({"tucker": True, "algorithm": "hra"}, "option-without-effect"),
+        ({"tucker": True, "to": "peft"}, "option-without-effect"),
         ({"algorithm": "hra", "rank_pattern": {"up": 2}}, "hra-ranks"),
         ({"include": ["nothing_of_that_name"]}, "no-match"),
         ({"exclude": ["nothing_of_that_name"]}, "no-match"),

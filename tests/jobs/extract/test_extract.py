@@ -11,6 +11,7 @@ import pytest
 import torch
 
 import adaptsurgery
+from adaptsurgery.algorithms import HRA
 from adaptsurgery.jobs.extract.extract import extract
 from adaptsurgery.jobs.report import Report
 
@@ -148,8 +149,50 @@ def test_an_error_that_is_out_of_reach_is_refused(
 ) -> None:
     with pytest.raises(adaptsurgery.SurgeryError) as refused:
         extract(*pair, tmp_path / "out", algorithm=algorithm, max_error=0.2, include=["up"])
-    assert refused.value.code == "out-of-reach" and "up" in str(refused.value)
+    assert refused.value.code == "out-of-reach"
+    told = " ".join(refused.value.items)
+    assert len(refused.value.items) == 2 and "layers.0.up" in told and "layers.1.up" in told
     assert not list(tmp_path.iterdir())
+
+
+def test_hra_has_the_rank_that_is_asked_for_on_every_layer(tmp_path: Path) -> None:
+    """Where the nearest rotation of one layer takes an odd number of reflections, and PEFT has one rank."""
+    base = {n: w for n, w in models.weights().items() if "up.weight" in n or "point" in n}
+    reflected = HRA(models.weights(3)["model.layers.0.up.weight"][:3].t())
+    tuned = models.moved(base)
+    tuned["model.layers.0.up.weight"] = reflected.fold(base["model.layers.0.up.weight"])
+    pair = (models.write(tmp_path / "b.safetensors", base),
+            models.write(tmp_path / "t.safetensors", tuned))  # fmt: skip
+    for rank in (3, 4, 14):
+        report = extract(*pair, tmp_path / str(rank), algorithm="hra", rank=rank)
+        assert report.facts["ranks"] == [rank]
+
+
+@pytest.mark.parametrize(("algorithm", "to"), [("lora", "kohya"), ("lora", "lycoris"), ("lokr", "peft")])  # fmt: skip
+def test_tucker_cores_are_written_and_measured(
+    pair: tuple[Path, Path], tmp_path: Path, algorithm: str, to: str
+) -> None:
+    out = name_for(to, tmp_path)
+    own = {"factor": 2} if algorithm == "lokr" else {}
+    report = extract(
+        *pair, out, rank=2, to=to, algorithm=algorithm, tucker=True, include=["conv"], **own
+    )
+    file = out if out.is_file() else out / "adapter_model.safetensors"
+    [core] = [t for k, t in models.read(file).items() if "lora_mid" in k or "lokr_t2" in k]
+    assert core.shape == (2, 2, 3, 3)
+    adaptsurgery.merge(pair[0], out, tmp_path / "merged.safetensors")
+    base, tuned, merged = (
+        models.read(p)["model.conv.weight"] for p in (*pair, tmp_path / "merged.safetensors")
+    )
+    [row] = [r for r in report.facts["layers"] if r["algorithm"]]
+    assert float((merged - tuned).norm() / (tuned - base).norm()) == pytest.approx(row["error"], abs=1e-6)  # fmt: skip
+
+
+def test_the_memory_foretold_is_of_the_workers(pair: tuple[Path, Path], tmp_path: Path) -> None:
+    one, four = (
+        extract(*pair, tmp_path / "out", rank=2, dry_run=True, workers=n).facts for n in (1, 4)
+    )
+    assert one["predicted_peak_memory"] < four["predicted_peak_memory"]
 
 
 @pytest.mark.parametrize("algorithm", ["lora", "loha", "lokr", "hra", "auto"])

@@ -58,7 +58,8 @@ def rewrite(
     ``onnx`` is an ONNX file to write as well. Outputs appear whole or not at all.
 
     ``facts["table"]`` is the plan as text, ``facts["sites"]`` as data. Raises LayoutError
-    ("config-or-adapter", "nothing-to-write"), FileError for a .pt2 that is missing, truncated, or of
+    ("config-or-adapter", "nothing-to-write",
+    "no-effect"), FileError for a .pt2 that is missing, truncated, or of
     a newer schema, and what graph.plan, graph.attach, loading and writing raise.
     """
     listing = config is None and adapter is None and out is None and onnx is None
@@ -70,11 +71,25 @@ def rewrite(
         )
     if out is None and not listing and not dry_run:
         raise LayoutError("there is no output", next="-o OUT.pt2, or --dry-run", code="nothing-to-write")  # fmt: skip
+    _check_effect(config, listing, {"merge": merge, "mode": mode != "auto", "base": base is not None,
+                                    "name": name != "default", "seed": seed is not None})  # fmt: skip
     _check_outputs(source, out, onnx, overwrite)
     with _torch_to_itself():
         return _rewritten(
             source, out, listing, config, adapter, name, mode, merge, onnx, base, seed, overwrite, dry_run
         )  # fmt: skip
+
+
+def _check_effect(config: AnyPath | None, listing: bool, said: Mapping[str, bool]) -> None:
+    """No option is passed over: without an adapter none has an effect, some with one kind alone."""
+    idle = set(said) if listing else {"base"} if config is not None else {"seed"}
+    lost = [option for option in said if said[option] and option in idle]
+    if lost:
+        raise LayoutError(
+            f"without effect: {', '.join(lost)}",
+            next="base goes with an adapter's file, seed with a config, the others with either",
+            code="no-effect",
+        )
 
 
 @contextmanager

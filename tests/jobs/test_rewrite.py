@@ -212,5 +212,20 @@ def test_nothing_is_written_where_something_is_wrong(
     assert sorted(p.name for p in tmp_path.iterdir()) == before
 
 
+@pytest.mark.parametrize(
+    "options", [{"merge": True}, {"mode": "weight"}, {"name": "x"}, {"base": "b"}, {"seed": 1}]
+)
+def test_an_option_without_effect_is_refused(
+    options: dict[str, Any], model: Path, adapter: Path, tmp_path: Path
+) -> None:
+    cases: list[dict[str, Any]] = [{}]
+    cases += [{"adapter": adapter}] if "seed" in options else []
+    cases += [{"config": config_file(tmp_path)}] if "base" in options else []
+    for what in cases:
+        with pytest.raises(SurgeryError, match="without effect") as caught:
+            rewrite(model, tmp_path / "out.pt2" if what else None, **what, **options)
+        assert caught.value.code == "no-effect"
+
+
 def test_it_is_the_librarys() -> None:
     assert adaptsurgery.rewrite is rewrite

@@ -1,0 +1,86 @@
+"""Adapters on programs as they are met: core ATen, int8 weights, open batch and sequence, to ONNX."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import numpy as np
+import onnxruntime as ort
+import pytest
+import torch
+from graph_nets import (
+    Convs,
+    Mlp,
+    close,
+    code,
+    equal,
+    example,
+    exported,
+    made,
+    run,
+    updates_for,
+    wanted,
+)
+
+from adaptsurgery import graph
+from adaptsurgery.algorithms import LoRA
+from adaptsurgery_formats.errors import ValueRefused
+from tests.graph import zoo
+from tests.graph.test_find import Quantised
+from tests.graph.test_graph_models import assert_same, live, outputs
+from tests.graph.test_graph_models import updates_for as random_updates
+
+FOUR = ("lora", "loha", "lokr", "hra")
+
+
+@pytest.mark.parametrize("algorithm", FOUR)
+@pytest.mark.parametrize("net", [Mlp, Convs])
+def test_a_core_aten_base(net: type[torch.nn.Module], algorithm: str) -> None:
+    """Linears are addmm and mm between views there, convolutions one op: at another size too."""
+    model = made(net)
+    core, x = exported(model).run_decompositions(), example(model, 7)
+    updates = updates_for(model, algorithm)
+    h = graph.attach(core, updates)
+    close(run(h, x), wanted(model, updates, x))
+    close(run(graph.merge(h), x), wanted(model, updates, x))
+    back = graph.detach(h)
+    assert code(back) == code(core) and equal(run(back, x), run(core, x))
+
+
+def test_an_int8_base() -> None:
+    """The adapter stands around the layer's boundary; merging has no parameter to go into."""
+    model, x = Quantised().eval(), 1e-3 * torch.randn(2, 3, 4)  # the tanh behind it is not full
+    program = torch.export.export(model, (x,))
+    site = next(s for s in graph.find_sites(program) if s.adaptable and not s.weight)
+    o, i = site.shape
+    update = LoRA(30 * torch.randn(o, 2), torch.randn(2, i), scale=1.5)
+    hooked = model.get_submodule(site.path).register_forward_hook(
+        lambda _, given, out: out + 1.5 * (given[0] @ update.down.t() @ update.up.t())
+    )
+    expected = model(x)
+    hooked.remove()
+    h = graph.attach(program, {site.path: update})
+    close(run(h, x), [expected.detach().double()])
+    assert (run(h, x)[0] - run(program, x)[0]).abs().max() > 1e-2
+    assert code(graph.detach(h)) == code(program)
+    with pytest.raises(ValueRefused) as caught:
+        graph.merge(h)
+    assert site.path in str(caught.value)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("algorithm", ["lokr", "hra"])
+def test_open_batch_and_sequence_as_far_as_onnxruntime(algorithm: str, tmp_path: Path) -> None:
+    """attach → save → load → ONNX → a longer text in a larger batch than was traced."""
+    found, program = zoo.entry("llama-tied"), zoo.program("llama-tied")
+    sites = graph.find_sites(program)
+    updates = random_updates(sites, algorithm)
+    expected = outputs(live(found.model, sites, updates), found.other)
+    torch.export.save(graph.attach(program, updates), tmp_path / "h.pt2")
+    h = torch.export.load(tmp_path / "h.pt2")
+    assert_same(outputs(h.module(), found.other), expected)
+    graph.export_onnx(h, tmp_path / "h.onnx")
+    session = ort.InferenceSession(tmp_path / "h.onnx", providers=["CPUExecutionProvider"])
+    (got,) = session.run(None, {"input_ids": found.other["input_ids"].numpy()})[:1]
+    assert got.shape[:2] == (3, 9)
+    assert_same(torch.from_numpy(np.asarray(got)), expected)

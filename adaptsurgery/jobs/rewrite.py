@@ -219,8 +219,8 @@ def _check_types(said: Any, where: str) -> None:
             "this program returns or takes an object of a class that is not imported",
             where=where,
             seen=", ".join(strange),
-            next="export the model with plain tensors and tuples (transformers, diffusers: "
-            f"return_dict=False); or in Python: import {strange[0].rpartition('.')[0]}, then rewrite(…)",
+            next="export the model with plain tensors and tuples, by a subclass whose forward returns "
+            f"them; or in Python: import {strange[0].rpartition('.')[0]}, then rewrite(…)",
             code="unknown-class",
         )
 

@@ -127,7 +127,10 @@ class LoRA(Delta):
         kernel = layer.shape[2:]
         up = ready.up.flatten(1)
         if ready.mid is None:
-            return layer.low_rank(x, up, ready.down.reshape(self.rank, *layer.shape[1:]))
+            down = (
+                ready.down.reshape(self.rank, *layer.shape[1:]) if kernel else ready.down.flatten(1)
+            )
+            return layer.low_rank(x, up, down)
         mid = ready.mid.reshape(*ready.mid.shape[:2], *kernel)
         return layer.low_rank(x, up, ready.down.flatten(1), mid)
 

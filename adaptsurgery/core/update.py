@@ -233,20 +233,24 @@ class Delta(Update):
         bias = self.fold_bias(layer.bias, layer.weight.dtype, gate)
         chosen = self.choose(x, layer, form)
         if chosen != "folded" or seen is not None:
-            added = self.added(x if seen is None else seen, layer, chosen, gate)
-            return layer.forward(x, bias=bias) + added
+            out = layer.forward(x, bias=bias)
+            return self.onto(out, x if seen is None else seen, layer, chosen, gate)
         if gate is None and form == "auto" and not self.training(x):
             # A blocked fold is some times faster, and has no gradient to record.
             return layer.forward(x, self.fold(layer.canonical()), bias)
         return layer.forward(x, self.folded(layer.canonical(), gate), bias)
 
-    def added(self, x: Tensor, layer: Layer, form: Form, gate: Tensor | None = None) -> Tensor:
-        """What the update adds to the layer's output, without a bias: g·s·Δ·x."""
-        if form != "folded":
-            y = self.scale * self.delta(x, layer, form)
-            return y if gate is None else y * layer.over_channels(gate.to(y))
-        full = self.like(layer.sample(x)).flat().matrix().reshape(layer.shape)
-        return layer.forward(x, gated(self.scale * full, gate), None)
+    def onto(
+        self, out: Tensor, x: Tensor, layer: Layer, form: Form, gate: Tensor | None = None
+    ) -> Tensor:
+        """``out`` and what the update adds to the layer's output: g·s·Δ·x, without a bias."""
+        if form == "folded":
+            full = self.like(layer.sample(x)).flat().matrix().reshape(layer.shape)
+            y = layer.forward(x, gated(full, gate), None)
+        else:
+            y = self.delta(x, layer, form)
+            y = y if gate is None else y * layer.over_channels(gate.to(y))
+        return torch.add(out, y, alpha=self.scale)
 
     def choose(self, x: Tensor, layer: Layer, form: Form = "auto") -> Form:
         """The form that ``apply`` takes: grouped layers fold, "auto" takes the cheapest."""
@@ -278,11 +282,11 @@ class Delta(Update):
     def cast(self, dtype: torch.dtype, device: torch.device | None = None) -> Self:
         """The same update with its tensors in ``dtype`` (and on ``device``)."""
         held = self.tensors()
-        moved = {name: tensor.to(device, dtype) for name, tensor in held.items()}
-        if all(moved[name] is held[name] for name in held):
-            return self
-        changes: dict[str, Any] = dict(moved)
-        return replace(self, **changes)
+        for tensor in held.values():
+            if tensor.dtype != dtype or (device is not None and tensor.device != device):
+                changes: dict[str, Any] = {n: t.to(device, dtype) for n, t in held.items()}
+                return replace(self, **changes)
+        return self
 
     def like(self, sample: Tensor) -> Self:
         """Cast to the dtype and device of ``sample``."""
@@ -376,7 +380,7 @@ class Rotation(Update):
             return layer.forward(x, self.folded(layer.canonical(), gate))
         if layer.kind == "linear":
             return layer.forward(self.turned(x, layer, gate))
-        return layer.forward(x) + self.change(layer.canonical()).added(x, layer, chosen, gate)
+        return self.change(layer.canonical()).onto(layer.forward(x), x, layer, chosen, gate)
 
     def choose(self, x: Tensor, layer: Layer, form: Form = "auto") -> Form:
         """The form that ``apply`` takes: grouped layers and embeddings fold, a linear is factored."""
@@ -523,7 +527,7 @@ class Composition(Update):
                 rotated = rotation.turned(rotated, layer, g)
             else:
                 weight = rotation.folded(weight, g)
-        added = []
+        late = []
         for delta, g, other in parts[len(turned) :]:
             assert isinstance(delta, Delta)
             delta.check_fits(layer.shape)
@@ -531,8 +535,11 @@ class Composition(Update):
             if chosen == "folded" and not turning and other is None:
                 weight = delta.folded(weight, g)
             else:
-                added.append(delta.added(x if other is None else other, layer, chosen, g))
-        return sum(added, layer.forward(rotated, weight, bias))
+                late.append((delta, x if other is None else other, chosen, g))
+        out = layer.forward(rotated, weight, bias)
+        for delta, other, chosen, g in late:
+            out = delta.onto(out, other, layer, chosen, g)
+        return out
 
     def _each(self, given: Gates) -> Sequence[Tensor | None]:
         """One gate, or one input, a part."""

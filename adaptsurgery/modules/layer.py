@@ -7,7 +7,6 @@ the base layer's with W' for W, by the law W' = W·R1·R2·… + Σ s·Δ, then 
 from __future__ import annotations
 
 from collections.abc import Iterable, Mapping, Sequence
-from contextlib import nullcontext
 from dataclasses import dataclass, replace
 from types import EllipsisType
 from typing import Any
@@ -66,6 +65,35 @@ class LiveLayer(Layer):
         return given
 
 
+@dataclass(frozen=True, eq=False)
+class Built:
+    """What a forward goes through, and the very settings and tensors that it was made of."""
+
+    layer: LiveLayer
+    update: Update
+    order: tuple[str, ...]  # the adapters, as the update has its parts
+    settings: Mapping[str, Setting]
+    tensors: list[tuple[str, str, Tensor]]  # suffix, adapter, tensor
+    lasting: bool  # whether they are all parameters: a view belongs to the call that made it
+
+    def holds(self, now: AdaptedLayer, live: tuple[str, ...]) -> bool:
+        """Whether all that it was made of is still there, each thing the very same."""
+        settings, modules = self.settings, now._modules
+        base = modules["base_layer"]
+        if base is None or base is not self.layer.module or live != tuple(settings):
+            return False
+        held = base._parameters
+        if held.get("weight") is not self.layer.weight or held.get("bias") is not self.layer.bias:
+            return False
+        for name in live:
+            if now.settings[name] is not settings[name]:
+                return False
+        for suffix, adapter, tensor in self.tensors:
+            if slots.take(now, suffix, adapter) is not tensor:
+                return False
+        return True
+
+
 class AdaptedLayer(nn.Module):
     """A layer with adapters on it.
 
@@ -96,18 +124,27 @@ class AdaptedLayer(nn.Module):
         self.dims, self.shape = layer.dims, layer.shape
         self.plain = type(base_layer) in _PLAIN or (layer.transposed and layer.kind == "linear")
         self._original: tuple[Tensor | None, Tensor | None] | None = None
+        self._built: Built | None = None
         self.train(base_layer.training)
 
     def __getattr__(self, name: str) -> Any:
-        try:
+        modules = self.__dict__.get("_modules", {})
+        if name in modules:
+            return modules[name]
+        base = modules.get("base_layer")
+        if base is None or name in self._parameters or name in self._buffers:
             return super().__getattr__(name)
-        except AttributeError:
-            base = self.__dict__.get("_modules", {}).get("base_layer")
-            if base is None:
-                raise
         if name in ("weight", "bias") and self.read_directly and self.live():
             return self._seen(name)
         return getattr(base, name)
+
+    def __getstate__(self) -> dict[str, Any]:
+        """For copies and pickles, whose parameters are others."""
+        return self.__dict__ | {"_built": None}
+
+    def _load_from_state_dict(self, *args: Any) -> None:
+        self._built = None  # parameters that are replaced are let go
+        super()._load_from_state_dict(*args)
 
     # --- adapters --------------------------------------------------------------------------------
 
@@ -128,6 +165,7 @@ class AdaptedLayer(nn.Module):
 
     def drop(self, adapter: str) -> None:
         """Take an adapter and its tensors away."""
+        self._built = None
         for suffix in self.settings.pop(adapter).suffixes.values():
             slots.drop(self, suffix, adapter)
         self.active = tuple(name for name in self.active if name != adapter)
@@ -156,7 +194,7 @@ class AdaptedLayer(nn.Module):
         """The adapters that the forward goes through, in order."""
         if not self.enabled:
             return ()
-        return tuple(n for n in self.active if n in self.settings and n not in self.merged)
+        return tuple([n for n in self.active if n in self.settings and n not in self.merged])
 
     # --- forward ---------------------------------------------------------------------------------
 
@@ -166,21 +204,45 @@ class AdaptedLayer(nn.Module):
         if not live:
             out: Tensor = self.base_layer(x, *args, **kwargs)
             return out
-        with Recording(x) if isinstance(x, Proxy) else nullcontext():
+        if not isinstance(x, Proxy):
+            return self._adapted(x, live)
+        with Recording(x):
             return self._adapted(x, live)
 
-    def _adapted(self, x: Tensor, live: Sequence[str]) -> Tensor:
-        layer = self.layer()
-        parts = sorted(((name, self.update(name)) for name in live), key=_place)
-        update = compose([part for _, part in parts])
+    def _adapted(self, x: Tensor, live: tuple[str, ...]) -> Tensor:
+        built = self.built(live)
+        update, layer = built.update, built.layer
         form = self.form(x, update, layer)
         if not self.training:
             return update.apply(x, layer, form)
-        configs = [self.settings[name].config for name, _ in parts]
+        configs = [built.settings[name].config for name in built.order]
         sample, kind = layer.sample(x), self.kind
         gates = [None if c is None else c.gate(self.shape[0], sample) for c in configs]
         seen = [None if c is None else c.seen(x, kind) for c in configs]
         return update.apply(x, layer, form, gates, seen)
+
+    def built(self, live: tuple[str, ...]) -> Built:
+        """What the forward goes through, kept while it holds; built anew under a compiler."""
+        if torch.compiler.is_compiling():
+            return self._build(live)
+        built = self._built
+        if built is None or not built.holds(self, live):
+            built = self._build(live)
+            self._built = built if built.lasting else None
+        return built
+
+    def _build(self, live: tuple[str, ...]) -> Built:
+        layer = self.layer()
+        parts = sorted([(name, self.update(name)) for name in live], key=_place)
+        made = [layer.weight, layer.bias, *[t for _, p in parts for t in tensors_of(p).values()]]
+        return Built(
+            layer=layer,
+            update=compose([part for _, part in parts]),
+            order=tuple([name for name, _ in parts]),
+            settings={name: self.settings[name] for name in live},
+            tensors=[(s, name, t) for name in live for s, t in self.tensors(name).items()],
+            lasting=all(t is None or type(t) is nn.Parameter for t in made),
+        )
 
     def form(self, x: Tensor, update: Update, layer: Layer) -> Form:
         """By cost; a module with a forward of its own is given W', one with hooks is called.
@@ -189,7 +251,8 @@ class AdaptedLayer(nn.Module):
         """
         if not self.plain:
             return "folded"
-        base = self.base_layer
+        base = self._modules["base_layer"]
+        assert base is not None
         if base._forward_hooks or base._forward_pre_hooks or "forward" in vars(base):
             return "factored"
         if not unreadable(x):
@@ -303,6 +366,7 @@ class AdaptedLayer(nn.Module):
 
     def _set(self, weight: Tensor, bias: Tensor | None) -> None:
         """New parameters for the base layer: those that other modules share stay as they are."""
+        self._built = None
         for name, new in (("weight", weight), ("bias", bias)):
             old = getattr(self.base_layer, name, None)
             if new is old:

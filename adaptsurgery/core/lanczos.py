@@ -19,9 +19,11 @@ from torch import Tensor
 from torch.nn.functional import pad
 
 from adaptsurgery.core.linalg import Approximation, check_rank, split
+from adaptsurgery.core.scaling import in_range, powers
 from adaptsurgery_formats.errors import ShapeError
 
-TOL = 1e-5  # a step that gains less than 2·TOL of what is left is the last but for its like
+TOL = 1e-5  # a step that gains less than 2·TOL of what is left is the last,
+FALLING, FINE = 0.1, 1e-8  # unless it is less than so much of the one before: on then to 2·FINE
 LEAST, MOST = 3, 16  # blocks in the basis
 SMALL = 160  # up to this many rows or columns the Gram matrix is the quicker way
 APART = 1e-4  # the largest cosine between vectors that count as orthogonal
@@ -59,7 +61,8 @@ def truncate(matrix: Tensor, rank: int, *, seed: int = 0) -> Approximation:
 def leading(matrix: Tensor, rank: int, *, seed: int = 0, tol: float = TOL) -> Leading:
     """The leading min(rank, o, i) singular triples of a matrix (o, i).
 
-    The error of the truncation exceeds the optimum by a part of ``tol`` or so. One seed gives the
+    The error of the truncation exceeds the optimum by a part of ``tol`` or so on a flat spectrum,
+    on one that falls by float32's rounding. One seed gives the
     same bits on one machine with one number of threads. Any finite scale will do; the matrix may be
     zero or of a lower rank: then singular values are zero, and
     their vectors any or zero. Raises ShapeError.
@@ -67,7 +70,7 @@ def leading(matrix: Tensor, rank: int, *, seed: int = 0, tol: float = TOL) -> Le
     check_rank(rank)
     if matrix.dim() != 2 or 0 in matrix.shape:
         raise ShapeError("singular values are of a matrix (o, i)", seen=str(list(matrix.shape)))
-    scaled, scale = _in_range(matrix)
+    scaled, exponent = _in_range(matrix)
     tall = matrix.shape[0] > matrix.shape[1]
     wide = scaled.t() if tall else scaled
     rank = min(rank, wide.shape[0])
@@ -76,7 +79,8 @@ def leading(matrix: Tensor, rank: int, *, seed: int = 0, tol: float = TOL) -> Le
     missing = rank - len(s)  # D's rank is lower, and its space was all there was to find
     u, s, vt = pad(u, (0, missing)), pad(s, (0, missing)), pad(vt, (0, 0, 0, missing))
     u, vt = (vt.t(), u.t()) if tall else (u, vt)
-    return Leading(u, s * scale, vt, norm * scale)
+    low, high = powers(exponent, 2)
+    return Leading(u, s * low * high, vt, norm * low * high)
 
 
 def leading_until(
@@ -95,15 +99,12 @@ def leading_until(
         probe *= 2
 
 
-def _in_range(matrix: Tensor) -> tuple[Tensor, float]:
-    """The matrix over a power of two, so that no square leaves the range of its dtype, and that."""
+def _in_range(matrix: Tensor) -> tuple[Tensor, int]:
+    """The matrix as it is where its squares stay in the range of its dtype; else ``in_range``."""
     matrix = matrix.to(torch.promote_types(matrix.dtype, torch.float32))
     largest = max(abs(float(end)) for end in torch.aminmax(matrix))
     reach = 1e100 if matrix.dtype == torch.float64 else 1e10
-    if not largest or 1 / reach < largest < reach:
-        return matrix, 1.0
-    exponent = min(max(math.frexp(largest)[1], -126), 126)
-    return matrix * 2.0**-exponent, 2.0**exponent
+    return (matrix, 0) if 1 / reach < largest < reach else in_range(matrix)
 
 
 def _by_gram(wide: Tensor, rank: int) -> Leading:
@@ -133,7 +134,7 @@ def _by_lanczos(wide: Tensor, rank: int, seed: int, tol: float) -> Leading:
     norm = float(torch.linalg.vector_norm(wide, dtype=torch.float64))
     basis = wide.new_empty(wide.shape[0], MOST * block)
     images = wide.new_empty(wide.shape[1], MOST * block, dtype=torch.float64)
-    gram, held, captured = images.new_empty(0, 0), 0, 0.0
+    gram, held, captured, gained = images.new_empty(0, 0), 0, 0.0, math.inf
     while held < basis.shape[1]:
         fresh = _orthonormal(wide @ ahead, basis[:, :held])
         if fresh is None:  # an invariant space, of a low rank or of equal singular values
@@ -147,7 +148,9 @@ def _by_lanczos(wide: Tensor, rank: int, seed: int, tol: float) -> Leading:
         gram = _grown(gram, images[:, :held])
         if held >= LEAST * block:
             before, captured = captured, float(torch.linalg.eigvalsh(gram)[-rank:].sum())
-            if captured - before <= 2 * tol * max(norm**2 - captured, 0.0):
+            last, gained = gained, captured - before
+            least = tol if gained > FALLING * last else min(tol, FINE)
+            if gained <= 2 * least * max(norm**2 - captured, 0.0):
                 break
         ahead = torch.linalg.qr(image).Q
     found = _ritz(basis[:, :held], images[:, :held], gram, rank, norm)

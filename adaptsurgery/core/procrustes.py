@@ -27,11 +27,12 @@ LARGE = 2048  # columns up to which whole eigen-decompositions are worth their t
 
 @dataclass(frozen=True, eq=False)
 class Turn:
-    """V (n, r) and R (r, r) of Q = I + V(R − I)Vᵀ, and the ‖W1 − W0‖² that Q accounts for."""
+    """V (n, r) and R (r, r) of Q = I + V(R − I)Vᵀ, the ‖W1 − W0‖² that Q accounts for, and MᵀV."""
 
     plane: Tensor
     inner: Tensor
     gain: float
+    turned: Tensor
 
 
 class Procrustes:
@@ -109,12 +110,13 @@ class Procrustes:
 
     def within(self, plane: Tensor, sign: int = 0) -> Turn:
         """The best turn of the span of V; of those of one determinant where that is ±1."""
-        inner = plane.t() @ self.moment @ plane
+        turned = self.moment.t() @ plane
+        inner = turned.t() @ plane
         left, s, right = torch.linalg.svd(inner)
         if sign * float(torch.linalg.det(left @ right)) < 0:
             left[:, -1] *= -1
             s[-1] *= -1
-        return Turn(plane, left @ right, 2 * float(s.sum() - inner.trace()))
+        return Turn(plane, left @ right, 2 * float(s.sum() - inner.trace()), turned)
 
     def _starts(self, rank: int, seed: int) -> list[Tensor]:
         """Where the small rotation e^S ≈ I + S that best gives D turns most, and moves most."""
@@ -141,7 +143,7 @@ class Procrustes:
         """The gain's gradient in V, tangent to the manifold: M·V·Cᵀ + Mᵀ·V·C with C = R − I."""
         plane, inner = turn.plane, turn.inner.clone()
         inner.diagonal().sub_(1)
-        slope = self.moment @ (plane @ inner.t()) + self.moment.t() @ (plane @ inner)
+        slope = self.moment @ (plane @ inner.t()) + turn.turned @ inner
         return slope - plane @ (plane.t() @ slope)
 
     def _climb(self, start: Turn, sign: int = 0) -> Turn:

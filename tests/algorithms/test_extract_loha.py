@@ -9,7 +9,7 @@ from typing import Any
 import pytest
 import reference
 import torch
-from hypothesis import given
+from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch import Tensor, nn
 
@@ -80,6 +80,7 @@ def differences(draw: st.DrawFn) -> Tensor:
     return plain if kind == "normal" else torch.full((m, n), 0.3)
 
 
+@settings(max_examples=40)
 @given(differences(), st.integers(1, 8))
 def test_never_farther_than_the_lora_of_its_rank(delta: Tensor, rank: int) -> None:
     found = fitted(delta, rank=rank)
@@ -118,7 +119,13 @@ def test_flat_and_sparse_deltas_are_nearer_than_a_lora_of_twice_the_rank(rank: i
 @pytest.mark.parametrize("rank", [2, 3, 4])
 def test_true_products_are_found_again(rank: int) -> None:
     errors = [fitted(true_loha(96, 120, rank, 10 * s), rank=rank, seed=s).error for s in range(6)]
-    assert sum(error < 1e-5 for error in errors) >= 5, errors
+    assert max(errors) < 1e-5, errors
+
+
+def test_true_products_of_few_rows_are_found_again() -> None:
+    """Where most random starts end elsewhere, and the nearest set out again."""
+    errors = [fitted(true_loha(64, 64, 4, 10 * s), rank=4, seed=s).error for s in range(6)]
+    assert max(errors) < 1e-5, errors
 
 
 @pytest.mark.parametrize("noise", [0.1, 0.3])

@@ -25,7 +25,7 @@ from adaptsurgery.jobs.extract.options import ALGORITHMS, AUTO, Options
 from adaptsurgery.jobs.extract.pairs import Pair, Paired
 from adaptsurgery_formats import Note
 from adaptsurgery_formats.errors import InexactError, NameLookupError, nearest
-from adaptsurgery_formats.patterns import Matcher, is_targeted
+from adaptsurgery_formats.patterns import Matcher
 from adaptsurgery_formats.tensors import FLOAT_DTYPES
 
 WEIGHTS = (*LAYERS, "embedding", "head")
@@ -156,7 +156,8 @@ class _Picked:
     def _matching(self, patterns: Iterable[str], option: str, where: str) -> set[str]:
         found: set[str] = set()
         for pattern in patterns:
-            hits = {path for path in self.paths if matches(pattern, path, self.matcher)}
+            signs = any(c in pattern for c in r"*+?()[]{}|\^$")
+            hits = set(self.matcher.listed(pattern if signs else [pattern]))
             if not hits:
                 raise NameLookupError(
                     f"{option} {pattern} matches no layer",
@@ -185,11 +186,6 @@ class _Picked:
         if self.options.include and kind.path not in self.included:
             return "not included"
         return ""
-
-
-def matches(pattern: str, path: str, matcher: Matcher) -> bool:
-    target = pattern if any(c in pattern for c in r"*+?()[]{}|\^$") else [pattern]
-    return bool(is_targeted(path, {"target_modules": target}, matcher))
 
 
 # -- What a target can hold ------------------------------------------------------------------------

@@ -250,7 +250,8 @@ class Delta(Update):
         else:
             y = self.delta(x, layer, form)
             y = y if gate is None else y * layer.over_channels(gate.to(y))
-        return torch.add(out, y, alpha=self.scale)
+        # Not torch.add(out, y, alpha=…): torch 2.13's inductor loses alpha where y is a matrix product.
+        return out + (y if self.scale == 1.0 else self.scale * y)
 
     def choose(self, x: Tensor, layer: Layer, form: Form = "auto") -> Form:
         """The form that ``apply`` takes: grouped layers fold, "auto" takes the cheapest."""

@@ -18,7 +18,9 @@ if TYPE_CHECKING:
 @click.option("--config", metavar="FILE", help="An adapter_config.json: a new adapter.")
 @click.option("--adapter", metavar="FILE", help="An adapter in any layout: a file, a folder, a Hub name.")  # fmt: skip
 @click.option("--merge", is_flag=True, help="Fold the adapter into the weights.")
-@click.option("--onnx", metavar="OUT.onnx", help="Write ONNX too, each adapter tensor by its name.")
+@click.option(
+    "--onnx", metavar="OUT.onnx", help="The ONNX to write, each adapter tensor by its name."
+)
 @click.option("--name", default="default", show_default=True, help="The adapter's name.")
 @click.option(
     "--mode", type=click.Choice(["auto", "factored", "weight"]), default="auto",
@@ -26,7 +28,11 @@ if TYPE_CHECKING:
 )  # fmt: skip
 @click.option("--base", metavar="BASE", help="Where flat names are looked up, if not in the program.")  # fmt: skip
 @click.option("--seed", type=int, help="With --config: of the initial values.")
-@click.option("--table", is_flag=True, help="Print every layer; without an adapter, all there are.")
+@click.option(
+    "--table",
+    is_flag=True,
+    help="Print every layer; without an adapter, all there are. Needs no output.",
+)
 @click.option("--overwrite", is_flag=True, help="Replace the outputs if they are there.")
 @click.option("--dry-run", is_flag=True, help="Do everything but write.")
 @click.option("-q", "--quiet", is_flag=True, help="Print nothing but errors.")
@@ -55,6 +61,7 @@ def command(
     adaptsurgery rewrite model.pt2 --config adapter_config.json -o adapted.pt2
     adaptsurgery rewrite model.pt2 --adapter style.safetensors -o merged.pt2 --merge
     adaptsurgery rewrite model.pt2 --adapter lora/ -o adapted.pt2 --onnx adapted.onnx
+    adaptsurgery rewrite model.pt2 --adapter lora/ --onnx adapted.onnx
 
     The model's Python source is not needed. Outputs are there in full or not at all.
     """
@@ -74,7 +81,7 @@ def command(
         base=base,
         seed=seed,
         overwrite=overwrite,
-        dry_run=dry_run,
+        dry_run=dry_run or (table and out is None and onnx is None),
     )
     if as_json:
         output.print_json({"ok": True, **report.as_dict(), "peak_memory": output.peak_memory()})
@@ -93,9 +100,10 @@ def _print(report: Report, table: bool, out: str | None, onnx: str | None, merge
         return
     numbers = facts["parameters"]["adapter"]
     parts = [report.verdict, "merged" if merge else f"{numbers:,} parameters added"]
-    written = f"wrote {output.size(facts['bytes'])} to" if report.outputs else "dry run: would write"  # fmt: skip
-    parts += [
-        f"{written} {output.printable(' and '.join(p for p in (out, onnx) if p) or 'nothing')}"
-    ]
+    named = output.printable(" and ".join(report.outputs or [p for p in (out, onnx) if p]))
+    if report.outputs:
+        parts += [f"wrote {output.size(facts['bytes'])} to {named}"]
+    else:
+        parts += [f"dry run: would write {named}" if named else "nothing written: no -o, no --onnx"]
     parts += [f"peak RSS {output.size(output.peak_memory())}"]
     click.echo(output.paint(" · ".join(parts), "green" if report.outputs else "yellow"))

@@ -161,8 +161,7 @@ class AdapterConfig(ABC, metaclass=_Checked):
         )
 
     def _warn(self) -> None:
-        idle = [n for n, v in peft_config.IGNORED.items() if self.extra.get(n) not in (None, v)]
-        for names, said in ((self.unknown, "not known"), (idle, "without effect here")):
+        for names, said in ((self.unknown, "not known"), (self.idle, "without effect here")):
             if names:
                 text = f"{type(self).__name__}: kept, but {said}: {', '.join(names)}"
                 warnings.warn(text, stacklevel=5)
@@ -179,6 +178,12 @@ class AdapterConfig(ABC, metaclass=_Checked):
     def unknown(self) -> list[str]:
         """The names in ``extra`` that nothing here reads."""
         return sorted(self.extra.keys() - peft_config.OTHERS)
+
+    @property
+    def idle(self) -> list[str]:
+        """The names in ``extra`` that are PEFT's, have another value than its default, and no effect here."""
+        others = peft_config.IGNORED.items()
+        return [n for n, default in others if self.extra.get(n) not in (None, default)]
 
     @property
     def common_alpha(self) -> float | None:

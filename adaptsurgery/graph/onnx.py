@@ -33,15 +33,15 @@ def export_onnx(
     An adapter's tensors stay initialisers of their own names in the state_dict (no optimiser runs,
     which would fold them away), and are inputs too, with those numbers for their defaults: a session
     takes others with every run, ``session.run(None, {"x": x, "a.default.lora_up": up})``, and folds
-    nothing of them as it loads. Dropouts are turned off. A GraphModule is exported first, with ``args``, ``kwargs`` and ``dynamic_shapes`` as
-    torch.export.export has them; a program needs none. Weights beyond 1 GiB go to ``path`` + ".data".
-    The file appears whole or not at all.
+    nothing of them as it loads. Dropouts are turned off. A GraphModule is exported first, with ``args``,
+    ``kwargs`` and ``dynamic_shapes`` as torch.export.export has them; a program needs none. Weights
+    beyond 1 GiB go to ``path`` + ".data". The file appears whole or not at all.
 
-    Raises FileError for a path that is taken, ValueRefused where a tensor lost its name.
+    Raises FileError for a path that is taken (that of the weights too) or whose folder is not there,
+    ValueRefused where a tensor lost its name.
     """
     target = Path(path)
-    if target.exists() and not overwrite:
-        raise FileError("is there already", where=str(target), next="overwrite=True")
+    _check_free([target], overwrite)
     names = [name for on in adapters_of(g).values() for a in on for name in a.names]
     still = (
         set_train(g, False)
@@ -59,9 +59,29 @@ def export_onnx(
         )
     inputs = program.model.graph.inputs
     inputs.extend(program.model.graph.initializers[name] for name in names)
-    size = sum(t.numel() * t.element_size() for t in still.state_dict.values())
-    _write(program, target, external=size > EXTERNAL)
+    files = files_of(still, target)
+    _check_free(files, overwrite)
+    _write(program, target, external=len(files) > 1)
     return names
+
+
+def files_of(program: ExportedProgram, path: str | os.PathLike[str]) -> list[Path]:
+    """The files that a program becomes as ONNX at ``path``: it, and one of weights where they are many."""
+    target = Path(path)
+    size = sum(t.numel() * t.element_size() for t in program.state_dict.values())
+    return [target, target.with_name(f"{target.name}.data")] if size > EXTERNAL else [target]
+
+
+def _check_free(files: list[Path], overwrite: bool) -> None:
+    if not files[0].parent.is_dir():
+        raise FileError(
+            "the folder to write into does not exist", where=str(files[0]), code="no-such-folder"
+        )
+    for file in files:
+        if file.exists() and not overwrite:
+            raise FileError(
+                "is there already", where=str(file), next="overwrite=True", code="output-exists"
+            )
 
 
 def _exported(

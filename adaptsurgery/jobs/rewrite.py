@@ -9,8 +9,8 @@ import re
 import warnings
 import zipfile
 from collections.abc import Iterator, Mapping
-from contextlib import contextmanager
-from dataclasses import dataclass
+from contextlib import ExitStack, contextmanager
+from dataclasses import dataclass, fields
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -20,12 +20,13 @@ from adaptsurgery.jobs.adapter import Adapter
 from adaptsurgery.jobs.loading import load_state
 from adaptsurgery.jobs.report import Report, Row
 from adaptsurgery_formats import Note
-from adaptsurgery_formats.errors import FileError, LayoutError
+from adaptsurgery_formats.errors import FileError, LayoutError, nearest
 from adaptsurgery_formats.names import names_of_base
 
 if TYPE_CHECKING:
     from torch.export import ExportedProgram
 
+    from adaptsurgery.core.config import AdapterConfig
     from adaptsurgery.core.update import Update
     from adaptsurgery.graph.plan import Plan
     from adaptsurgery.graph.sites import Site
@@ -49,31 +50,35 @@ def rewrite(
     overwrite: bool = False,
     dry_run: bool = False,
 ) -> Report:
-    """Write the program of ``source`` (torch.export.save's .pt2) to ``out`` with an adapter in it.
+    """Write the program of ``source`` (torch.export.save's .pt2) with an adapter in it.
 
+    ``out`` is a .pt2 to write, ``onnx`` an ONNX file: either or both, whole or not at all.
     ``config`` is an adapter_config.json, whose adapter is new (by ``seed``); ``adapter`` a file or
     folder in any layout, whose names are looked up in the program's own modules unless ``base``
-    names another list. Exactly one of the two; with neither and no ``out`` the report has all layers
-    of the program. ``mode`` is that of graph.attach; ``merge`` folds the adapter into the weights;
-    ``onnx`` is an ONNX file to write as well. Outputs appear whole or not at all.
+    names another list. Exactly one of the two; with neither and no output the report has all layers
+    of the program. ``mode`` is that of graph.attach; ``merge`` folds the adapter into the weights.
 
-    ``facts["table"]`` is the plan as text, ``facts["sites"]`` as data. Raises LayoutError
-    ("config-or-adapter", "nothing-to-write",
-    "no-effect"), FileError for a .pt2 that is missing, truncated, or of
-    a newer schema, and what graph.plan, graph.attach, loading and writing raise.
+    ``facts["table"]`` is the plan as text, ``facts["sites"]`` as data, ``facts["bytes"]`` the size of
+    all that was written; a note names a field of the config that is not known. Raises LayoutError
+    ("config-or-adapter", "nothing-to-write", "no-effect"), FileError for a program that ``read_program``
+    refuses, and what graph.plan, graph.attach, loading and writing raise.
     """
     listing = config is None and adapter is None and out is None and onnx is None
     if (config is None) == (adapter is None) and not listing:
         raise LayoutError(
             "one of a config and an adapter is needed, and not both",
-            next="--config adapter_config.json, or --adapter FILE; neither and no -o lists the layers",
+            next="--config adapter_config.json, or --adapter FILE; neither and no output lists the layers",
             code="config-or-adapter",
         )
-    if out is None and not listing and not dry_run:
-        raise LayoutError("there is no output", next="-o OUT.pt2, or --dry-run", code="nothing-to-write")  # fmt: skip
+    if out is None and onnx is None and not listing and not dry_run:
+        raise LayoutError(
+            "no output is named, and nothing was done",
+            next="-o OUT.pt2, --onnx OUT.onnx, or both; --table to see the layers, --dry-run to try it",
+            code="nothing-to-write",
+        )
     _check_effect(config, listing, {"merge": merge, "mode": mode != "auto", "base": base is not None,
                                     "name": name != "default", "seed": seed is not None})  # fmt: skip
-    _check_outputs(source, out, onnx, overwrite)
+    _check_outputs((source, config, adapter), out, onnx, overwrite)
     with _torch_to_itself():
         return _rewritten(
             source, out, listing, config, adapter, name, mode, merge, onnx, base, seed, overwrite, dry_run
@@ -133,10 +138,8 @@ def _rewritten(
     changed = _changed(program, chosen, name, mode, merge, seed)
     report.facts["parameters"] = _parameters(program, changed, name, merge)
     if not dry_run:
-        assert out is not None
-        _write(changed, Path(out), onnx, overwrite)
-        report.outputs = [os.fspath(path) for path in (out, onnx) if path is not None]
-        report.facts["bytes"] = Path(out).stat().st_size
+        report.outputs = _write(changed, out, onnx, overwrite)
+        report.facts["bytes"] = sum(os.path.getsize(path) for path in report.outputs)
     return report
 
 
@@ -153,9 +156,9 @@ class _Chosen:
 def read_program(path: AnyPath) -> ExportedProgram:
     """The program of a .pt2 file.
 
-    Raises FileError: ``no-such-file``, ``truncated`` (no whole zip archive), ``not-a-program``,
-    ``newer-schema`` (of a torch that is newer than this one), ``unknown-class`` (it returns an object
-    that torch rebuilds by its Python class alone).
+    Raises FileError: ``no-such-file``, ``not-a-program`` (by its first bytes or by what is in it),
+    ``truncated`` (it begins as a zip archive and is none), ``newer-schema`` (of a torch that is newer
+    than this one), ``unknown-class`` (it returns an object that torch rebuilds by its Python class alone).
     """
     import torch
 
@@ -178,6 +181,7 @@ def read_program(path: AnyPath) -> ExportedProgram:
 def _check_archive(path: Path, where: str) -> None:
     """What a .pt2 says of itself, before torch reads it."""
     try:
+        _check_begin(path, where)
         with zipfile.ZipFile(path) as archive:
             names = archive.namelist()
             models = [n for n in names if "/models/" in f"/{n}" and n.endswith(".json")]
@@ -185,7 +189,7 @@ def _check_archive(path: Path, where: str) -> None:
                 raise FileError(
                     "this is no exported program",
                     where=where,
-                    seen=f"an archive of {len(names)} files, such as {names[:1]}",
+                    seen=_kind(names),
                     next="a file that torch.export.save wrote",
                     code="not-a-program",
                 )
@@ -204,6 +208,46 @@ def _check_archive(path: Path, where: str) -> None:
         ) from error
     _check_schema(said, where)
     _check_types(said, where)
+
+
+def _check_begin(path: Path, where: str) -> None:
+    """A .pt2 is a zip archive, and what begins otherwise is no part of one either."""
+    with open(path, "rb") as file:
+        first = file.read(16)
+    if not first.startswith(b"PK"):
+        raise FileError(
+            "this is no .pt2, which is a zip archive",
+            where=where,
+            seen=_seen(first),
+            next="a file that torch.export.save wrote",
+            code="not-a-program",
+        )
+
+
+def _seen(first: bytes) -> str:
+    """What a file is by its first bytes."""
+    if not first:
+        return "an empty file"
+    if first[8:9] == b"{":
+        return "a safetensors file"
+    if first[0] == 0x80 and first[1:2] in (b"\2", b"\3", b"\4", b"\5"):  # its protocol
+        return "a pickle"
+    if first[0] == 0x08 and first[2:3] in (b"\x12", b"\x1a", b"\x3a"):
+        return "an ONNX file"
+    if first[:1] in (b"{", b"["):
+        return "JSON"
+    return f"a file that begins with {first!r}"
+
+
+def _kind(names: list[str]) -> str:
+    """What an archive is by the names in it."""
+    if any("/aotinductor/" in name for name in names):
+        return "a package of AOTInductor, whose graph is compiled away"
+    if any("/code/" in name for name in names):
+        return "TorchScript"
+    if any(name.endswith("/data.pkl") for name in names):
+        return "a checkpoint of torch.save"
+    return f"an archive of {len(names)} files, such as {names[:1]}"
 
 
 def _check_types(said: Any, where: str) -> None:
@@ -242,18 +286,28 @@ def _check_schema(said: Any, where: str) -> None:
 
 
 def _check_outputs(
-    source: AnyPath, out: AnyPath | None, onnx: AnyPath | None, overwrite: bool
+    inputs: tuple[AnyPath | None, ...], out: AnyPath | None, onnx: AnyPath | None, overwrite: bool
 ) -> None:
-    for path in (out, onnx):
-        if path is not None:
-            atomic.check_output(Path(path), overwrite=overwrite)
-            if os.path.exists(path) and os.path.exists(source) and os.path.samefile(path, source):
-                raise FileError(
-                    "the output is the program that is read",
-                    where=os.fspath(path),
-                    next="another path",
-                    code="output-is-input",
-                )
+    given = [path for path in inputs if path is not None and os.path.exists(path)]
+    swapped = ((out, ".onnx", "a .pt2", "--onnx"), (onnx, ".pt2", "ONNX", "-o"))
+    for path, ending, meant, other in swapped:
+        if path is None:
+            continue
+        atomic.check_output(Path(path), overwrite=overwrite)
+        if os.path.exists(path) and any(os.path.samefile(path, one) for one in given):
+            raise FileError(
+                "the output is a file that is read",
+                where=os.fspath(path),
+                next="another path",
+                code="output-is-input",
+            )
+        if os.fspath(path).endswith(ending):
+            raise FileError(
+                f"{meant} is to be written here, and the name ends in {ending}",
+                where=os.fspath(path),
+                next=f"{other} {os.fspath(path)}",
+                code="other-ending",
+            )
     if out is not None and onnx is not None and os.path.abspath(out) == os.path.abspath(onnx):
         raise FileError("both outputs have one path", where=os.fspath(out), code="output-exists")
 
@@ -269,10 +323,12 @@ def _chosen(
     from adaptsurgery.graph import find_sites, plan
 
     if config is not None:
-        read = AdapterConfig.from_pretrained(os.fspath(config))
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore", UserWarning)  # of the fields that the notes name
+            read = AdapterConfig.from_pretrained(os.fspath(config))
         made = plan(program, read)
         made.check(program)
-        notes = [*made.notes, *(_left(name) for name in made.saved)]
+        notes = [*_strange(read, config), *made.notes, *(_left(name) for name in made.saved)]
         return _Chosen(list(made.sites), plan=made, notes=tuple(notes))
     sites = find_sites(program)
     if adapter is None:
@@ -282,6 +338,17 @@ def _chosen(
     on = [named[path] for path in found if path in named]
     notes = [*found.notes, *(_left(name) for held in found.saved.values() for name in held)]
     return _Chosen(on, updates=found, notes=tuple(notes))
+
+
+def _strange(config: AdapterConfig, path: AnyPath) -> Iterator[Note]:
+    """A note for every field of a config that says something in vain."""
+    own = [f.name for f in fields(config)]
+    for name in config.unknown:
+        text = f"`{name}` is no field of {type(config).__name__}, and has no effect"
+        hint = nearest(name, own)
+        yield Note("unknown-field", os.fspath(path), f"{text}; {hint}" if hint else text)
+    for name in config.idle:
+        yield Note("unknown-field", os.fspath(path), f"`{name}` has no effect here")
 
 
 def _left(name: str) -> Note:
@@ -326,16 +393,23 @@ def _parameters(
     }
 
 
-def _write(program: ExportedProgram, out: Path, onnx: AnyPath | None, overwrite: bool) -> None:
+def _write(
+    program: ExportedProgram, out: AnyPath | None, onnx: AnyPath | None, overwrite: bool
+) -> list[str]:
+    """The files that were written. ONNX comes first, since it may fail."""
     import torch
 
-    from adaptsurgery.graph import export_onnx
+    from adaptsurgery.graph.onnx import export_onnx, files_of
 
-    with atomic.output(out, overwrite=overwrite) as temporary:
-        with open(temporary, "wb") as file:
-            torch.export.save(program, file)
+    with ExitStack() as stack:
+        if out is not None:
+            temporary = stack.enter_context(atomic.output(out, overwrite=overwrite))
+            with open(temporary, "wb") as file:
+                torch.export.save(program, file)
         if onnx is not None:
             export_onnx(program, onnx, overwrite=overwrite)
+    more = files_of(program, onnx) if onnx is not None else []
+    return [os.fspath(path) for path in (*([out] if out is not None else []), *more)]
 
 
 def _report(source: AnyPath, chosen: _Chosen) -> Report:

@@ -80,6 +80,26 @@ def test_onnx_refuses(tmp_path: Path) -> None:
     assert (tmp_path / "new").stat().st_size > 0
 
 
+def test_weights_beside_the_file_replace_nothing(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("adaptsurgery.graph.onnx.EXTERNAL", 100)
+    model = made(Mlp)
+    updates = updates_for(model, "lora")
+    h = attach(exported(model), updates)
+    path = tmp_path / "h.onnx"
+    (tmp_path / "h.onnx.data").write_text("mine")
+    with pytest.raises(FileError, match="is there already"):
+        export_onnx(h, path)
+    assert (tmp_path / "h.onnx.data").read_text() == "mine" and not path.exists()
+    export_onnx(h, path, overwrite=True)
+    assert sorted(f.name for f in tmp_path.iterdir()) == ["h.onnx", "h.onnx.data"]
+    x = example(model, 3)
+    close(run_onnx(session(path), x), wanted(model, updates, x))
+    with pytest.raises(FileError, match="no-such-folder"):
+        export_onnx(h, tmp_path / "none" / "h.onnx")
+
+
 @pytest.mark.slow
 def test_many_reflections_from_equal_pairs(tmp_path: Path) -> None:
     """HRA with r = 128 at PEFT's initial value, by plain products: R = I, to float32."""

@@ -12,6 +12,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+import safetensors.torch
 import torch
 from torch import Tensor, nn
 from transformers.modeling_outputs import BaseModelOutput
@@ -104,6 +105,68 @@ def test_onnx_beside_it(model: Path, adapter: Path, tmp_path: Path) -> None:
     )
 
 
+def test_onnx_alone(model: Path, adapter: Path, tmp_path: Path) -> None:
+    runtime = pytest.importorskip("onnxruntime")
+    before = {p.name for p in tmp_path.iterdir()}
+    report = rewrite(model, adapter=adapter, onnx=tmp_path / "out.onnx")
+    assert {p.name for p in tmp_path.iterdir()} - before == {"out.onnx"}
+    assert report.outputs == [str(tmp_path / "out.onnx")]
+    assert report.facts["bytes"] == (tmp_path / "out.onnx").stat().st_size
+    rewrite(model, tmp_path / "out.pt2", adapter=adapter)
+    session = runtime.InferenceSession(tmp_path / "out.onnx", providers=["CPUExecutionProvider"])
+    (got,) = session.run(None, {session.get_inputs()[0].name: X.numpy()})
+    want = output(tmp_path / "out.pt2")
+    torch.testing.assert_close(torch.from_numpy(got), want, atol=1e-5, rtol=0)
+
+
+def test_no_output_is_said_clearly(
+    model: Path, adapter: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    before = sorted(p.name for p in tmp_path.iterdir())
+    words = ["rewrite", str(model), "--adapter", str(adapter)]
+    assert run(words) == 1
+    said = capsys.readouterr().err
+    assert "nothing-to-write" in said and all(o in said for o in ("-o", "--onnx", "--table"))
+    assert run([*words, "--table"]) == 0
+    said = capsys.readouterr().out
+    assert "body.fc_in" in said and "nothing written: no -o, no --onnx" in said
+    assert sorted(p.name for p in tmp_path.iterdir()) == before
+
+
+@pytest.mark.parametrize(("option", "name"), [("out", "a.onnx"), ("onnx", "a.pt2")])
+def test_an_output_whose_ending_is_the_others(
+    option: str, name: str, model: Path, adapter: Path, tmp_path: Path
+) -> None:
+    given: dict[str, Any] = {option: tmp_path / name}
+    with pytest.raises(SurgeryError) as caught:
+        rewrite(model, adapter=adapter, **given)
+    assert caught.value.code == "other-ending" and not (tmp_path / name).exists()
+
+
+def test_no_input_is_replaced(model: Path, adapter: Path, tmp_path: Path) -> None:
+    config = config_file(tmp_path)
+    for what in ({"adapter": adapter}, {"config": config}):
+        (path,) = what.values()
+        data = path.read_bytes()
+        for option in ("out", "onnx"):
+            with pytest.raises(SurgeryError) as caught:
+                rewrite(model, **{option: path}, overwrite=True, **what)  # type: ignore[arg-type]
+            assert caught.value.code == "output-is-input" and path.read_bytes() == data
+
+
+def test_a_field_that_is_not_known_is_named(
+    model: Path, tmp_path: Path, recwarn: pytest.WarningsRecorder
+) -> None:
+    said = {"target_module": ["x"], "lora_alpha": 4, "megatron_core": "mine"}
+    config = config_file(tmp_path, target_modules=["fc_out"], **said)
+    report = rewrite(model, config=config, dry_run=True)
+    notes = {n.text.split("`")[1]: n for n in report.notes if n.code == "unknown-field"}
+    assert notes.keys() == said.keys()
+    assert all(note.where == str(config) for note in notes.values())
+    assert "`target_modules`" in notes["target_module"].text
+    assert not [w for w in recwarn if "kept, but" in str(w.message)]  # said once
+
+
 def test_the_command(
     model: Path, adapter: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
@@ -147,7 +210,7 @@ def without_nodes(said: dict[str, Any]) -> None:
 
 BROKEN: dict[str, tuple[Callable[[Path], bytes], str]] = {
     "truncated": (lambda m: m.read_bytes()[: m.stat().st_size // 2], "truncated"),
-    "empty": (lambda _: b"", "truncated"),
+    "of a few bytes": (lambda m: m.read_bytes()[:40], "truncated"),
     "newer": (lambda m: changed(m, newer), "newer-schema"),
     "incomplete": (lambda m: changed(m, without_nodes), "not-a-program"),
 }
@@ -164,6 +227,40 @@ def test_programs_that_cannot_be_read(
         rewrite(bad, tmp_path / "out.pt2", adapter=adapter)
     assert caught.value.code == code and caught.value.next and str(bad) in caught.value.where
     assert not (tmp_path / "out.pt2").exists()
+
+
+def of_torch(save: Callable[[io.BytesIO], None]) -> bytes:
+    out = io.BytesIO()
+    save(out)
+    return out.getvalue()
+
+
+OTHERS: dict[str, Callable[[], bytes]] = {
+    "an empty file": lambda: b"",
+    "a safetensors file": lambda: safetensors.torch.save({"a": X}),
+    "a pickle": lambda: of_torch(
+        lambda f: torch.save({"a": X}, f, _use_new_zipfile_serialization=False)
+    ),
+    "a checkpoint of torch.save": lambda: of_torch(lambda f: torch.save({"a": X}, f)),
+    "JSON": lambda: b'{"peft_type": "HRA"}',
+    "a file that begins with b'Hello": lambda: b"Hello",
+}
+
+
+@pytest.mark.parametrize("kind", OTHERS)
+def test_what_is_no_program_is_called_what_it_is(kind: str, adapter: Path, tmp_path: Path) -> None:
+    (tmp_path / "bad.pt2").write_bytes(OTHERS[kind]())
+    with pytest.raises(SurgeryError) as caught:
+        rewrite(tmp_path / "bad.pt2", tmp_path / "out.pt2", adapter=adapter)
+    assert caught.value.code == "not-a-program" and caught.value.seen.startswith(kind)
+    assert "torch.export.save" in caught.value.next
+
+
+def test_onnx_is_no_program(model: Path, adapter: Path, tmp_path: Path) -> None:
+    rewrite(model, adapter=adapter, onnx=tmp_path / "a.onnx")
+    with pytest.raises(SurgeryError) as caught:
+        rewrite(tmp_path / "a.onnx")
+    assert caught.value.code == "not-a-program" and caught.value.seen == "an ONNX file"
 
 
 class Named(nn.Module):
@@ -205,7 +302,7 @@ def test_nothing_is_written_where_something_is_wrong(
     def fail(*_: Any, **__: Any) -> None:
         raise RuntimeError("the exporter fell over")
 
-    monkeypatch.setattr(graph, "export_onnx", fail)
+    monkeypatch.setattr("adaptsurgery.graph.onnx.export_onnx", fail)
     with pytest.raises(RuntimeError):
         rewrite(model, out, adapter=adapter, onnx=tmp_path / "out.onnx")
     (tmp_path / "adapter_config.json").unlink()

@@ -25,7 +25,7 @@ from adaptsurgery.core.update import Delta, Renorm, Rotation, Update, parts_of
 from adaptsurgery.graph.dropout import is_training, set_dropouts
 from adaptsurgery.graph.find import find_sites
 from adaptsurgery.graph.plan import Plan, planned
-from adaptsurgery.graph.record import Attached, described
+from adaptsurgery.graph.record import Attached, count, described
 from adaptsurgery.graph.sites import Site, one_each
 from adaptsurgery.graph.splice import Splicer, joined
 from adaptsurgery.graph.strip import Found, adapters_of, strip
@@ -120,7 +120,16 @@ class Session:
                 if counted:
                     put(self.work, site, counted)
             set_dropouts(self.work, self.training, base=False)
+            if any(call.graph for path in self.wanted for call in sites[path].calls):
+                self._note_counts(counts)
         return self.work.finish()
+
+    def _note_counts(self, counts: dict[str, int]) -> None:
+        """On all operations: one within no_grad bears what its caller bore once torch traced it anew."""
+        for _, module in self.work.modules():
+            for node in module.graph.nodes:
+                if node.op in ("call_function", "call_method", "call_module"):
+                    count(node, counts)
 
     def _places(self, name: str, sites: Mapping[str, Site]) -> int:
         """How many sites an adapter is on, counted in each graph that calls them."""

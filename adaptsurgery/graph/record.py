@@ -4,6 +4,9 @@ The note is a string of JSON in meta["custom"], the one place that torch keeps t
 re-export and decompositions. ``site`` and ``call`` say whose node it is (call -1: of all calls of
 the site); ``role`` which of the layer's values it stands in for, "x", "weight", "bias" or "out";
 ``adapters`` what is on the site, in order.
+
+Within no_grad and autocast torch drops the notes after all, when it exports or decomposes a program
+again. So every adapter's number of places is noted apart, and what is lost is told.
 """
 
 from __future__ import annotations
@@ -20,7 +23,7 @@ from adaptsurgery.algorithms import AdapterConfig, build
 from adaptsurgery.core.config import tensors_of
 from adaptsurgery.core.cost import Form
 from adaptsurgery.core.update import Composition, Delta, Renorm, Update, compose, parts_of
-from adaptsurgery.graph.sites import RECORD
+from adaptsurgery.graph.sites import COUNTS, RECORD
 
 U = TypeVar("U", bound=Update)
 SHARED = -1
@@ -105,6 +108,23 @@ def tag_of(node: Node) -> Tag | None:
     said = json.loads(text)
     adapters = tuple(Attached.of_json(a) for a in said.pop("adapters", ()))
     return Tag(said.pop("site", ""), said.pop("call", 0), adapters=adapters, **said)
+
+
+def count(node: Node, counts: Mapping[str, int] | None) -> None:
+    """Note on a node how many places each adapter of the graph has; None takes the note away."""
+    held = {key: value for key, value in (node.meta.get("custom") or {}).items() if key != COUNTS}
+    if counts is not None:
+        held[COUNTS] = json.dumps(counts)
+    if held:
+        node.meta["custom"] = held
+    else:
+        node.meta.pop("custom", None)
+
+
+def counts_of(node: Node) -> dict[str, int]:
+    """How many places each adapter of the graph has, by a node that says it."""
+    text = (node.meta.get("custom") or {}).get(COUNTS)
+    return {} if text is None else json.loads(text)
 
 
 def described(

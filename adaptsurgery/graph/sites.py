@@ -20,6 +20,9 @@ T = TypeVar("T")
 # The key of meta["custom"] under which a node that surgery put there bears its record (a string of
 # JSON). Nodes that bear it are no sites.
 RECORD = "adaptsurgery"
+# Another key, on nodes of any kind of a graph that has adapters within no_grad or autocast: how many
+# places each adapter has. torch drops the records in there when it exports the program again.
+COUNTS = "adaptsurgery_places"
 
 
 @dataclass(frozen=True)

@@ -14,7 +14,7 @@ from collections.abc import Mapping
 from torch.fx import GraphModule, Node
 
 from adaptsurgery.graph.emit import retarget
-from adaptsurgery.graph.record import SHARED, Attached, Tag, tag_of
+from adaptsurgery.graph.record import SHARED, Attached, Tag, count, counts_of, tag_of
 from adaptsurgery.graph.walk import Graph, View
 from adaptsurgery.graph.workspace import Workspace, remove_operand
 from adaptsurgery_formats.errors import ValueRefused
@@ -29,25 +29,28 @@ def adapters_of(g: Graph) -> Found:
     """
     found: Found = {}
     places: dict[tuple[str, tuple[str, ...]], tuple[Attached, ...]] = {}
+    said: dict[str, int] = {}
     for scope in View(g).scopes:
         for node in scope.module.graph.nodes:
+            said |= counts_of(node)
             tag = tag_of(node)
             if tag is not None and tag.adapters:
                 found.setdefault(tag.site, tag.adapters)
                 places[tag.site, scope.path] = tag.adapters
-    _check_whole(list(places.values()))
+    _check_whole(list(places.values()), said)
     return found
 
 
-def _check_whole(places: list[tuple[Attached, ...]]) -> None:
+def _check_whole(places: list[tuple[Attached, ...]], said: dict[str, int]) -> None:
+    """``said`` counts the places of adapters whose notes may be lost altogether."""
     seen = Counter(a.name for adapters in places for a in adapters)
-    said = {a.name: a.places for adapters in places for a in adapters}
-    for name, count in said.items():
-        if seen[name] != count:
+    said = said | {a.name: a.places for adapters in places for a in adapters}
+    for name, wanted in said.items():
+        if seen[name] != wanted:
             raise ValueRefused(
-                f"the notes of the adapter `{name}` are not whole: torch drops those within no_grad, "
-                "autocast or cond when it exports or decomposes a program again",
-                seen=f"{seen[name]} of {count} places",
+                f"the notes of the adapter `{name}` are not whole: torch drops those within no_grad "
+                "and autocast when it exports or decomposes a program again",
+                seen=f"{seen[name]} of {wanted} places",
                 next="go back to the program that was attached to, and detach or merge there",
                 code="notes-lost",
             )
@@ -62,6 +65,8 @@ def strip(work: Workspace, found: Found) -> None:
     for node in parameters.get((), set()):
         _erase_parameter(work, (), node)
     for _, module in work.modules():
+        for node in module.graph.nodes:
+            count(node, None)
         _forget_names(module)
 
 

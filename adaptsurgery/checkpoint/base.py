@@ -248,7 +248,8 @@ def find_weights(names: Iterable[str], where: str = "") -> str:
     """The weight file or the index to read among a folder's file names; "" where there is none.
 
     Safetensors before pickles, no variant before a variant (model.fp16.safetensors), a whole file
-    before an index. Raises FileError ``ambiguous-weights`` where nothing tells.
+    before an index. Raises FileError ``ambiguous-weights`` where nothing tells, ``missing-index``
+    for shards alone.
     """
     present = set(names)
     for ending in (".safetensors", ".bin"):
@@ -274,10 +275,24 @@ def _is_variant(name: str, ending: str) -> bool:
     return ending in name and bool(_VARIANT.fullmatch(name) or _VARIANT_INDEX.fullmatch(name))
 
 
+# model-00001-of-00002.safetensors
+_SHARD = re.compile(r"(.+)-(\d+)-of-(\d+)(\.safetensors|\.bin)")
+
+
 def _any_other(present: set[str], ending: str, where: str) -> str:
     """The one index, or the one weight file, of whatever name."""
     for group in (f"{ending}.index.json", ending):
         found = sorted(n for n in present if n.endswith(group) and not _is_training_state(n))
+        shards = [s for s in map(_SHARD.fullmatch, found) if s and int(s[3]) > 1]
+        if shards and len(shards) == len(found):
+            raise FileError(
+                "the folder holds shards, and no index that says what is in them",
+                where=where,
+                seen=", ".join(found[:5]),
+                next=f"put `{shards[0][1]}{ending}.index.json` beside them: it comes from where they "
+                "do, or save_pretrained writes shards and index anew",
+                code="missing-index",
+            )
         if len(found) > 1:
             raise FileError(
                 "the folder holds several models",

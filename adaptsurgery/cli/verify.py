@@ -15,7 +15,7 @@ if TYPE_CHECKING:
 
 @click.command()
 @click.argument("first", metavar="A")
-@click.argument("second", metavar="[B]", required=False)
+@click.argument("others", metavar="[B]", nargs=-1)
 @click.option(
     "--base",
     metavar="BASE",
@@ -35,7 +35,7 @@ if TYPE_CHECKING:
 @output.json_option
 def command(
     first: str,
-    second: str | None,
+    others: tuple[str, ...],
     base: str | None,
     adapters: tuple[str, ...],
     inverse: bool,
@@ -54,6 +54,7 @@ def command(
     tensor is, with what base and adapters give in float64. Exit code 1 where anything differs by more
     than rounding.
     """
+    second = _second(first, others)
     _check_usage(second, base, adapters, inverse or allow_unmatched or dequantize)
     from adaptsurgery.jobs.verify import VerificationError, verify
 
@@ -77,6 +78,14 @@ def command(
         _tell(error.report, error, as_json)
         raise click.exceptions.Exit(1) from None
     _tell(report, None, as_json)
+
+
+def _second(first: str, others: tuple[str, ...]) -> str | None:
+    """B, where there is one; a merge's arguments are told as options."""
+    if len(others) > 1:
+        merged = " ".join([first, "--base", others[0], *(f"--adapter {a}" for a in others[1:])])
+        raise click.UsageError(f"A and B are two adapters; a merged checkpoint: verify {merged}")
+    return others[0] if others else None
 
 
 def _check_usage(

@@ -14,6 +14,7 @@ from typing import TYPE_CHECKING
 
 from adaptsurgery.jobs.loading import Loaded
 from adaptsurgery.jobs.lowrank import in_place_of, is_low_rank, low_rank_update
+from adaptsurgery.jobs.report import some
 from adaptsurgery.jobs.updates import base_weight, canonical_shape, update_of
 from adaptsurgery_formats import AdapterState, ModuleState
 from adaptsurgery_formats.errors import InexactError, LayoutError
@@ -68,7 +69,7 @@ def _note_kernels(loaded: Loaded) -> None:
     if unknown:
         loaded.state.note(
             "kernel-unknown",
-            f"{unknown[0]} and {len(unknown) - 1} more" if unknown[1:] else unknown[0],
+            some(unknown),
             "written as a Linear's LoRA; --base MODEL if it is a convolution's",
         )
 

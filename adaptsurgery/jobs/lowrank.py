@@ -12,6 +12,7 @@ from dataclasses import replace
 from typing import TYPE_CHECKING
 
 from adaptsurgery.jobs.loading import Loaded, load_state
+from adaptsurgery.jobs.report import some
 from adaptsurgery.jobs.steps import stored
 from adaptsurgery.jobs.updates import update_of
 from adaptsurgery_formats import AdapterState, Format, ModuleState, Tensor
@@ -175,9 +176,22 @@ def in_naming(state: AdapterState, names: Names | None, target: Format) -> Adapt
         low = module.algorithm not in ("full", "norm")
         groups.setdefault((module.component, whole, low), []).append(module)
     modules: list[ModuleState] = []
+    changed: list[str] = []
     for (name, _, _), group in groups.items():
         component = names.components.get(name)
-        modules += _renamed(group, component, target, names, state) if component else group
+        if component is None:
+            modules += group
+            continue
+        try:
+            modules += _renamed(group, component, target)
+        except InexactError:
+            if not all(is_low_rank(m) for m in group):
+                raise
+            plain = [plain_lora(m, names, state.where) for m in group]
+            modules += _renamed(plain, component, target)
+            changed.append(group[0].label)
+    if changed:
+        state.note("as-lora", some(changed), "written as LoRA, exactly, to be cut or fused")
     return replace(state, modules=modules)
 
 
@@ -199,25 +213,10 @@ def _whole_path(module: ModuleState, component: Component | None) -> str:
     return component.native_of.get(module.path, module.path)
 
 
-def _renamed(
-    group: list[ModuleState],
-    component: Component,
-    target: Format,
-    names: Names,
-    state: AdapterState,
-) -> list[ModuleState]:
-    def rename(modules: list[ModuleState]) -> list[ModuleState]:
-        if _is_native(component, target):
-            return to_native(modules, component)
-        return [part for m in modules for part in to_diffusers(m, component)]
-
-    try:
-        return rename(group)
-    except InexactError:
-        if not all(is_low_rank(m) for m in group):
-            raise
-    state.note("as-lora", group[0].label, "written as a LoRA, exactly, to be cut or fused")
-    return rename([plain_lora(m, names, state.where) for m in group])
+def _renamed(group: list[ModuleState], component: Component, target: Format) -> list[ModuleState]:
+    if _is_native(component, target):
+        return to_native(group, component)
+    return [part for m in group for part in to_diffusers(m, component)]
 
 
 def plain_lora(module: ModuleState, names: Names | None, where: str) -> ModuleState:

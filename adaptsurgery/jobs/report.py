@@ -2,10 +2,19 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import asdict, dataclass, field
 from typing import Any
 
 from adaptsurgery_formats import Note
+
+_SHOWN = 3  # of the modules that a note is about
+
+
+def some(names: Sequence[str]) -> str:
+    """ "a, b, c and 7 more"."""
+    more = f" and {len(names) - _SHOWN} more" if len(names) > _SHOWN else ""
+    return ", ".join(names[:_SHOWN]) + more
 
 
 @dataclass

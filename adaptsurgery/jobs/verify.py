@@ -16,7 +16,7 @@ from adaptsurgery.jobs.renaming import comparable, uncut
 from adaptsurgery.jobs.report import Report, Row
 from adaptsurgery.jobs.updates import base_weight, check_finite, update_of
 from adaptsurgery_formats import AdapterState, ModuleState
-from adaptsurgery_formats.errors import NameLookupError, SurgeryError
+from adaptsurgery_formats.errors import LayoutError, NameLookupError, SurgeryError
 from adaptsurgery_formats.tensors import same_bytes
 
 if TYPE_CHECKING:
@@ -51,7 +51,7 @@ def verify(
     only one of them has being zero there; a base is needed for names that no bundled table has, and where an HRA or
     a DoRA is held against another algorithm.
     """
-    a, b = load_state(first, base=base), load_state(second, base=base)
+    a, b = _loaded(first, base), _loaded(second, base)
     _share_names(a, b)
     _share_component(a, b)
     report = Report("verify", rows=list(compare(a, b)), notes=[*a.state.notes, *b.state.notes])
@@ -69,6 +69,17 @@ def verify(
     )
     error.report = report
     raise error
+
+
+def _loaded(name: str | os.PathLike[str], base: str | os.PathLike[str] | None) -> Loaded:
+    try:
+        return load_state(name, base=base)
+    except LayoutError as error:
+        if error.code == "unknown-layout":
+            error.next += (
+                ". A merged checkpoint: verify MERGED --base BASE --adapter ADAPTER[=WEIGHT]"
+            )
+        raise
 
 
 def _share_names(a: Loaded, b: Loaded) -> None:

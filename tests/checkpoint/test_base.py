@@ -179,6 +179,21 @@ def test_several_models_in_one_folder_are_not_guessed_at(tmp_path: Path) -> None
     assert e.value.code == "ambiguous-weights" and "a.safetensors" in e.value.seen
 
 
+@pytest.mark.parametrize("shards", [("1-of-00002", "2-of-00002"), ("1-of-00002",)])
+def test_shards_without_an_index_are_no_models_of_their_own(
+    tmp_path: Path, shards: tuple[str, ...]
+) -> None:
+    for shard in shards:
+        save_file({"w.weight": torch.ones(2)}, tmp_path / f"model-0000{shard}.safetensors")
+    with pytest.raises(FileError) as e:
+        read_base(tmp_path)
+    assert e.value.code == "missing-index" and "model.safetensors.index.json" in e.value.next
+
+
+def test_one_shard_of_one_is_the_model() -> None:
+    assert find_weights(["m-00001-of-00001.safetensors"]) == "m-00001-of-00001.safetensors"
+
+
 # -- Single-file pipelines ----------------------------------------------------------------------
 
 

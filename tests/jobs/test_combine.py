@@ -150,6 +150,14 @@ def test_equal_factors_stay_small(tmp_path: Path, base: Path) -> None:
         assert shapes == {k: t.shape for k, t in tensors_of(a).items()}
 
 
+def test_notes_are_told_once_for_all_modules(tmp_path: Path) -> None:
+    parts = [ByHand("loha", "lycoris", n, paths=PATHS[:2]).write(tmp_path / str(n)) for n in (1, 2)]
+    report = combine([*parts, (parts[0], 0.5)], tmp_path / "out.safetensors")
+    assert [n.code for n in report.notes] == ["same-adapter", "kernel-unknown"]
+    assert report.notes[0].where == str(parts[0])
+    assert report.notes[1].where == "blk_0_fc_a, blk_0_fc_b"
+
+
 def test_no_rank_beyond_the_matrix(tmp_path: Path, base: Path) -> None:
     parts = [ByHand("loha", "lycoris", n, rank=3).write(tmp_path / str(n)) for n in range(3)]
     out = tmp_path / "out.safetensors"

@@ -26,7 +26,7 @@ from adaptsurgery.jobs.combining.terms import Part
 from adaptsurgery.jobs.convert import Progress, check_paths, writable, write_adapter
 from adaptsurgery.jobs.loading import Loaded
 from adaptsurgery.jobs.lowrank import Spec, is_low_rank, lora_form
-from adaptsurgery.jobs.merging.adapters import Named, split_weight
+from adaptsurgery.jobs.merging.adapters import Named, repeated, split_weight
 from adaptsurgery.jobs.report import Report, Row
 from adaptsurgery_formats import Format, ModuleState, Note
 from adaptsurgery_formats.errors import InexactError, ShapeError, ValueRefused
@@ -75,14 +75,16 @@ def combine(
     parts = [Part(one, weight, target) for one, (_, weight) in zip(loaded, named)]
     sum_ = Sum([part for part in parts if part.weight], loaded[0], target)
     result = sum_.result(allow_zero, parts[0])
-    result = _fitted(_cut(result, rank, sum_.notes), target, rank)
+    notes: list[Note] = []
+    result = _fitted(_cut(result, rank, notes), target, rank)
     rows = sum_.rows(result.state.modules)
     _check_lossy(rows, allow_lossy, result.state.where)
     report = write_adapter(
         result, Path(out), target.name,
         overwrite=overwrite, dry_run=dry_run, hashes=hashes, progress=progress,
     )  # fmt: skip
-    return _told(report, rows, parts, sum_.notes)
+    notes = [*repeated(one.paths[0] for one in loaded), *sum_.notes, *notes]
+    return _told(report, rows, parts, notes)
 
 
 def _check_rank(rank: int | None) -> None:

@@ -43,7 +43,7 @@ from adaptsurgery.jobs.combining.vectors import (
 )
 from adaptsurgery.jobs.loading import Loaded
 from adaptsurgery.jobs.lowrank import is_low_rank, lora_form, prefix_of
-from adaptsurgery.jobs.report import Row
+from adaptsurgery.jobs.report import Row, some
 from adaptsurgery.jobs.steps import stored
 from adaptsurgery.jobs.updates import update_of
 from adaptsurgery.jobs.verify import distance as dense_distance
@@ -61,7 +61,7 @@ class Sum:
 
     def __init__(self, parts: Sequence[Part], first: Loaded, target: Format) -> None:
         self.parts, self.target = parts, target
-        self.notes: list[Note] = []
+        self._told: dict[tuple[str, str], list[str]] = {}
         for part in parts:
             part.check_weight()
         self.context = replace(first, state=shell_of(parts, first))
@@ -91,15 +91,20 @@ class Sum:
             modules = [zeroed(m) for m in first.state.modules if not is_rigid(m)]
             self.layers = {}
         elif gone:
-            self._note("cancelled", gone, "the terms cancel: left out")
+            for label in gone:
+                self._note("cancelled", label, "the terms cancel: left out")
         if self.target.name == "peft":
             modules = with_all_biases(of_one_hra_form(modules))
         state = replace(self.context.state, modules=modules)
         return replace(self.context, state=in_layout(state, self.parts))
 
-    def _note(self, code: str, labels: Sequence[str], text: str) -> None:
-        more = f" and {len(labels) - 1} more" if len(labels) > 1 else ""
-        self.notes.append(Note(code, labels[0] + more, text))
+    @property
+    def notes(self) -> list[Note]:
+        """What there is to say, each once, with the modules that it is of."""
+        return [Note(code, some(labels), text) for (code, text), labels in self._told.items()]
+
+    def _note(self, code: str, label: str, text: str) -> None:
+        self._told.setdefault((code, text), []).append(label)
 
     # One layer
 
@@ -140,7 +145,7 @@ class Sum:
                 code="hra-sum",
             )
         alone = replace(self.context, state=replace(self.context.state, modules=[rotation]))
-        self._note("as-lora", [rotation.label], "the HRA is a LoRA now, for this base alone")
+        self._note("as-lora", rotation.label, "the HRA is a LoRA now, for this base alone")
         return as_lora(alone, rank=None, allow_lossy=False).modules[0]
 
     def _weight_of(self, terms: Sequence[Term]) -> list[ModuleState]:
@@ -176,7 +181,7 @@ class Sum:
         if not total.any():
             return []
         if any(t.module.algorithm != "full" for t in terms):
-            self._note("dense", [first.label], "the dense difference takes up the low-rank ones")
+            self._note("dense", first.label, "the dense difference takes up the low-rank ones")
         like = [t.module.tensors["diff"] for t in terms if "diff" in t.module.tensors]
         return [replace(first, tensors={"diff": stored(total, like)}, keys=keys_of(terms))]
 
@@ -197,9 +202,7 @@ class Sum:
         up, down = shortest(*pair)
         shape = shape_of(modules, forms)
         if len(shape) == 2 and any(hides_kernel(m) for m in modules) and not is_listed(names):
-            self._note(
-                "kernel-unknown", [modules[0].label], "taken for a linear's: --base can tell"
-            )
+            self._note("kernel-unknown", modules[0].label, "taken for a Linear's: --base can tell")
         return lora_module(modules, up, down, shape, scale)
 
     def _with_bias(self, found: list[ModuleState], terms: Sequence[Term]) -> list[ModuleState]:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+from collections import Counter
 from collections.abc import Iterable, Sequence
 from pathlib import Path
 
@@ -44,6 +45,16 @@ def read_adapters(
     if not found:
         raise ValueRefused("no adapter was named", next="BASE ADAPTER[=WEIGHT]", code="no-adapter")
     return found
+
+
+def repeated(paths: Iterable[str | os.PathLike[str]]) -> list[Note]:
+    """A note for each path that is named several times: its weights add up, which may be a slip."""
+    places = Counter(os.path.realpath(path) for path in paths)
+    return [
+        Note("same-adapter", place, f"named {count} times: its weights add up")
+        for place, count in places.items()
+        if count > 1
+    ]
 
 
 def split_weight(item: Named) -> tuple[str, float]:

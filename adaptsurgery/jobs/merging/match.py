@@ -91,6 +91,9 @@ class _Matcher:
                 self.out.unmatched
             )
             self.out.notes.append(Note("unmatched-modules", self.base.where, text))
+        elif allow_unmatched:
+            text = "every module was found: --allow-unmatched has left out none"
+            self.out.notes.append(Note("all-matched", self.base.where, text))
         return self.out
 
     # -- Names

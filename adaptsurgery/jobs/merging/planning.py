@@ -6,7 +6,7 @@ import os
 from collections.abc import Iterable, Sequence
 
 from adaptsurgery.jobs.inputs import open_base
-from adaptsurgery.jobs.merging.adapters import Named, check_replaced, read_adapters
+from adaptsurgery.jobs.merging.adapters import Named, check_replaced, read_adapters, repeated
 from adaptsurgery.jobs.merging.match import match
 from adaptsurgery.jobs.merging.plan import MergePlan, Options, build_plan
 from adaptsurgery.jobs.merging.tying import settle_ties
@@ -29,6 +29,7 @@ def planned(
     found = match(
         found_base, states, allow_unmatched=allow_unmatched, dequantize=options.dequantize
     )
+    found.notes += repeated(given.path for _, given in read)
     check_replaced(read, found, inverse=options.inverse)
     untied = settle_ties(found_base, states, found)
     return build_plan(found_base, read, found, untied, options), states

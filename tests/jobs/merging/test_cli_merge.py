@@ -73,3 +73,29 @@ def test_a_merged_checkpoint_is_verified(
 )
 def test_verify_takes_two_adapters_or_a_checkpoint(arguments: list[str]) -> None:
     assert run(["verify", *arguments]) == 2
+
+
+def test_verify_says_how_a_merge_is_verified(
+    inputs: tuple[str, str], capsys: pytest.CaptureFixture[str]
+) -> None:
+    base, adapter = inputs
+    assert run(["verify", base, "base/", "a=2", "b"]) == 2
+    assert f"verify {base} --base base/ --adapter a=2 --adapter b" in capsys.readouterr().err
+    for arguments in ([base, base], [base, adapter, "--base", base]):
+        assert run(["verify", *arguments]) == 1
+        assert "verify MERGED --base BASE --adapter" in capsys.readouterr().err
+
+
+def test_what_is_given_in_vain_or_twice_is_said(
+    inputs: tuple[str, str], tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    base, adapter = inputs
+    out = str(tmp_path / "out.safetensors")
+    assert run(["merge", base, adapter, "-o", out, "--allow-unmatched"]) == 0
+    told = capsys.readouterr().out
+    assert "note[all-matched]" in told and "same-adapter" not in told
+    twice = f"{tmp_path}/./style=1.safetensors=0.5"
+    assert run(["merge", base, adapter, twice, "-o", out, "--overwrite"]) == 0
+    told = capsys.readouterr().out
+    assert "note[same-adapter]" in told and "named 2 times" in told and "all-matched" not in told
+    assert float(load_file(out)["a.fc.weight"][0, 0]) == 2.5

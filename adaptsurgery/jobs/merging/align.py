@@ -101,7 +101,8 @@ def best_alignments(
 ) -> list[Aligned]:
     """The alignments that find the most paths; one, if names or else shapes can tell.
 
-    Paths as they are come first: where they find everything nothing else is tried.
+    Paths as they are come first: where they find everything nothing else is tried. What leaves the
+    adapter's names whole comes before what takes segments off.
     """
     same = lookup.under(SAME, paths)
     if len(same.found) == len(paths):
@@ -111,7 +112,8 @@ def best_alignments(
     best = [a for a in tried if len(a.found) == most]
     if most < len(paths) and best[0] is same:
         return [same]
+    best.sort(key=lambda a: len(a.alignment.strip))
     distinct = list({a.places: a for a in reversed(best)}.values())
     if len(distinct) > 1:
         distinct = [a for a in distinct if fits(a)] or distinct
-    return distinct
+    return [a for a in distinct if not a.alignment.strip] or distinct

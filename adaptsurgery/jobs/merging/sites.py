@@ -8,6 +8,7 @@ the other. Besides the stored modules themselves there are::
     mlp.experts.3.gate_proj   rows of slice 3 of experts.gate_up_proj  (E, 2·o, i)
     mlp.experts.3.gate_proj   block_sparse_moe.experts.3.w1            (Mixtral's files)
     layers.0.attention.q_proj encoder.layer.0.attention.attention.query  (ViT, transformers 5)
+    model.language_model.…    language_model.model.…                   (Llava, transformers 4.52)
     text_model.encoder.…      transformer.resblocks.…                  (OpenCLIP)
     to_q                      rows of img_attn.qkv                     (the bundled tables)
 """
@@ -173,6 +174,8 @@ class _Finder:
         for path, site in list(self.sites.items()):
             for other in _other_spellings(path):
                 self.sites.setdefault(other, site)
+        for path, site in list(self._beside_a_language_model()):
+            self.sites.setdefault(path, site)
         return self.sites
 
     def _by_table(self) -> Iterator[tuple[str, Site]]:
@@ -275,6 +278,23 @@ class _Finder:
             return any(k.startswith("gpt_oss") for k in self.kinds)
         return bias_name(name) in self.parameters
 
+    def _beside_a_language_model(self) -> Iterator[tuple[str, Site]]:
+        """The modules of Llava and its like by their names before transformers 4.52, or since.
+
+        The files mostly keep the older names, an adapter has those of the model that it was trained in.
+        """
+        found = {head for path in self.sites for head in _TEXT if path.startswith(head)}
+        if _NEW_TEXT in found:
+            other = _older
+        elif _OLD_TEXT in found:
+            other = _newer
+        elif _QWEN_TEXT in found and any(path.startswith("visual.") for path in self.sites):
+            other = _newer_qwen
+        else:
+            return
+        for path, site in self.sites.items():
+            yield from ((name, site) for name in other(path))
+
     def _open_clip(self) -> Iterator[tuple[str, Site]]:
         """transformers' CLIP names over OpenCLIP's."""
         for path, site in list(self.sites.items()):
@@ -300,6 +320,45 @@ _OPEN_CLIP = {
     "token_embedding": "embeddings.token_embedding",
     "ln_final": "final_layer_norm",
 }
+
+
+_NEW_TEXT, _OLD_TEXT, _QWEN_TEXT = _TEXT = (
+    "model.language_model.",
+    "language_model.model.",
+    "model.layers.",
+)
+_OLD_HEAD = f"language_model.{HEAD}"
+
+
+def _newer(path: str) -> Iterator[str]:
+    """Llava's, PaliGemma's, Mllama's: all but the head is within `model` now."""
+    if path.startswith(_OLD_TEXT):
+        yield _NEW_TEXT + path.removeprefix(_OLD_TEXT)
+    elif path == _OLD_HEAD:
+        yield HEAD
+    else:
+        yield f"model.{path}"
+
+
+def _newer_qwen(path: str) -> Iterator[str]:
+    """Qwen2-VL's, whose language model was `model` alone."""
+    if path != HEAD:
+        yield (
+            _NEW_TEXT + path.removeprefix("model.")
+            if path.startswith("model.")
+            else f"model.{path}"
+        )
+
+
+def _older(path: str) -> Iterator[str]:
+    """Both of these, backwards: they differ in the language model's."""
+    if path.startswith(_NEW_TEXT):
+        rest = path.removeprefix(_NEW_TEXT)
+        yield from (_OLD_TEXT + rest, f"model.{rest}")
+    elif path == HEAD:
+        yield _OLD_HEAD
+    elif path.startswith("model."):
+        yield path.removeprefix("model.")
 
 
 def _fused_name(name: str) -> tuple[str, str]:
@@ -341,11 +400,13 @@ _VIT = (
     (".intermediate.dense", ".mlp.fc1"),
     (".output.dense", ".mlp.fc2"),
 )
+_TOWER = "vision_tower."
 _EXPERT_NAME = re.compile(r"(.*\.experts\.\d+)\.(w[123]|gate_proj|up_proj|down_proj)")
 
 
 def _other_spellings(path: str) -> Iterator[str]:
-    """Mixtral's experts by their other names, and its blocks; ViT's layers of transformers 5."""
+    """Mixtral's experts by their other names, and its blocks; ViT's layers of transformers 5; a
+    vision tower with or without the `vision_model` that it was wrapped in."""
     names = [path]
     if found := _EXPERT_NAME.fullmatch(path):
         back = {long: short for short, long in _EXPERT.items()}
@@ -355,6 +416,10 @@ def _other_spellings(path: str) -> Iterator[str]:
             names.append(name.replace(".block_sparse_moe.", ".mlp."))
         elif ".mlp.experts." in name or name.endswith(".mlp.gate"):
             names.append(name.replace(".mlp.", ".block_sparse_moe."))
+    if f"{_TOWER}vision_model." in path:
+        names.append(path.replace(f"{_TOWER}vision_model.", _TOWER))
+    elif _TOWER in path:
+        names.append(path.replace(_TOWER, f"{_TOWER}vision_model."))
     if "encoder.layer." in path:
         renamed = path.replace("encoder.layer.", "layers.")
         for old, new in _VIT:

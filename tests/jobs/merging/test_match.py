@@ -92,7 +92,6 @@ def code(base: Base, *modules: ModuleState, **options: Any) -> SurgeryError:
         ("layers.0.fc", "model.layers.0.fc"),
         ("bert.encoder.0.fc", "encoder.0.fc"),
         ("h.0.attn.fc", "transformer.h.0.attn.fc"),
-        ("language_model.model.layers.0.fc", "model.language_model.layers.0.fc"),
     ],
 )
 def test_leading_segments_may_differ(stored: str, named: str) -> None:
@@ -250,6 +249,40 @@ def test_mixtrals_names() -> None:
         assert list(spans(found(base, lora(name, 6, 4)))) == [
             "l.block_sparse_moe.experts.0.w3.weight"
         ]
+
+
+_OLDER = {
+    "language_model.model.layers.0.q_proj": "model.language_model.layers.0.q_proj",
+    "language_model.lm_head": "lm_head",
+    "vision_tower.vision_model.encoder.layers.0.q_proj": "model.vision_tower.encoder.layers.0.q_proj",
+    "multi_modal_projector.linear_1": "model.multi_modal_projector.linear_1",
+}
+_QWEN = {
+    "model.layers.0.q_proj": "model.language_model.layers.0.q_proj",
+    "lm_head": "lm_head",
+    "visual.blocks.0.attn.proj": "model.visual.blocks.0.attn.proj",
+}
+
+
+@pytest.mark.parametrize("names", [_OLDER, _QWEN])
+@pytest.mark.parametrize("turned", [False, True])
+def test_names_of_a_language_model_and_its_eyes_then_and_now(
+    names: dict[str, str], turned: bool
+) -> None:
+    """All parts at once, though each was renamed in its own way; either may be the base's."""
+    pairs = [(new, old) if turned else (old, new) for old, new in names.items()]
+    base = base_from({f"{stored}.weight": (6, 4) for stored, _ in pairs})
+    result = found(base, *(lora(named, 6, 4) for _, named in pairs))
+    assert list(spans(result)) == [f"{stored}.weight" for stored, _ in pairs]
+    assert not result.notes
+
+
+def test_an_adapter_of_llavas_language_model_alone() -> None:
+    stored = ("language_model.model.layers.0.q_proj", "vision_tower.layers.0.q_proj")
+    base = base_from({f"{name}.weight": (6, 4) for name in stored})
+    for named in ("model.layers.0.q_proj", "language_model.layers.0.q_proj"):
+        assert list(spans(found(base, lora(named, 6, 4)))) == [f"{stored[0]}.weight"]
+    assert code(base, lora("layers.0.q_proj", 6, 4)).code == "ambiguous-alignment"
 
 
 # Storage

@@ -126,6 +126,47 @@ def test_merged_is_base_and_adapter_under_peft(
     assert after - {"adaptsurgery_manifest.json"} == before
 
 
+def llava() -> torch.nn.Module:
+    sees = {"model_type": "clip_vision_model", "image_size": 16, "patch_size": 8}
+    sees |= {"hidden_size": 32, "intermediate_size": 48, "num_hidden_layers": 2}
+    sees |= {"num_attention_heads": 2}
+    reads = {"model_type": "llama", **TEXT}
+    return tf.LlavaForConditionalGeneration(tf.LlavaConfig(text_config=reads, vision_config=sees))
+
+
+def qwen2_vl() -> torch.nn.Module:
+    sees = {"depth": 1, "embed_dim": 32, "num_heads": 2, "hidden_size": 32, "patch_size": 4}
+    reads = {**TEXT, "rope_scaling": {"type": "mrope", "mrope_section": [2, 1, 1]}}
+    return tf.Qwen2VLForConditionalGeneration(
+        tf.Qwen2VLConfig(text_config=reads, vision_config=sees)
+    )
+
+
+@pytest.mark.parametrize("build", [llava, qwen2_vl])
+def test_a_language_model_and_what_it_sees_with(
+    build: Callable[[], torch.nn.Module], tmp_path: Path
+) -> None:
+    """The files have older names than the model that the adapter was trained in, of each part others."""
+    live = build()
+    base = saved(live, tmp_path / "base")
+    config = peft.LoraConfig(r=2, lora_alpha=3, target_modules="all-linear")
+    adapted = peft.get_peft_model(live, config)
+    wake(adapted)
+    adapted.save_pretrained(tmp_path / "adapter")
+    wanted = load_file(
+        saved(adapted.merge_and_unload(), tmp_path / "by_peft") / "model.safetensors"
+    )
+    report = merge(base, tmp_path / "adapter", tmp_path / "out")
+    assert report.facts["modules"] == len(report.rows) and not report.facts["unmatched"]
+    assert {r.module.split(".")[0] for r in report.rows} >= {"vision_tower", "language_model"} or (
+        {r.module.split(".")[0] for r in report.rows} == {"visual", "model"}
+    )
+    got = load_file(tmp_path / "out/model.safetensors")
+    assert got.keys() == wanted.keys()
+    for name, tensor in got.items():
+        torch.testing.assert_close(tensor, wanted[name], atol=1e-6, rtol=1e-6)
+
+
 @pytest.mark.parametrize(("dtype", "off"), [(torch.float32, 1e-6), (torch.bfloat16, 2.0**-8)])
 @pytest.mark.parametrize("config", ["lora", "loha", "lokr", "hra"])
 def test_pefts_merge_is_matched(

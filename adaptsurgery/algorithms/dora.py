@@ -63,8 +63,8 @@ class DoRA(Renorm):
             raise ShapeError(
                 f"dora: {self._length} magnitudes for {norms.numel()} {'inputs' if self.axis else 'outputs'}"
             )
-        magnitude = self.magnitude.flatten()[start : start + norms.numel()].to(norms)
-        empty = norms == 0
+        magnitude = self.magnitude.flatten().narrow(0, start, norms.numel()).to(norms)
+        empty = norms.eq(0)
         return (magnitude / norms.masked_fill(empty, 1)).masked_fill(empty, 0)
 
     def renormed(self, weight: Tensor) -> Tensor:

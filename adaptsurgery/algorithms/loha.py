@@ -111,8 +111,8 @@ class LoHa(Delta):
     def khatri_rao(self) -> tuple[Tensor, Tensor]:
         """P (o, r²), Q (r², i·∏k) with P·Q = Δ."""
         flat = self.flat()
-        up = (flat.w1_a[:, :, None] * flat.w2_a[:, None, :]).flatten(1)
-        down = (flat.w1_b[:, None, :] * flat.w2_b[None, :, :]).flatten(0, 1)
+        up = (flat.w1_a.unsqueeze(2) * flat.w2_a.unsqueeze(1)).flatten(1)
+        down = (flat.w1_b.unsqueeze(1) * flat.w2_b).flatten(0, 1)
         return up, down
 
     def delta(self, x: Tensor, layer: Layer, form: Form = "factored") -> Tensor:
@@ -122,7 +122,7 @@ class LoHa(Delta):
         """
         ready = self.like(layer.sample(x)).flat()
         if form == "bilinear":
-            between = (x[..., None, :] * ready.w1_b) @ ready.w2_b.t()
+            between = (x.unsqueeze(-2) * ready.w1_b) @ ready.w2_b.t()
             return (torch.matmul(ready.w1_a, between) * ready.w2_a).sum(-1)
         up, down = ready.khatri_rao()
         return layer.low_rank(x, up, down.reshape(self.rank**2, *layer.shape[1:]))

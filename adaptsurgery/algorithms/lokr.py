@@ -269,7 +269,7 @@ class LoKr(Delta):
 
 def kron(left: Tensor, right: Tensor) -> Tensor:
     """left (a, c) ⊗ right (b, d) = (a·b, c·d), by one broadcast product."""
-    return (left[:, None, :, None] * right[None, :, None, :]).flatten(2).flatten(0, 1)
+    return (left.unsqueeze(1).unsqueeze(3) * right.unsqueeze(1)).flatten(2).flatten(0, 1)
 
 
 def _mix(w1: Tensor, y: Tensor, layer: Layer) -> Tensor:

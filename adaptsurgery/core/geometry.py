@@ -141,7 +141,7 @@ class Layer:
         """``matrix`` (p, q) over the q channels of ``y``, position by position."""
         if not self.dims:
             return F.linear(y, matrix)
-        return self._convolve(y, matrix[(..., *(None,) * self.dims)])
+        return self._convolve(y, matrix.reshape(*matrix.shape, *(1,) * self.dims))
 
     def low_rank(self, x: Tensor, up: Tensor, down: Tensor, mid: Tensor | None = None) -> Tensor:
         """``layer(x)`` with the weight up·down, without building it: up (o, r), down (r, i, *k).
@@ -154,7 +154,7 @@ class Layer:
 
     def over_channels(self, values: Tensor) -> Tensor:
         """A vector, one number a channel, shaped to broadcast over an input or output."""
-        return values[(..., *(None,) * self.dims)]
+        return values.reshape(-1, *(1,) * self.dims)
 
     def pads(self) -> list[int]:
         """What F.pad wants: (before, after) a kernel dim, last dim first.

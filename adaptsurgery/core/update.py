@@ -585,7 +585,7 @@ def gated(change: Tensor, gate: Tensor | None) -> Tensor:
     """``change`` (o, …) times a gate (o,) or 0-d; itself without one."""
     if gate is None:
         return change
-    return change * gate.to(change)[(..., *(None,) * (change.dim() - 1))]
+    return change * gate.to(change).reshape(-1, *(1,) * (change.dim() - 1))
 
 
 def only_one(given: Gates) -> Tensor | None:

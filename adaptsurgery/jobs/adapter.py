@@ -3,12 +3,21 @@
 from __future__ import annotations
 
 import os
+from collections import Counter
 from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from adaptsurgery.jobs.convert import write_adapter
-from adaptsurgery.jobs.loading import AnyBase, AnyPath, Loaded, load_state, names_of
+from adaptsurgery.jobs.loading import (
+    AnyBase,
+    AnyPath,
+    Loaded,
+    load_state,
+    names_of,
+    parse_files,
+    read_files,
+)
 from adaptsurgery.jobs.report import Report
 from adaptsurgery.jobs.updates import modules_of, update_of
 from adaptsurgery_formats import AdapterState, ModuleState, Note
@@ -156,6 +165,15 @@ class Adapter(Mapping[str, "Update"]):
         return write_adapter(
             self._loaded, Path(path), layout or self.layout, overwrite=overwrite, hashes=hashes
         )
+
+
+def parts(path: Path) -> Counter[str]:
+    """How many modules a local file or folder has for each model that it tells apart.
+
+    By component, or by the prefix that stands for one; the names are looked up nowhere.
+    """
+    modules = parse_files(read_files(path)).modules
+    return Counter(m.component or m.options.get("prefix", "") for m in modules)
 
 
 def _placed(key: str, names: Names | None) -> tuple[str, str]:

@@ -24,7 +24,7 @@ from adaptsurgery.checkpoint.pickles import read_pickle
 from adaptsurgery.checkpoint.safetensors import read_safetensors
 from adaptsurgery.checkpoint.writer import write_safetensors
 from adaptsurgery.core.config import FILE, AdapterConfig
-from adaptsurgery.jobs.adapter import load
+from adaptsurgery.jobs.adapter import load, parts
 from adaptsurgery.jobs.report import Report
 from adaptsurgery.modules import slots
 from adaptsurgery.modules.layer import AdaptedLayer
@@ -112,19 +112,29 @@ def read_adapter(
     place = place if place.exists() else resolve(str(path), kind="adapter")
     if place.is_dir() and (place / FILE).is_file():
         return AdapterConfig.from_pretrained(place), _tensors(place)
+    _check_one_model(place)
     with tempfile.TemporaryDirectory() as folder:
         made = Path(folder) / "peft"
         load(place, base=base or shapes_of(model)).save(made, "peft")
-        if not (made / FILE).is_file():
-            parts = sorted(p.name for p in made.iterdir())
-            raise FileError(
-                "this file adapts several models",
-                where=str(place),
-                seen=", ".join(parts),
-                next="convert it to PEFT first and load the part's folder",
-                code="several-components",
-            )
         return AdapterConfig.from_pretrained(made), _tensors(made)
+
+
+def _check_one_model(place: Path) -> None:
+    """Raise FileError for the adapters of a pipeline's several models."""
+    found = parts(place)
+    if len(found) < 2:
+        return
+    folders = f"adaptsurgery convert {place} -o PARTS --to peft"
+    raise FileError(
+        "this adapts several models, and a live model is one of them",
+        where=str(place),
+        seen=", ".join(f"{part}: {count} modules" for part, count in sorted(found.items())),
+        next="load the folder of the model's part"
+        if place.is_dir()
+        else f"`{folders}` makes a folder of each part (--base names a model of no bundled "
+        "table): load the model's",
+        code="several-components",
+    )
 
 
 def _tensors(folder: Path) -> dict[str, Tensor]:
@@ -156,11 +166,12 @@ def load_state(
     *,
     ignore: Collection[str] = (),
     where: str = "",
+    hint: str = "take the adapter_config.json that the file was saved with",
 ) -> None:
     """Give an adapter the numbers of a file, keys by keys; all are checked before one is changed.
 
-    ``ignore`` holds keys, or patterns of keys, that may be missing or left over. Raises KeyRefused
-    ("missing-keys", "unexpected-keys"), ShapeError.
+    ``ignore`` holds keys, or patterns of keys, that may be missing or left over; ``hint`` is said
+    where shapes differ. Raises KeyRefused ("missing-keys", "unexpected-keys"), ShapeError.
     """
     homes = _homes(model, adapter)
     given = {_in_model(key): tensor for key, tensor in state.items()}
@@ -179,18 +190,30 @@ def load_state(
                 next="ignore=[…] names keys, or patterns of them, that may be",
                 code=code,
             )
-    wrong = [
-        f"{key}: {list(given[key].shape)}, in the model {list(homes[key][0].shape)}"
+    wrong = {
+        key: f"{key}: {list(given[key].shape)}, in the model {list(homes[key][0].shape)}"
         for key in given.keys() & homes.keys()
         if given[key].shape != homes[key][0].shape
-    ]
+    }
     if wrong:
         raise ShapeError(
-            f"{len(wrong)} tensors do not fit", where=where, items=sorted(wrong)[:20],
-            next="take the adapter_config.json that the file was saved with",
+            f"{len(wrong)} tensors do not fit", where=where, items=sorted(wrong.values())[:20],
+            next=_of_groups(model, adapter, wrong) or hint,
         )  # fmt: skip
     for key in given.keys() & homes.keys():
         homes[key][0].set(given[key])
+
+
+def _of_groups(model: AdaptedModel, adapter: str, keys: Iterable[str]) -> str:
+    """Why PEFT's LoRA of a convolution in groups does not fit, where one is among the keys."""
+    for name, layer in model.layers():
+        if layer.geometry["groups"] > 1 and adapter in layer.settings:
+            if any(key.startswith(f"{PREFIX}{name}.lora_") for key in keys):
+                return (
+                    f"`{name}` is in groups, and PEFT's LoRA lets each of them see all inputs there, "
+                    "which no ΔW of its weight does: exclude it, or train it here"
+                )
+    return ""
 
 
 class _Home:

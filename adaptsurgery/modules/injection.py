@@ -73,9 +73,12 @@ def check_name(name: str, taken: Collection[str]) -> None:
 
 
 def planned(
-    walk: Walk, chosen: Iterable[Target], config: AdapterConfig, empty: bool
+    walk: Walk, chosen: Iterable[Target], config: AdapterConfig, empty: bool, wide: bool
 ) -> list[tuple[AdaptedLayer, Update]]:
-    """The layers and their new updates, while nothing is changed; ``empty`` ones have no numbers."""
+    """The layers and their new updates, while nothing is changed; ``empty`` ones have no numbers.
+
+    ``wide`` ones are in float32 beside a narrower weight, others in the weight's dtype.
+    """
     layers: dict[int, tuple[AdaptedLayer, Update, Target]] = {}
     for target in chosen:
         module = walk.modules[target.name]
@@ -84,7 +87,8 @@ def planned(
             continue
         with located(target.name):
             layer = module if isinstance(module, AdaptedLayer) else AdaptedLayer(module)
-            layers[id(module)] = (layer, _new_update(layer, target, config, empty), target)
+            update = _new_update(layer, target, config, empty, wide)
+            layers[id(module)] = (layer, update, target)
     _tell_shared(walk, {target.name for target in chosen}, layers)
     return [(layer, update) for layer, update, _ in layers.values()]
 
@@ -127,8 +131,10 @@ def train_biases(model: nn.Module, config: AdapterConfig, layers: Iterable[Adapt
                 bias.requires_grad_(True)
 
 
-def _new_update(layer: AdaptedLayer, target: Target, config: AdapterConfig, empty: bool) -> Update:
-    """New tensors for a layer, beside its weight; in float32 where that is narrower."""
+def _new_update(
+    layer: AdaptedLayer, target: Target, config: AdapterConfig, empty: bool, wide: bool
+) -> Update:
+    """New tensors for a layer, beside its weight."""
     base = layer.layer()
     if base.kind not in config.kinds:
         raise ValueRefused(
@@ -137,7 +143,7 @@ def _new_update(layer: AdaptedLayer, target: Target, config: AdapterConfig, empt
             code="unsupported-layer",
         )
     device = torch.device("meta") if empty else base.weight.device
-    dtype = torch.promote_types(base.weight.dtype, torch.float32)
+    dtype = torch.promote_types(base.weight.dtype, torch.float32) if wide else base.weight.dtype
     said: dict[str, Any] = {"rank": target.rank, "alpha": target.alpha, "kind": base.kind}
     if device.type == "meta":
         return config.blank(base.shape, device=device, dtype=dtype, **said)

@@ -9,7 +9,7 @@ from __future__ import annotations
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from types import EllipsisType
-from typing import Any
+from typing import Any, NoReturn
 
 import torch
 from torch import Tensor, nn
@@ -145,6 +145,14 @@ class AdaptedLayer(nn.Module):
     def _load_from_state_dict(self, *args: Any) -> None:
         self._built = None  # parameters that are replaced are let go
         super()._load_from_state_dict(*args)
+
+    def __prepare_scriptable__(self) -> NoReturn:
+        """What torch.jit.script asks first."""
+        raise ValueRefused(
+            "torch.jit.script reads no adapted layer: it takes its adapters' settings from Python",
+            next="script torch.fx.symbolic_trace(model.get_base_model()), or torch.jit.trace it",
+            code="no-script",
+        )
 
     # --- adapters --------------------------------------------------------------------------------
 

@@ -45,6 +45,8 @@ class AdaptedModel(nn.Module):
 
     Takes what PEFT's LoraModel and its like take. ``low_cpu_mem_usage`` leaves the adapter's tensors
     on the meta device, to be loaded; ``state_dict`` names, by its keys alone, the modules to adapt.
+    Without ``autocast_adapter_dtype`` adapters have their layer's dtype, where it is narrower than
+    float32 too.
     ``peft_config`` holds the configs by adapter. Raises what ``add_adapter`` raises.
     """
 
@@ -58,6 +60,8 @@ class AdaptedModel(nn.Module):
         adapter_name: str = "default",
         low_cpu_mem_usage: bool = False,
         state_dict: Mapping[str, Tensor] | None = None,
+        *,
+        autocast_adapter_dtype: bool = True,
     ) -> None:
         super().__init__()
         if any(isinstance(m, (AdaptedLayer, SavedModule)) for m in model.modules()):
@@ -72,11 +76,12 @@ class AdaptedModel(nn.Module):
         self.active_adapters: list[str] = []
         self.enabled, self.inference = True, False  # adapters compute; the active ones do not train
         configs = config if isinstance(config, Mapping) else {adapter_name: config}
+        given: dict[str, Any] = {"autocast_adapter_dtype": autocast_adapter_dtype}
         with trainable_as_before(model):
             model.requires_grad_(False)
             try:
                 for name, one in configs.items():
-                    self.add_adapter(name, one, low_cpu_mem_usage, state_dict=state_dict)
+                    self.add_adapter(name, one, low_cpu_mem_usage, state_dict=state_dict, **given)
             except BaseException:
                 self._unload([], False, False)
                 raise
@@ -93,6 +98,14 @@ class AdaptedModel(nn.Module):
         return getattr(self.model, name)
 
     def forward(self, *args: Any, **kwargs: Any) -> Any:
+        """The model's own; ValueRefused for PEFT's ``adapter_names``, which a model might swallow."""
+        if "adapter_names" in kwargs:
+            raise ValueRefused(
+                "one call goes through the same adapters for all of its batch",
+                seen=f"adapter_names {kwargs['adapter_names']!r}"[:200],
+                next="set_adapter(name), and a call for each adapter's part of the batch",
+                code="no-mixed-batch",
+            )
         return self.model(*args, **kwargs)
 
     def train(self, mode: bool = True) -> AdaptedModel:
@@ -159,6 +172,7 @@ class AdaptedModel(nn.Module):
         low_cpu_mem_usage: bool = False,
         *,
         state_dict: Mapping[str, Tensor] | None = None,
+        autocast_adapter_dtype: bool = True,
     ) -> None:
         """Put an adapter in, not active. The model is as it was if anything is refused.
 
@@ -174,7 +188,7 @@ class AdaptedModel(nn.Module):
         found = self._targets(walk, wanted)
         for note in found.notes:
             warnings.warn(f"{note.where}: {note.text} [{note.code}]", stacklevel=4)
-        layers = planned(walk, found.chosen, config, low_cpu_mem_usage)
+        layers = planned(walk, found.chosen, config, low_cpu_mem_usage, autocast_adapter_dtype)
         attach(walk, adapter_name, config, layers)
         save_whole(walk, adapter_name, found.saved)
         self.peft_config[adapter_name] = config

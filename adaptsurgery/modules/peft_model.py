@@ -45,6 +45,8 @@ class PeftModel(nn.Module):
         adapter_name: str = "default",
         mixed: bool = False,
         low_cpu_mem_usage: bool = False,
+        *,
+        autocast_adapter_dtype: bool = True,
     ) -> None:
         super().__init__()
         kind = (
@@ -53,7 +55,10 @@ class PeftModel(nn.Module):
             else MODELS.get(getattr(peft_config, "algorithm", ""), AdaptedModel)
         )
         config = _with_head(model, peft_config)
-        self.base_model = kind(model, config, adapter_name, low_cpu_mem_usage)
+        self.base_model = kind(
+            model, config, adapter_name, low_cpu_mem_usage,
+            autocast_adapter_dtype=autocast_adapter_dtype,
+        )  # fmt: skip
         self.training = model.training
 
     def __getattr__(self, name: str) -> Any:
@@ -72,11 +77,18 @@ class PeftModel(nn.Module):
         return self.base_model.model
 
     def add_adapter(
-        self, adapter_name: str, peft_config: AdapterConfig, low_cpu_mem_usage: bool = False
+        self,
+        adapter_name: str,
+        peft_config: AdapterConfig,
+        low_cpu_mem_usage: bool = False,
+        *,
+        autocast_adapter_dtype: bool = True,
     ) -> None:
         """Put another adapter in, not active; see ``AdaptedModel.add_adapter``."""
         config = _with_head(self.get_base_model(), peft_config)
-        self.base_model.add_adapter(adapter_name, config, low_cpu_mem_usage)
+        self.base_model.add_adapter(
+            adapter_name, config, low_cpu_mem_usage, autocast_adapter_dtype=autocast_adapter_dtype
+        )
 
     # --- files -----------------------------------------------------------------------------------
 
@@ -123,6 +135,7 @@ class PeftModel(nn.Module):
         mixed: bool = False,
         base: str | None = None,
         ignore: Collection[str] = (),
+        autocast_adapter_dtype: bool = True,
     ) -> PeftModel:
         """The model with an adapter from a folder of PEFT's, a file of any layout, or the Hub.
 
@@ -133,7 +146,10 @@ class PeftModel(nn.Module):
         read, state = files.read_adapter(os.fspath(model_id), model, base)
         config = replace(config or read, inference_mode=not is_trainable)
         with trainable_as_before(model):
-            made = cls(model, config, adapter_name, mixed, low_cpu_mem_usage=not ignore)
+            made = cls(
+                model, config, adapter_name, mixed, low_cpu_mem_usage=not ignore,
+                autocast_adapter_dtype=autocast_adapter_dtype,
+            )  # fmt: skip
             made._load(adapter_name, state, ignore, os.fspath(model_id), whole=True)
         return made
 
@@ -145,11 +161,15 @@ class PeftModel(nn.Module):
         *,
         base: str | None = None,
         ignore: Collection[str] = (),
+        autocast_adapter_dtype: bool = True,
     ) -> None:
         """Put an adapter from a file beside the others, not active; see ``from_pretrained``."""
         config, state = files.read_adapter(os.fspath(model_id), self.get_base_model(), base)
         config = replace(config, inference_mode=not is_trainable)
-        self.add_adapter(adapter_name, config, low_cpu_mem_usage=not ignore)
+        self.add_adapter(
+            adapter_name, config, low_cpu_mem_usage=not ignore,
+            autocast_adapter_dtype=autocast_adapter_dtype,
+        )  # fmt: skip
         self._load(adapter_name, state, ignore, os.fspath(model_id))
 
     def _load(
@@ -182,7 +202,10 @@ class PeftModel(nn.Module):
                 code="cannot-swap",
             )
         scales = self._new_scales(adapter, config, os.fspath(model_id))
-        files.load_state(self.base_model, adapter, state, where=os.fspath(model_id))
+        hint = (
+            "load_adapter under another name, or bring it to the same rank by `adaptsurgery resize`"
+        )
+        files.load_state(self.base_model, adapter, state, where=os.fspath(model_id), hint=hint)
         turned = getattr(config, "apply_GS", False)
         for layer, scale in scales:
             said = layer.settings[adapter]
@@ -239,6 +262,7 @@ def get_peft_model(
     peft_config: AdapterConfig,
     adapter_name: str = "default",
     mixed: bool = False,
+    autocast_adapter_dtype: bool = True,
     *,
     low_cpu_mem_usage: bool = False,
 ) -> PeftModel:
@@ -246,7 +270,10 @@ def get_peft_model(
     name = getattr(getattr(model, "config", None), "_name_or_path", None)
     if isinstance(peft_config, AdapterConfig) and peft_config.base_model_name_or_path is None:
         peft_config = replace(peft_config, base_model_name_or_path=name or None)
-    return PeftModel(model, peft_config, adapter_name, mixed, low_cpu_mem_usage)
+    return PeftModel(
+        model, peft_config, adapter_name, mixed, low_cpu_mem_usage,
+        autocast_adapter_dtype=autocast_adapter_dtype,
+    )  # fmt: skip
 
 
 def _with_head(model: nn.Module, config: AdapterConfig) -> AdapterConfig:

@@ -30,14 +30,14 @@ def as_peft(slot: str, tensor: Tensor, dims: int) -> Tensor:
     """A slot's tensor in the shape that PEFT keeps it in, for a layer with ``dims`` kernel dims."""
     if slot == "magnitude":
         return tensor.reshape(1, -1, *(1,) * dims) if dims else tensor.flatten()
-    return tensor[..., None] if _lengthened(slot, dims) else tensor
+    return tensor.unsqueeze(-1) if _lengthened(slot, dims) else tensor
 
 
 def as_slot(slot: str, tensor: Tensor, dims: int) -> Tensor:
     """The inverse of ``as_peft``: a magnitude (o, 1, …), a Conv1d's Tucker core (r, r, k)."""
     if slot == "magnitude":
-        return tensor.flatten()[(..., *(None,) * (dims + 1))]
-    return tensor[..., 0] if _lengthened(slot, dims) else tensor
+        return tensor.reshape(-1, *(1,) * (dims + 1))
+    return tensor.squeeze(-1) if _lengthened(slot, dims) else tensor
 
 
 def _lengthened(slot: str, dims: int) -> bool:

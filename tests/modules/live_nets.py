@@ -112,7 +112,23 @@ def _unet() -> tuple[nn.Module, dict[str, Tensor]]:
     return model, given
 
 
-_TINY = {"llama": _llama, "gpt2": _gpt2, "vit": _vit, "bert": _bert, "clip": _clip, "unet": _unet}
+def _t5() -> tuple[nn.Module, dict[str, Tensor]]:
+    from transformers import T5Config, T5ForConditionalGeneration
+
+    config = T5Config(
+        vocab_size=64, d_model=24, d_kv=8, d_ff=36, num_layers=2, num_heads=3,
+        decoder_start_token_id=0, feed_forward_proj="gated-gelu",
+    )  # fmt: skip
+    return T5ForConditionalGeneration(config), {
+        "input_ids": ids(2, 7),
+        "decoder_input_ids": ids(2, 4),
+    }
+
+
+_TINY = {
+    "llama": _llama, "gpt2": _gpt2, "vit": _vit, "bert": _bert, "clip": _clip, "unet": _unet,
+    "t5": _t5,
+}  # fmt: skip
 ALGORITHMS = ("lora", "loha", "lokr", "hra")
 _CONFIGS = {"lora": "LoraConfig", "loha": "LoHaConfig", "lokr": "LoKrConfig", "hra": "HRAConfig"}
 

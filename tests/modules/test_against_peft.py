@@ -21,6 +21,7 @@ TARGETS = {
     "bert": ["query", "value", "dense"],
     "clip": ["q_proj", "out_proj", "fc2"],
     "unet": ["to_q", "to_out.0", "conv1", "conv_shortcut", "proj_in"],
+    "t5": ["q", "v", "wi_0", "wo"],
 }
 LINEAR_ONLY = {("gpt2", a) for a in ("loha", "lokr", "hra")}  # PEFT has no Conv1D of transformers
 
@@ -115,3 +116,15 @@ def test_options_are_peft_s_and_files_go_both_ways(
         k for k in result.missing_keys if re.search("lora_|hada_|lokr_|hra_|modules_to_save", k)
     ]
     assert not left and not result.unexpected_keys
+
+
+@pytest.mark.parametrize("widened", [True, False])
+def test_the_adapters_dtype_is_peft_s(widened: bool) -> None:
+    model, _ = tiny("llama")
+    for layer in model.model.layers[:1]:
+        layer.to(torch.bfloat16)
+    ours, theirs = configs("loha", r=2, target_modules=["q_proj"])
+    mine, peer = both(model, ours, theirs, autocast_adapter_dtype=widened)
+    said = {n: p.dtype for n, p in mine.named_parameters()}
+    assert said == {n: p.dtype for n, p in peer.named_parameters()}
+    assert (torch.bfloat16 in {said[n] for n in said if "hada" in n}) is not widened

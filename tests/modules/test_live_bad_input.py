@@ -256,3 +256,51 @@ def test_a_second_adapter_that_does_not_load_is_gone(folder: Path) -> None:
 def test_a_folder_that_is_no_adapter(tmp_path: Path) -> None:
     with pytest.raises(SurgeryError):
         PeftModel.from_pretrained(Mixed(), tmp_path)
+
+
+def test_adapters_by_the_sample() -> None:
+    model = get_peft_model(Mixed(), lora())
+    model.base_model.model.forward = lambda x, **swallowed: x
+    with refused("no-mixed-batch", "adapter_names"):
+        model(ids(2, 5), adapter_names=["default", "nobody"])
+
+
+def test_scripting_an_adapted_layer() -> None:
+    model = get_peft_model(nn.Sequential(nn.Linear(4, 3)), lora(target_modules=["0"]))
+    with refused("no-script", "torch.jit.script"):
+        torch.jit.script(model.get_base_model())
+    assert type(model.base_model.model[0]).__name__ == "AdaptedLayer"
+
+
+def test_peft_s_lora_of_a_convolution_in_groups(tmp_path: Path) -> None:
+    """Its lora_A sees the inputs of all groups; the error says so, and of ours alone."""
+    import peft
+
+    def net() -> nn.Module:
+        return nn.Sequential(nn.Conv1d(4, 6, 3, groups=2), nn.Conv1d(6, 4, 3))
+
+    theirs = peft.LoraConfig(r=2, target_modules=["0", "1"], init_lora_weights=False)
+    with pytest.warns(UserWarning, match="groups > 1"):
+        peer = peft.get_peft_model(net(), theirs)
+    peer.save_pretrained(str(tmp_path))
+    with pytest.raises(SurgeryError, match="2 tensors do not fit") as error:
+        PeftModel.from_pretrained(net(), tmp_path)
+    assert error.value.next.startswith("`0` is in groups")
+
+
+@pytest.mark.parametrize("folders", [True, False])
+def test_the_adapters_of_a_pipeline(folders: bool, tmp_path: Path) -> None:
+    parts = {"unet": ("fc", "lora_unet_"), "text_encoder": ("out", "lora_te_")}
+    state = {}
+    for part, (target, prefix) in parts.items():
+        model = get_peft_model(Mixed(), lora(target_modules=[target]))
+        model.save_pretrained(tmp_path / "all" / part)
+        model.save_adapter(tmp_path / f"{part}.safetensors", "kohya")
+        for key, tensor in load_file(tmp_path / f"{part}.safetensors").items():
+            state[prefix + key.removeprefix("lora_unet_")] = tensor
+    save_file(state, tmp_path / "all.safetensors")
+    with refused("several-components", "several models") as error:
+        PeftModel.from_pretrained(Mixed(), tmp_path / ("all" if folders else "all.safetensors"))
+    said = error.error.value
+    assert "1 modules" in said.seen and ("folder" in said.next)
+    assert folders or "convert" in said.next

@@ -107,6 +107,19 @@ def test_jit_trace(algorithm: str) -> None:
     torch.testing.assert_close(traced(x), model(x))
 
 
+@pytest.mark.filterwarnings("ignore")
+@pytest.mark.parametrize("training", [False, True], ids=["eval", "train"])
+@pytest.mark.parametrize("algorithm", [*ALGORITHMS, "dora"])
+def test_the_traced_model_scripts(algorithm: str, training: bool) -> None:
+    said = {"use_dora": True} if algorithm == "dora" else {}
+    model = made("lora" if said else algorithm, **said).train(training).get_base_model()
+    graph = torch.fx.symbolic_trace(model)
+    for node in graph.graph.nodes:
+        node.type = None  # fx misspells annotations that are strings
+    graph.recompile()
+    torch.testing.assert_close(once(torch.jit.script(graph), X), once(model, X))
+
+
 def test_a_dora_traces() -> None:
     model = made("lora", use_dora=True).eval()
     torch.testing.assert_close(torch.fx.symbolic_trace(model.get_base_model())(X), model(X))

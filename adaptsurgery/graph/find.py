@@ -56,6 +56,7 @@ class _Finder:
         self.view = view
         self.names = Names(view)
         self.twice = _repeated([scope.path for scope in view.scopes])
+        self.read = {name for s in view.scopes for node, name in s.names.items() if node.users}
 
     def sites(self) -> list[Site]:
         forms = list(self._forms())
@@ -244,10 +245,15 @@ class _Finder:
         return self._bias(own[0]) if own else ""
 
     def _bias(self, weight: str) -> str:
-        """The bias beside a weight, where the node adds none: a decomposed graph adds it apart."""
+        """The bias beside a weight, where the node adds none: a decomposed graph adds it apart.
+
+        By the name of it that the graph reads, where it has several.
+        """
         head, found, _ = weight.rpartition("weight")
         name = f"{head}bias"
-        return name if found and name in self.view.tensors else ""
+        if not found or name not in self.view.tensors:
+            return ""
+        return next((n for n in (name, *self.view.same(name)) if n in self.read), name)
 
     def _unreachable(self, scope: Scope) -> str:
         """Why a parameter cannot be brought into a graph, or ""."""

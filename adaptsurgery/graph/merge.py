@@ -16,9 +16,10 @@ from adaptsurgery.core.update import Delta, Renorm, Rotation, Update, compose, p
 from adaptsurgery.graph.attach import Session
 from adaptsurgery.graph.emit import retarget
 from adaptsurgery.graph.find import find_sites
+from adaptsurgery.graph.forms import is_view, op_name
 from adaptsurgery.graph.record import Attached
 from adaptsurgery.graph.sites import Call, Site
-from adaptsurgery.graph.walk import Graph, View
+from adaptsurgery.graph.walk import Graph, Scope, View
 from adaptsurgery.graph.workspace import Workspace
 from adaptsurgery_formats.errors import ValueRefused
 
@@ -70,14 +71,24 @@ class _Merger:
             )
         update = compose(self._updates(going))
         _check_order(self.site.path, update, self._updates(staying))
-        bias = self.work.tensor(self.site.bias).detach() if self.site.bias else None
+        named = "" if self._is_apart() else self.site.bias
+        bias = self.work.tensor(named).detach() if named else None
         weight = self.work.tensor(self.site.weight).detach()
         layer = self.site.layer(weight, bias)
         new = layer.stored(update.fold(layer.canonical())).contiguous()
         self._replace("weight", self.site.weight, new)
         folded = update.fold_bias(bias, weight.dtype)
         if folded is not None and folded is not bias:
-            self._replace("bias", self.site.bias, folded.detach().clone())
+            self._replace("bias", named, folded.detach().clone())
+
+    def _is_apart(self) -> bool:
+        """Whether the bias is none that can be replaced: a node adds it that is not the layer's alone.
+
+        What an update adds to it is then a bias of its own.
+        """
+        site = self.site
+        held = self._module() is not None or any(call.bias for call in site.calls)
+        return bool(site.bias) and not held and self._used_elsewhere(site.bias)
 
     def _updates(self, adapters: Iterable[Attached]) -> list[Update]:
         return [a.update({n: self.work.tensor(n) for n in a.names}) for a in adapters]
@@ -115,9 +126,19 @@ class _Merger:
             for node, held in scope.names.items():
                 for user in node.users if held == name else ():
                     passed_on = any(s.hops[-1:] == (user.name,) for s in View(self.base).scopes)
-                    if (scope.path, user.name) not in own and not passed_on:
+                    ours = (scope.path, user.name) in own or (
+                        name == self.site.bias and self._is_behind(scope, user)
+                    )
+                    if not ours and not passed_on:
                         return True
         return False
+
+    def _is_behind(self, scope: Scope, node: Node) -> bool:
+        """Whether a node adds something to the layer's output, seen as it may be."""
+        if op_name(node) != "add" or len(node.all_input_nodes) != 2 or node.kwargs:
+            return False
+        outputs = {call.output for call in self.site.calls if call.graph == scope.path}
+        return any(_viewed(operand).name in outputs for operand in node.all_input_nodes)
 
     def _own_name(self, slot: str, name: str) -> str:
         wanted = f"{self.site.path}.{slot}" if self.site.path else slot
@@ -159,6 +180,13 @@ class _Merger:
                 held = like.meta["val"]
                 node.meta["val"] = held.view(shaped) if node is view else held
         retarget(users, output, total)
+
+
+def _viewed(node: Node) -> Node:
+    """What a node is a view of."""
+    while is_view(node) and isinstance(node.args[0], Node):
+        node = node.args[0]
+    return node
 
 
 def _trained(tensor: Tensor | None) -> bool:

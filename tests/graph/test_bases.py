@@ -16,11 +16,14 @@ from graph_nets import (
     equal,
     example,
     exported,
+    exported_as,
     made,
     run,
+    update_for,
     updates_for,
     wanted,
 )
+from torch import Tensor, nn
 
 from adaptsurgery import graph
 from adaptsurgery.algorithms import LoRA
@@ -29,6 +32,7 @@ from tests.graph import zoo
 from tests.graph.test_find import Quantised
 from tests.graph.test_graph_models import assert_same, live, outputs
 from tests.graph.test_graph_models import updates_for as random_updates
+from tests.strategies import Conv1D
 
 FOUR = ("lora", "loha", "lokr", "hra")
 
@@ -45,6 +49,40 @@ def test_a_core_aten_base(net: type[torch.nn.Module], algorithm: str) -> None:
     close(run(graph.merge(h), x), wanted(model, updates, x))
     back = graph.detach(h)
     assert code(back) == code(core) and equal(run(back, x), run(core, x))
+
+
+class Apart(nn.Module):
+    """Products without a bias argument: a node behind adds one, which one layer has for itself."""
+
+    def __init__(self, shared: bool) -> None:
+        super().__init__()
+        self.a, self.b = Conv1D(6, 6), Conv1D(6, 6)
+        for layer in (self.a, self.b):
+            nn.init.normal_(layer.weight)
+            nn.init.normal_(layer.bias)
+        if shared:
+            self.b.bias = self.a.bias
+
+    def forward(self, x: Tensor) -> Tensor:
+        y: Tensor = self.b(torch.tanh(self.a(x)))
+        return y
+
+
+@pytest.mark.parametrize("shared", [False, True])
+@pytest.mark.parametrize("kind", ["program", "module", "traced"])
+@pytest.mark.parametrize("on", [["a"], ["b"], ["a", "b"]])
+def test_a_bias_that_is_added_apart_is_merged_once(on: list[str], kind: str, shared: bool) -> None:
+    torch.manual_seed(3)
+    model, x = Apart(shared).eval(), torch.randn(3, 5, 6)
+    g = torch.fx.symbolic_trace(model) if kind == "traced" else exported_as(model, kind, x)
+    updates = {path: update_for("lora", (6, 6), bias=True, seed=n) for n, path in enumerate(on)}
+    h = graph.attach(g, updates)
+    want = wanted(model, updates, x)
+    close(run(h, x), want)
+    merged = graph.merge(h)
+    close(run(merged, x), want)
+    if not shared:
+        assert code(merged) == code(g)  # the numbers alone are others
 
 
 def test_an_int8_base() -> None:

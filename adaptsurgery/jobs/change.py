@@ -13,12 +13,12 @@ from dataclasses import replace
 from typing import TYPE_CHECKING
 
 from adaptsurgery.jobs.loading import Loaded
-from adaptsurgery.jobs.lowrank import in_place_of, is_low_rank, low_rank_update
+from adaptsurgery.jobs.lowrank import hides_kernel, in_place_of, is_low_rank, low_rank_update
 from adaptsurgery.jobs.report import some
-from adaptsurgery.jobs.updates import base_weight, canonical_shape, update_of
+from adaptsurgery.jobs.updates import base_weight, update_of
 from adaptsurgery_formats import AdapterState, ModuleState
 from adaptsurgery_formats.errors import InexactError, LayoutError
-from adaptsurgery_formats.state import UNSCALED, kernel_of
+from adaptsurgery_formats.state import UNSCALED
 from adaptsurgery_formats.tensors import DTYPE_BYTES
 
 if TYPE_CHECKING:
@@ -52,20 +52,14 @@ def as_lora(
             errors[module.component, module.path] = error
     if errors and not allow_lossy:
         raise _lossy(errors, len(modules), loaded.state.where)
-    _note_kernels(loaded)
+    note_kernels(loaded)
     _note_dtypes(loaded, grown)
     return replace(loaded.state, modules=modules)
 
 
-def _note_kernels(loaded: Loaded) -> None:
+def note_kernels(loaded: Loaded) -> None:
     """Say where flat factors were taken for a Linear's because no base shows the weight's shape."""
-    unknown = [
-        m.label
-        for m in loaded.state.modules
-        if m.algorithm in ("loha", "lokr")
-        and kernel_of(m) is None
-        and canonical_shape(m, loaded.names) is None
-    ]
+    unknown = [m.label for m in loaded.state.modules if hides_kernel(m, loaded.names)]
     if unknown:
         loaded.state.note(
             "kernel-unknown",

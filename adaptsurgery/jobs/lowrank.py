@@ -14,7 +14,7 @@ from typing import TYPE_CHECKING
 from adaptsurgery.jobs.loading import Loaded, load_state
 from adaptsurgery.jobs.report import some
 from adaptsurgery.jobs.steps import stored
-from adaptsurgery.jobs.updates import update_of
+from adaptsurgery.jobs.updates import canonical_shape, update_of
 from adaptsurgery_formats import AdapterState, Format, ModuleState, Tensor
 from adaptsurgery_formats.errors import InexactError, LayoutError, NameLookupError, SurgeryError
 from adaptsurgery_formats.names import Component, Names, to_diffusers, to_native
@@ -257,6 +257,13 @@ _LASTING = ("prefix", "alpha_kind", "fan_in_fan_out")
 def is_low_rank(module: ModuleState) -> bool:
     """Whether a module is exactly a LoRA in some form: not a DoRA, not a rotation, not dense."""
     return module.algorithm in LOW_RANK and "magnitude" not in module.tensors
+
+
+def hides_kernel(module: ModuleState, names: Names | None) -> bool:
+    """Whether nothing shows the kernel: flat factors, and no list of the model's own shapes."""
+    if module.algorithm not in ("loha", "lokr") or kernel_of(module) is not None:
+        return False
+    return names is None or names.where == OWN or canonical_shape(module, names) is None
 
 
 def lora_form(module: ModuleState, names: Names | None, where: str) -> LoRA:

@@ -16,7 +16,7 @@ from typing import TYPE_CHECKING
 
 from adaptsurgery.checkpoint.bridge import from_torch, torch_dtype
 from adaptsurgery.jobs import lowrank
-from adaptsurgery.jobs.change import EXACT
+from adaptsurgery.jobs.change import EXACT, note_kernels
 from adaptsurgery.jobs.convert import Progress, check_paths, writable, write_adapter
 from adaptsurgery.jobs.loading import Loaded
 from adaptsurgery.jobs.lowrank import Spec, in_naming, lora_form, prefix_of
@@ -64,6 +64,7 @@ def resize(
     check_paths(loaded.paths, out, target, overwrite)
     state = in_naming(loaded.state, loaded.names, target)
     cuts = [_cut(module, loaded, goal) for module in state.modules]
+    note_kernels(loaded)
     _note_changes(loaded, cuts)
     result = replace(loaded, state=replace(state, modules=[cut.written for cut in cuts]))
     report = write_adapter(

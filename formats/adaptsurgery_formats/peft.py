@@ -398,7 +398,20 @@ def _plan_lora(modules: Sequence[ModuleState], names: Names | None, where: str) 
             next="--as lora --base BASE --rank N --allow-lossy",
             code="mixed-dora",
         )
+    biased = any("up_bias" in m.tensors for m in modules)
+    if without := [m for m in modules if biased and _takes_no_bias(m)]:
+        raise InexactError(
+            "PEFT's lora_bias is for every LoRA, and neither an embedding's nor a DoRA takes one",
+            where=where,
+            items=[f"`{m.label}` takes none" for m in without],
+            next="merge the adapter that has biases into the base instead",
+            code="no-lora-bias",
+        )
     return [Step(m, FOLD_MID) for m in modules if "mid" in m.tensors]
+
+
+def _takes_no_bias(module: ModuleState) -> bool:
+    return module.kind == "embedding" or "magnitude" in module.tensors
 
 
 def _plan_loha(modules: Sequence[ModuleState], names: Names | None, where: str) -> list[Step]:
@@ -622,6 +635,8 @@ def _config(
         flags = {"use_dora": "magnitude" in modules[0].tensors, "use_rslora": False}
         if any("up_bias" in m.tensors for m in modules):
             flags["lora_bias"] = True
+            if not isinstance((template or {}).get("init_lora_weights"), bool):
+                flags["init_lora_weights"] = True  # PEFT loads a lora_bias with no other
     elif algorithm == "lokr":
         cut = {called[m.path]: _cut(m, names, where) for m in modules}
         ranks, flags = _lokr_said(cut, template, names, where) or _lokr_found(cut, where)

@@ -298,6 +298,10 @@ def test_dora_stays_alone(tmp_path: Path, base: Path) -> None:
     combine([dora, (conv, 0.5)], out, base=base)
     written = tensors_of(out)
     assert all(written[k] == t for k, t in tensors_of(dora).items())
+    report = combine([dora, conv], out, base=base, rank=1, allow_lossy=True, overwrite=True)
+    (note,) = [n for n in report.notes if n.code == "not-cut"]
+    assert "dora" in note.text
+    assert all(tensors_of(out)[k] == t for k, t in tensors_of(dora).items())
 
 
 @pytest.mark.parametrize("weight", ["nan", "inf", "-inf"])
@@ -317,6 +321,22 @@ def test_replaced_parameters(tmp_path: Path, base: Path) -> None:
     assert kept == tensors_of(a)["base_model.model.head.weight"]
     with pytest.raises(SurgeryError, match="no-weight"):
         combine([b, (a, 0.5)], tmp_path / "other", base=base)
+
+
+def test_what_is_beside_the_factors_outlives_their_config(tmp_path: Path) -> None:
+    """No config of two with other ranks holds for both: there remains what shapes nothing."""
+    said = {"modules_to_save": ["head"], "task_type": "CAUSAL_LM"}
+    a = ByHand("loha", "peft", 1, rank=2, paths=PATHS[:1], extra=said).write(tmp_path / "a")
+    b = ByHand("loha", "peft", 2, rank=3, paths=PATHS[1:2]).write(tmp_path / "b")
+    head = {"base_model.model.head.weight": np.ones((1, 2), "f4")}
+    file = a / "adapter_model.safetensors"
+    file.write_bytes(pack(tensors_of(a) | head))
+    combine([a, (b, 0.5)], tmp_path / "out")
+    config = json.loads((tmp_path / "out/adapter_config.json").read_text())
+    assert {key: config[key] for key in said} == said
+    assert gap(weighted_sum([(a, 1), (b, 0.5)]), changes(tmp_path / "out")) < 1e-6
+    kept = tensors_of(tmp_path / "out")["base_model.model.head.weight"]
+    assert kept == tensors_of(a)["base_model.model.head.weight"]
 
 
 def test_shapes_of_another_model(tmp_path: Path) -> None:

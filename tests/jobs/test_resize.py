@@ -218,3 +218,12 @@ def test_zeros_and_noise(tmp_path: Path) -> None:
     path.write_bytes(pack(tensors))
     with pytest.raises(SurgeryError, match="non-finite"):
         resize(path, out, rank=1, overwrite=True)
+
+
+def test_a_kernel_that_nothing_shows_is_told(tmp_path: Path, base: Path) -> None:
+    source = ByHand("loha", "lycoris", 1, paths=("blk_0.fc_a", "blk_0.pw")).write(tmp_path / "in")
+    told = resize(source, tmp_path / "out.safetensors", rank=2).notes
+    (note,) = [n for n in told if n.code == "kernel-unknown"]
+    assert note.where == "blk_0_fc_a, blk_0_pw"
+    told = resize(source, tmp_path / "based.safetensors", rank=2, base=base).notes
+    assert "kernel-unknown" not in [n.code for n in told]

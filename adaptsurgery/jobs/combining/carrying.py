@@ -66,10 +66,11 @@ def check_saved(parts: Sequence[Part], layers: dict[tuple[str, str], Layer]) -> 
                     )  # fmt: skip
 
 
-def in_layout(state: AdapterState, parts: Sequence[Part]) -> AdapterState:
+def in_layout(state: AdapterState, parts: Sequence[Part], target: str) -> AdapterState:
     """The state as one of PEFT's only where a source's config holds for all of its modules.
 
-    PEFT's layout trusts what PEFT wrote; anything else it checks against its rules.
+    PEFT's layout trusts what PEFT wrote; anything else it checks against its rules, and of the
+    config there remains what shapes no tensor.
     """
     if any(part.state.layout != "peft" for part in parts):
         others = [p.state.layout for p in parts if p.state.layout != "peft"]
@@ -83,4 +84,10 @@ def in_layout(state: AdapterState, parts: Sequence[Part]) -> AdapterState:
     ]
     if all(each == shaping[0] for each in shaping):
         return state
-    return replace(state, layout="combined", config={})
+    if target != "peft":
+        return replace(state, layout="combined", config={})
+    rest = {
+        component: {k: v for k, v in config.items() if k not in _SHAPING}
+        for component, config in state.config.items()
+    }
+    return replace(state, layout="combined", config=rest)

@@ -99,16 +99,19 @@ def _cut(result: Loaded, rank: int | None, notes: list[Note]) -> Loaded:
     if rank is None:
         return result
     names, where = result.names, result.state.where
-    modules = []
+    modules, whole = [], set()
     for module in result.state.modules:
-        if module.algorithm == "lora" and is_low_rank(module) and (module.rank or 0) > rank:
+        if "magnitude" in module.tensors and (module.rank or 0) > rank:
+            whole.add("dora")
+        elif module.algorithm in ("loha", "lokr", "full", "hra"):
+            whole.add(module.algorithm)
+        elif module.algorithm == "lora" and (module.rank or 0) > rank:
             form = lora_form(module, names, where)
             found = truncate_factors(*form.factors(), rank)
             low = lora_module([module], found.up, found.down, form.shape, module.scale)
             bias = module.tensors.get("up_bias")
             module = low.with_tensors(up_bias=bias) if bias else low
         modules.append(module)
-    whole = {m.algorithm for m in modules if m.algorithm in ("loha", "lokr", "full", "hra")}
     if whole:
         text = f"modules that are {', '.join(sorted(whole))} alone stay so, whatever the rank"
         notes.append(Note("not-cut", where, text))

@@ -5,7 +5,7 @@ from __future__ import annotations
 import math
 from collections.abc import Sequence
 from dataclasses import replace
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 
 from adaptsurgery.checkpoint.bridge import from_torch, to_torch, torch_dtype
 from adaptsurgery.jobs import lowrank
@@ -105,15 +105,6 @@ def shape_of(modules: Sequence[ModuleState], forms: Sequence[LoRA]) -> tuple[int
                 next="are the adapters for one model?",
             )
     return shape
-
-
-def hides_kernel(module: ModuleState) -> bool:
-    return module.algorithm in ("loha", "lokr") and not {"t1", "t2", "w2"} & module.tensors.keys()
-
-
-def is_listed(names: Any) -> bool:
-    """Whether the modules' shapes are a model's, and not only what the adapters show."""
-    return names is not None and names.where != lowrank.OWN
 
 
 def check_extent(

@@ -14,8 +14,6 @@ from adaptsurgery.jobs.combining.factors import (
     coefficient_error,
     common_scale,
     distinct,
-    hides_kernel,
-    is_listed,
     lora_module,
     rescaled,
     shape_of,
@@ -38,11 +36,10 @@ from adaptsurgery.jobs.combining.vectors import (
     is_vector,
     sum_of_vectors,
     weighted_sum,
-    with_all_biases,
     zeroed,
 )
 from adaptsurgery.jobs.loading import Loaded
-from adaptsurgery.jobs.lowrank import is_low_rank, lora_form, prefix_of
+from adaptsurgery.jobs.lowrank import hides_kernel, is_low_rank, lora_form, prefix_of
 from adaptsurgery.jobs.report import Row, some
 from adaptsurgery.jobs.steps import stored
 from adaptsurgery.jobs.updates import update_of
@@ -94,9 +91,10 @@ class Sum:
             for label in gone:
                 self._note("cancelled", label, "the terms cancel: left out")
         if self.target.name == "peft":
-            modules = with_all_biases(of_one_hra_form(modules))
+            modules = of_one_hra_form(modules)
+            self._note_biases(modules)
         state = replace(self.context.state, modules=modules)
-        return replace(self.context, state=in_layout(state, self.parts))
+        return replace(self.context, state=in_layout(state, self.parts, self.target.name))
 
     @property
     def notes(self) -> list[Note]:
@@ -105,6 +103,13 @@ class Sum:
 
     def _note(self, code: str, label: str, text: str) -> None:
         self._told.setdefault((code, text), []).append(label)
+
+    def _note_biases(self, modules: Sequence[ModuleState]) -> None:
+        """PEFT's lora_bias is for every LoRA: it has zeros where there is none."""
+        without = [m for m in modules if "up_bias" not in m.tensors]
+        for module in without if len(without) < len(modules) else ():
+            text = "lora_bias is for all modules: zeros here; PEFT merges none into a layer without bias"
+            self._note("lora-bias", module.label, text)
 
     # One layer
 
@@ -201,7 +206,7 @@ class Sum:
         pair = lowrank.stacked([(c / scale, form) for (_, c), form in zip(groups, forms)])
         up, down = shortest(*pair)
         shape = shape_of(modules, forms)
-        if len(shape) == 2 and any(hides_kernel(m) for m in modules) and not is_listed(names):
+        if len(shape) == 2 and any(hides_kernel(m, names) for m in modules):
             self._note("kernel-unknown", modules[0].label, "taken for a Linear's: --base can tell")
         return lora_module(modules, up, down, shape, scale)
 

@@ -61,17 +61,3 @@ def zeroed(module: ModuleState) -> ModuleState:
     slots = [first] if first else list(module.tensors)
     slots += ["up_bias"] if "up_bias" in module.tensors else []
     return module.with_tensors(**{slot: _zeros_like(module.tensors[slot]) for slot in slots})
-
-
-def with_all_biases(modules: list[ModuleState]) -> list[ModuleState]:
-    """PEFT's lora_bias is for every LoRA or none: zeros where a LoRA has no bias."""
-    import torch
-
-    if not any("up_bias" in m.tensors for m in modules):
-        return modules
-    return [
-        m.with_tensors(up_bias=from_torch(torch.zeros(m.tensors["up"].shape[0])))
-        if m.algorithm == "lora" and "up_bias" not in m.tensors
-        else m
-        for m in modules
-    ]

@@ -291,7 +291,7 @@ def nearest_product(delta: Tensor, rank: int, seed: int = 0) -> Product:
     One seed gives the same bits on one machine with one number of threads.
     """
     matrix = delta.double() if delta.numel() <= FINE else delta
-    wanted = rank * rank + 1 if _may_fall_off(matrix, rank) else rank
+    wanted = rank * rank + 2 if _may_fall_off(matrix, rank) else rank
     found = leading(matrix, wanted, seed=seed, tol=1e-4)
     lora = _from_svd(found.cut(rank))
     if rank == 1:  # a product of rank 1 too
@@ -352,11 +352,14 @@ class _Inside(NamedTuple):
 def _inside(
     matrix: Tensor, found: Leading, rank: int, generator: torch.Generator
 ) -> _Inside | None:
-    """None where D has no cliff after r²."""
+    """None where D has no cliff after r²; one round of starts where the next step is more than half
+    as steep: the values behind a product's own are noise's, which are much alike."""
     k = rank * rank
-    ends = [float(found.s[at]) if at < len(found.s) else 0.0 for at in (0, k - 1, k)]
-    if ends[2] * CLIFF > ends[1] and ends[2] > 1e-6 * ends[0]:
+    ends = [float(found.s[at]) if at < len(found.s) else 0.0 for at in (0, k - 1, k, k + 1)]
+    noisy = ends[2] > 1e-6 * ends[0]
+    if noisy and ends[2] * CLIFF > ends[1]:
         return None
+    falling = noisy and ends[3] > 0 and ends[2] ** 3 > ends[1] * ends[3] ** 2
     wide = matrix.double()
     left: Tensor = torch.linalg.qr(wide @ found.vt[:k].t()).Q
     target = Factored(left, wide.t() @ left)
@@ -368,7 +371,7 @@ def _inside(
     best: tuple[Tensor, Tensor] | None = None
     least = math.inf
     start = _random(target, at_once, rank, generator)
-    for _ in range(STARTS):
+    for _ in range(1 if falling else STARTS):
         *sides, reached = refine(
             target, *start, START_SWEEPS, gain=1e-3, lifted=lifted, enough=enough
         )

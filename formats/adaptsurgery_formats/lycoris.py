@@ -32,7 +32,7 @@ from adaptsurgery_formats.files import (
 from adaptsurgery_formats.kronecker import lycoris_loads
 from adaptsurgery_formats.metadata import HASH_KEYS, describe_network
 from adaptsurgery_formats.names import Names, flatten
-from adaptsurgery_formats.state import AdapterState, ModuleState, lokr_shapes
+from adaptsurgery_formats.state import AdapterState, ModuleState, lokr_shapes, may_be_transposed
 from adaptsurgery_formats.tensors import Tensor
 
 PREFIX = "lycoris_"
@@ -110,8 +110,12 @@ def spell(state: AdapterState, names: Names | None) -> list[AdapterFile]:
 
 def _note_loader(state: AdapterState, names: Names | None) -> None:
     """Name the right files that LyCORIS's own loader cannot rebuild."""
+    turned = [m for m in state.modules if _turned(m, names)]
+    if turned:
+        text = f"{len(turned)} modules are transformers' Conv1D, which LyCORIS's own loader refuses"
+        state.note("lycoris-loader", turned[0].label, f"right by its definition, but {text}")
     for module in state.modules:
-        if module.algorithm != "lokr":
+        if module.algorithm != "lokr" or _turned(module, names):
             continue
         shapes = {s: t.shape for s, t in module.tensors.items() if s != "magnitude"}
         out, into = _layer(module, names)
@@ -123,6 +127,18 @@ def _note_loader(state: AdapterState, names: Names | None) -> None:
                 f"right by its definition, but LyCORIS's own loader guesses other factors for "
                 f"outputs {a}·{b}, inputs {c}·{d}",
             )
+
+
+def _turned(module: ModuleState, names: Names | None) -> bool:
+    """Whether the weight is transformers' Conv1D's, (i, o), as its options or the base's shape say."""
+    if module.kind == "embedding" or module.algorithm == "norm":
+        return False
+    if module.options.get("fan_in_fan_out"):
+        return True
+    if module.algorithm != "lokr" or not may_be_transposed(module):
+        return False
+    (a, b), (c, d), _ = lokr_shapes(module)
+    return a * b != c * d and _layer(module, names) == (c * d, a * b)
 
 
 def _layer(module: ModuleState, names: Names | None) -> tuple[int, int]:

@@ -26,6 +26,7 @@ def test_text_and_json(command: Any, pair: tuple[Path, Path], tmp_path: Path) ->
     )
     assert done.code == 0 and "2 modules, rank 2…3" in done.out and "wrote" in done.out
     assert "lossy" in done.out and "energy kept" in done.out
+    assert "with 100 parameters" in done.out
     again = command("extract", *pair, "-o", tmp_path / "two", "--energy", "0.5", "--json")
     assert again.json["ok"] and again.json["facts"]["modules"] == 2
     assert command("extract", *pair, "-o", tmp_path / "three", "--rank", "1", "-q").out == ""

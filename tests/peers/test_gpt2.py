@@ -66,3 +66,37 @@ def test_flat_names_merge_into_conv1d_with_their_biases(tmp_path: Path) -> None:
     adaptsurgery.merge(tmp_path / "base.safetensors", tmp_path / "kohya.safetensors", out)
     for key, tensor in load_file(out).items():
         torch.testing.assert_close(tensor, wanted[key], rtol=1e-5, atol=1e-5)
+
+
+@pytest.mark.parametrize("algorithm", ["lora", "lokr"])
+def test_lycoris_own_loader_refuses_conv1d_and_the_note_says_so(
+    tmp_path: Path, algorithm: str
+) -> None:
+    """The file is right: what it merges to here is as near as the report says."""
+    from lycoris import create_lycoris_from_weights
+
+    torch.manual_seed(0)
+    shape = {"n_embd": 24, "n_head": 2, "n_layer": 1, "vocab_size": 50, "n_positions": 16}
+    model = GPT2LMHeadModel(GPT2Config(**shape))
+    model.save_pretrained(tmp_path / "base")
+    before = {name: weight.clone() for name, weight in model.state_dict().items()}
+    names = [f"transformer.h.0.{n}.weight" for n in ("attn.c_attn", "attn.c_proj", "mlp.c_fc")]
+    with torch.no_grad():
+        for name in names:
+            model.get_parameter(name).add_(torch.randn(before[name].shape), alpha=0.1)
+    model.save_pretrained(tmp_path / "tuned")
+    tuned = {name: weight.clone() for name, weight in model.state_dict().items()}
+    file = tmp_path / "out.safetensors"
+    report = adaptsurgery.extract(
+        tmp_path / "base", tmp_path / "tuned", file, algorithm=algorithm, rank=2, to="lycoris"
+    )
+    [note] = [n for n in report.notes if n.code == "lycoris-loader"]
+    assert "3 modules are transformers' Conv1D" in note.text
+    fresh = GPT2LMHeadModel.from_pretrained(tmp_path / "base")
+    with pytest.raises(ValueError, match="not supported"):
+        create_lycoris_from_weights(1.0, str(file), fresh)
+    adaptsurgery.merge(tmp_path / "base", file, tmp_path / "merged")
+    merged = load_file(tmp_path / "merged" / "model.safetensors")
+    apart = sum(float((merged[n] - tuned[n]).square().sum()) for n in names)
+    total = sum(float((before[n] - tuned[n]).square().sum()) for n in names)
+    assert (apart / total) ** 0.5 == pytest.approx(report.facts["layers_error"], rel=1e-4)

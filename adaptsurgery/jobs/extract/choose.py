@@ -52,12 +52,15 @@ class Outcome:
 def outcomes(plan: ExtractPlan, found: Results) -> list[Outcome]:
     """Every layer with its candidate, in the plan's order.
 
-    Raises ValueRefused ("out-of-reach") with all layers on which no candidate meets the goal.
+    Raises ValueRefused ("out-of-reach") with all layers on which no candidate meets the goal, or
+    for PEFT not the one candidate that does on most.
     """
     made = [Outcome(layer, Measured.from_dict(data)) for layer, data in zip(plan.layers, found)]
     changed = [o for o in made if o.measured.found]
     _check_reached(plan, changed)
     wanted = _one_kind(plan, changed) if plan.options.to == "peft" and changed else None
+    if wanted is not None and plan.options.exact_goal:
+        _check_factor(plan, changed, wanted)
     for outcome in changed:
         _settle(outcome, wanted, plan.options.exact_goal)
     return made
@@ -78,6 +81,31 @@ def _check_reached(plan: ExtractPlan, changed: Sequence[Outcome]) -> None:
             next="another goal, another --algorithm, or --exclude them",
             code="out-of-reach",
         )
+
+
+def _check_factor(plan: ExtractPlan, changed: Sequence[Outcome], wanted: _Kind) -> None:
+    """Each layer has a factor that meets the goal, and PEFT has one for all."""
+    beyond = {
+        o.layer.label: next((f.failed for f in o.measured.found if _kind(f) == wanted), "")
+        for o in changed
+        if not any(_kind(f) == wanted and not f.failed for f in o.measured.found)
+    }
+    if not beyond:
+        return
+    algorithm, factor = wanted
+    raise ValueRefused(
+        f"{len(beyond)} of {len(changed)} changed layers are beyond the goal at decompose_factor "
+        f"{factor}, the best of those that were tried, and PEFT has one for all",
+        where=plan.tuned,
+        items=[f"`{label}`: {why or f'no {algorithm} on it'}" for label, why in beyond.items()],
+        next="--to lycoris or kohya, where each layer has its own; or a larger error, "
+        "another --algorithm, or --exclude them",
+        code="out-of-reach",
+    )
+
+
+def _kind(found: Found) -> _Kind | None:
+    return None if found.compared else (found.algorithm, found.factor)
 
 
 def _settle(outcome: Outcome, wanted: _Kind | None, fewest: bool) -> None:
@@ -158,7 +186,10 @@ def _zero(plan: ExtractPlan, norms: Mapping[str, Mapping[str, float]]) -> ValueR
         f"none of {len(plan.layers)} layers differs between the two: an empty adapter",
         where=plan.tuned,
         seen=seen or "every tensor is the same, to the bit",
-        next="is the second one the fine-tuned model? --allow-empty writes zeros",
+        next="PEFT has these only beside an adapter: --to lycoris or kohya, or --allow-empty for one "
+        "of zeros"
+        if elsewhere and plan.options.to == "peft" and plan.options.dense
+        else "is the second one the fine-tuned model? --allow-empty writes zeros",
         code="zero-delta",
     )
 

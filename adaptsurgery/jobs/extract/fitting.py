@@ -112,15 +112,17 @@ def read_weights(layer: Layer, read: Read) -> Weights:
     return Weights(base, tuned)
 
 
-def number_of(tensor: LazyTensor, pair: Pair, side: str) -> Tensor:
-    """A stored float tensor in float32 at least, all of it finite."""
+def number_of(
+    tensor: LazyTensor, pair: Pair, side: str, way: str = "--exclude leaves layers out"
+) -> Tensor:
+    """A stored float tensor in float32 at least, all of it finite; ``way`` is out where it is not."""
     found = to_torch(tensor)
     wide = found if found.dtype == torch.float64 else found.float()
     if not bool(wide.isfinite().all()):
         which = "base" if side == "base" else "fine-tuned model"
         raise ValueRefused(
             f"`{pair.label}` of the {which} holds numbers that are not finite",
-            next="the checkpoint is damaged, or its training diverged; --exclude leaves layers out",
+            next="the checkpoint is damaged, or its training diverged; " + way,
             code="non-finite",
         )
     return wide
@@ -292,12 +294,20 @@ def dense_norms(pair: Pair, slot: str, read: Read, dtype: str) -> dict[str, floa
     """‖D‖, ‖W0‖, and what storing D in ``dtype`` loses, of a parameter that is no adapted weight.
 
     Of a grown table the rows that both have; a parameter of another shape, of another kind of
-    numbers, or that is new has no D that could be measured: NaN is told as -1.
+    numbers, or that is new has no D that could be measured: NaN is told as -1, and so is the D of
+    what is left out anyway and not finite, as a mask's infinities are.
     """
     if pair.new or pair.base.dtype[0] not in "FB" or pair.tuned.dtype[0] not in "FB":
-        same = not pair.new and read("base", pair).read() == read("tuned", pair).read()
-        return {"norm": 0.0 if same else -1.0, "weight": 0.0, "lost": 0.0}
-    base, tuned = (number_of(read(side, pair), pair, side).double() for side in ("base", "tuned"))
+        return _unmeasured(pair, read)
+    way = "--no-dense leaves out all that is no layer"
+    try:
+        base, tuned = (
+            number_of(read(side, pair), pair, side, way).double() for side in ("base", "tuned")
+        )
+    except ValueRefused:
+        if slot:
+            raise
+        return _unmeasured(pair, read)
     if base.shape != tuned.shape:
         if base.shape[1:] != tuned.shape[1:]:
             return {"norm": -1.0, "weight": 0.0, "lost": 0.0}
@@ -308,3 +318,8 @@ def dense_norms(pair: Pair, slot: str, read: Read, dtype: str) -> dict[str, floa
     if slot not in ("", "saved"):
         lost = float((change.to(torch_dtype(DTYPES[dtype])).double() - change).norm())
     return {"norm": float(change.norm()), "weight": float(base.norm()), "lost": lost}
+
+
+def _unmeasured(pair: Pair, read: Read) -> dict[str, float]:
+    same = not pair.new and read("base", pair).read() == read("tuned", pair).read()
+    return {"norm": 0.0 if same else -1.0, "weight": 0.0, "lost": 0.0}

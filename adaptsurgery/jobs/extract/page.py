@@ -182,7 +182,10 @@ def _elsewhere(facts: Told) -> str:
             _folded("Kept dense", _table(("parameter", "kind", "as", "‖D‖"), rows), len(rows))
         )
     if facts["left_out"]:
-        rows = [[d["name"], d["reason"], f"{d['share']:.2%}"] for d in facts["left_out"]]
+        rows = [
+            [d["name"], d["reason"], "–" if d["norm"] < 0 else f"{d['share']:.2%}"]
+            for d in facts["left_out"]
+        ]
         parts.append(_folded("Left out", _table(("parameter", "why", "of ‖D‖²"), rows), len(rows)))
     return "\n".join(parts)
 

@@ -156,13 +156,13 @@ def _ratio(part: float, whole: float) -> float:
     return math.sqrt(part / whole) if whole else 0.0
 
 
-def _by_algorithm(made: Sequence[Outcome]) -> dict[str, dict[str, float]]:
+def _by_algorithm(made: Sequence[Outcome]) -> dict[str, dict[str, Any]]:
     """What each algorithm that was tried gives over the layers that are adapted."""
     kept = [o for o in made if o.found is not None]
     names = dict.fromkeys(f.algorithm for o in kept for f in o.measured.found)
     found = {}
     for name in names:
-        missing = parameters = 0.0
+        missing, parameters = 0.0, 0
         for outcome in kept:
             good = [f for f in outcome.measured.found if f.algorithm == name and not f.failed]
             best = min(good, key=lambda f: f.error, default=None)
@@ -217,14 +217,7 @@ def _warnings(plan: ExtractPlan, made: Sequence[Outcome], facts: dict[str, Any])
         notes.append(Note("not-a-fine-tune", where, text + "is this a fine-tune of this base?"))
     notes += _noise_notes(plan, made)
     if facts["left_out"]:
-        share = sum(d["share"] for d in facts["left_out"])
-        names = ", ".join(
-            f"{d['name']} ({d['share']:.1%}, {d['reason']})" for d in facts["left_out"][:3]
-        )
-        more = f" and {len(facts['left_out']) - 3} more" if len(facts["left_out"]) > 3 else ""
-        notes.append(
-            Note("left-out", where, f"{share:.1%} of ‖D‖² is not in the adapter: {names}{more}")
-        )
+        notes.append(Note("left-out", where, _left_out(facts["left_out"])))
     limits = [o for o in made if o.found and o.found.limit is not None]
     if limits:
         total = sum(o.measured.norm**2 for o in limits)
@@ -246,6 +239,20 @@ def _warnings(plan: ExtractPlan, made: Sequence[Outcome], facts: dict[str, Any])
         count = seen.count(text)
         notes.append(Note("fit", where, text if count == 1 else f"{text} ({count} layers)"))
     return notes
+
+
+def _left_out(left: Sequence[dict[str, Any]]) -> str:
+    """The largest of what is left out; what has no D that could be measured has no share of ‖D‖²."""
+    shares = {d["name"]: d["share"] for d in left if d["norm"] >= 0}
+    named = [
+        f"{d['name']} ({shares[d['name']]:.1%}, {d['reason']})"
+        if d["name"] in shares
+        else f"{d['name']} ({d['reason']}, not measured)"
+        for d in left[:3]
+    ]
+    more = f" and {len(left) - 3} more" if len(left) > 3 else ""
+    part = f"{sum(shares.values()):.1%} of ‖D‖² is " if shares else ""
+    return f"{part}not in the adapter: {', '.join(named)}{more}"
 
 
 def _noise_notes(plan: ExtractPlan, made: Sequence[Outcome]) -> list[Note]:

@@ -90,6 +90,29 @@ def test_numbers_that_are_not_finite(bench: Bench, side: str, number: float, key
     assert key in error.what and ("base" if side == "base" else "fine-tuned") in error.what
 
 
+def test_infinities_in_what_is_left_out_stop_nothing(bench: Bench) -> None:
+    mask = torch.full((4, 4), float("-inf")).triu(1)
+    bench.base["model.mask"], bench.tuned["model.mask"] = mask, mask.clone()
+    norm = "model.layers.0.norm.weight"
+    bench.tuned[norm][3] = float("nan")
+    assert "--no-dense" in bench.refused("non-finite").next
+    report = bench.extract(dense=False)
+    left = {d["name"]: d["norm"] for d in report.facts["left_out"]}
+    assert left[norm] == -1 and "model.mask" not in left and report.facts["error"] > 0
+    bench.tuned["model.mask"] = mask.t().clone()
+    shutil.rmtree(bench.folder / "out")
+    told = {d["name"] for d in bench.extract(dense=False).facts["left_out"]}
+    assert "model.mask" in told
+
+
+def test_what_has_no_difference_has_no_share_of_it(bench: Bench) -> None:
+    bench.tuned = {k: bench.base[k] for k in bench.base} | {UP: bench.tuned[UP]}
+    bench.tuned["model.layers.0.extra.weight"] = torch.randn(3, 4)
+    report = bench.extract()
+    [text] = [n.text for n in report.notes if n.code == "left-out"]
+    assert text == "not in the adapter: model.layers.0.extra.weight (new, not measured)"
+
+
 def test_identical_files_are_an_empty_adapter(bench: Bench) -> None:
     bench.tuned = dict(bench.base)
     error = bench.refused("zero-delta")
@@ -112,7 +135,7 @@ def test_only_a_norm_changed(bench: Bench) -> None:
     bench.tuned = dict(bench.base)
     bench.tuned["model.layers.0.norm.weight"] = bench.base["model.layers.0.norm.weight"] + 1
     error = bench.refused("zero-delta")
-    assert "model.layers.0.norm.weight" in error.seen
+    assert "model.layers.0.norm.weight" in error.seen and "--to lycoris" in error.next
     files = bench.folder / "base.safetensors", bench.folder / "tuned.safetensors"
     out = bench.folder / "out.safetensors"
     assert extract(*files, out, rank=2, to="lycoris").outputs

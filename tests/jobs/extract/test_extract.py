@@ -155,6 +155,30 @@ def test_an_error_that_is_out_of_reach_is_refused(
     assert not list(tmp_path.iterdir())
 
 
+def test_one_factor_for_all_that_is_not_good_enough_for_each_is_refused(tmp_path: Path) -> None:
+    """True LoKrs of two factors, of which PEFT can have one; LyCORIS has both."""
+    random = torch.Generator().manual_seed(0)
+    base = {f"l{n}.weight": torch.randn(48, 48, generator=random) for n in range(3)}
+    sides = {"l0.weight": (2, 24), "l1.weight": (4, 12), "l2.weight": (4, 12)}
+    tuned = {
+        name: w + torch.kron(*(torch.randn(n, n, generator=random) for n in sides[name]))
+        for name, w in base.items()
+    }
+    pair = models.write(tmp_path / "b.safetensors", base), models.write(tmp_path / "t.safetensors", tuned)  # fmt: skip
+    with pytest.raises(adaptsurgery.SurgeryError) as refused:
+        extract(*pair, tmp_path / "out", algorithm="lokr", max_error=0.1)
+    error = refused.value
+    assert error.code == "out-of-reach" and "decompose_factor 4" in error.what
+    assert len(error.items) == 1 and "`l0`" in error.items[0] and "--to lycoris" in error.next
+    assert not (tmp_path / "out").exists()
+    report = extract(
+        *pair, tmp_path / "out.safetensors", algorithm="lokr", max_error=0.1, to="lycoris"
+    )
+    assert report.facts["error"] < 1e-5 and not report.facts["left_out"]
+    peft = extract(*pair, tmp_path / "out", algorithm="lokr", max_error=0.1, exclude=["l0"])
+    assert peft.facts["factors"] == [4] and peft.facts["layers_error"] < 1e-5
+
+
 def test_hra_has_the_rank_that_is_asked_for_on_every_layer(tmp_path: Path) -> None:
     """Where the nearest rotation of one layer takes an odd number of reflections, and PEFT has one rank."""
     base = {n: w for n, w in models.weights().items() if "up.weight" in n or "point" in n}

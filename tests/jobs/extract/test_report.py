@@ -124,7 +124,7 @@ def test_names_from_files_are_text() -> None:
         "tuned": "<b>t</b>", "base": "b", "algorithms": [], "ranks": [], "layers_error": 0.0, "error": 0.0,
         "modules": 0, "parameters": 0, "bytes": 0, "norm": 0.0, "weight": 0.0, "layers": [],
         "by_algorithm": {}, "dense": [], "seed": 0,
-        "left_out": [{"name": "<script>x</script>", "reason": "<i>", "share": 0.0}],
+        "left_out": [{"name": "<script>x</script>", "reason": "<i>", "norm": 0.0, "share": 0.0}],
     }  # fmt: skip
     text = pages.page(Report("extract", "<u>", facts=facts))
     assert not re.search("<script|<b>t|<i>|<u>", text) and "&lt;script&gt;" in text

@@ -33,6 +33,7 @@ from adaptsurgery_formats.tensors import FLOAT_DTYPES, Tensor, same_bytes
 
 _HINTS = 8  # unmatched names that get a look for the nearest one
 _SHOWN = 40
+_BIASES = ("diff_b", "b_norm", "up_bias")
 
 
 @dataclass(frozen=True)
@@ -376,6 +377,8 @@ class _Matcher:
     ) -> None:
         name = bias_name(piece.name)
         if name not in self.base.parameters[hit.component]:
+            if not _shifts(module):
+                return  # PEFT's lora_bias is for all layers: zeros where there is none
             raise LayoutError(
                 f"`{module.label}` changes a bias, and the base has none there",
                 where=self.adapters[hit.adapter].where,
@@ -517,7 +520,12 @@ def changes_weight(module: ModuleState) -> bool:
 
 
 def changes_bias(module: ModuleState) -> bool:
-    return any(s in module.tensors for s in ("diff_b", "b_norm", "up_bias"))
+    return any(s in module.tensors for s in _BIASES)
+
+
+def _shifts(module: ModuleState) -> bool:
+    """Whether a bias's change is more than zeros."""
+    return any(any(module.tensors[s].read()) for s in _BIASES if s in module.tensors)
 
 
 def _groups(state: AdapterState) -> dict[tuple[str, str], list[tuple[int, ModuleState]]]:

@@ -13,7 +13,7 @@ from adaptsurgery.jobs.merging.tying import settle_ties
 from adaptsurgery_formats import AdapterState, ModuleState
 from adaptsurgery_formats.errors import SurgeryError
 from adaptsurgery_formats.names import table
-from adaptsurgery_formats.tensors import Tensor
+from adaptsurgery_formats.tensors import Literal, Tensor
 
 
 def base_of(
@@ -327,8 +327,12 @@ def test_gptq_is_told_as_such() -> None:
 
 
 def test_a_bias_that_the_base_lacks() -> None:
-    module = lora("a", 6, 4).with_tensors(up_bias=Tensor("F32", (6,), ()))
-    assert code(base_of(a__weight=(6, 4)), module).code == "no-bias"
+    base = base_of(a__weight=(6, 4))
+    bias = Tensor("F32", (6,), (Literal(b"\0" * 23 + b"\x3f"),))
+    assert code(base, lora("a", 6, 4).with_tensors(up_bias=bias)).code == "no-bias"
+    zeros = Tensor("F32", (6,), (Literal(bytes(24)),))
+    result = found(base, lora("a", 6, 4).with_tensors(up_bias=zeros))
+    assert list(spans(result)) == ["a.weight"]
 
 
 def test_more_rows_than_the_base_has() -> None:

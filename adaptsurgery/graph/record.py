@@ -93,11 +93,13 @@ class Tag:
     module: str = ""  # the call_module that the node took the place of, and its node's name
     node: str = ""
 
-    def write(self, node: Node) -> None:
+    @property
+    def text(self) -> str:
+        """The note as it stands on the node."""
         said = {f.name: value for f in fields(self) if (value := getattr(self, f.name))}
         if self.adapters:
             said["adapters"] = [asdict(a) for a in self.adapters]
-        node.meta["custom"] = {**(node.meta.get("custom") or {}), RECORD: json.dumps(said)}
+        return json.dumps(said)
 
 
 def tag_of(node: Node) -> Tag | None:

@@ -405,7 +405,7 @@ class Splicer:
                 tag = replace(tag, adapters=self.adapters)
             if replaced is not None and role_of.get(node) == "out":
                 tag = replace(tag, module=str(replaced.target), node=replaced.name)
-            note(node, base, tag)
+            note(node, base, tag.text)
             if self.has_values and value is not None:
                 node.meta["val"] = value
         if replaced is not None:

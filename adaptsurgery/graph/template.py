@@ -19,7 +19,7 @@ from torch.fx.node import map_aggregate
 
 from adaptsurgery.graph.emit import retarget
 from adaptsurgery.graph.record import SHARED, Attached, Tag, tag_of
-from adaptsurgery.graph.sites import Call, Site
+from adaptsurgery.graph.sites import RECORD, Call, Site
 
 if TYPE_CHECKING:
     from adaptsurgery.graph.workspace import Workspace
@@ -220,15 +220,18 @@ def replay(place: Place, template: Template) -> None:
     if "out" in ends:
         place.lead_out(ends["out"], made)
     role_of = {node: role for role, node in ends.items()}
+    texts: dict[Tag, str] = {}
     for node, step in zip(made, template.steps):
         tag = Tag(place.site.path, SHARED if step.shared else 0, role_of.get(node, ""))
-        note(node, place.output, replace(tag, adapters=place.adapters) if tag.role else tag)
+        if tag not in texts:
+            texts[tag] = (replace(tag, adapters=place.adapters) if tag.role else tag).text
+        note(node, place.output, texts[tag])
         if step.value is not None:
             node.meta["val"] = step.value
 
 
-def note(node: Node, base: Node, tag: Tag) -> None:
+def note(node: Node, base: Node, text: str) -> None:
     """The metadata of a new node: its layer's, and the surgery's note."""
     node.meta = {name: dict(kept) if isinstance(kept := base.meta[name], dict) else kept
                  for name in BASE if name in base.meta}  # fmt: skip
-    tag.write(node)
+    node.meta["custom"] = {RECORD: text}

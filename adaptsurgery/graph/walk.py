@@ -6,6 +6,7 @@ operands. A Scope is one such graph; it knows what every placeholder stands for.
 
 from __future__ import annotations
 
+import functools
 import re
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, field
@@ -62,12 +63,7 @@ class View:
     """The scopes of a program, the outermost first, and its parameters and buffers by name."""
 
     def __init__(self, g: Graph) -> None:
-        if not isinstance(g, ExportedProgram | GraphModule):
-            raise ValueRefused(
-                f"{type(g).__name__} is not a graph",
-                next="an ExportedProgram, its .module(), or what torch.fx.symbolic_trace gives",
-                code="not-a-graph",
-            )
+        check_graph(g)
         self.graph = g
         self.top = g.graph_module if isinstance(g, ExportedProgram) else g
         self.tensors = _tensors(g)
@@ -115,6 +111,16 @@ class View:
         return self._by_identity[_identity(self.tensors[name])]
 
 
+def check_graph(g: object) -> None:
+    """Raise ValueRefused for what is no graph."""
+    if not isinstance(g, ExportedProgram | GraphModule):
+        raise ValueRefused(
+            f"{type(g).__name__} is not a graph",
+            next="an ExportedProgram, its .module(), or what torch.fx.symbolic_trace gives",
+            code="not-a-graph",
+        )
+
+
 def owners(node: Node) -> list[Owner]:
     """The modules that a node was called in, the outermost first, as the trace noted them."""
     stack = node.meta.get("nn_module_stack") or {}
@@ -125,6 +131,7 @@ def owners(node: Node) -> list[Owner]:
     ]
 
 
+@functools.lru_cache(4096)
 def clean(path: str) -> str:
     """A module's dotted path from a trace's spelling of it: no root, no ``@2`` for a second call."""
     return re.sub(r"@\d+$", "", _ROOTS.sub("", path))
@@ -154,11 +161,11 @@ def _called(scope: Scope, node: Node) -> Iterator[Scope]:
         if isinstance(called, GraphModule):
             yield _inside(scope, node, target, called, "call_module", list(flat(node.args)))
         return
-    if node.op != "call_function":
+    if node.op != "call_function" or not any(_graph_of(scope, n) for n in node.all_input_nodes):
         return
     leaves = list(flat((node.args, node.kwargs)))
     graphs = [leaf for leaf in leaves if isinstance(leaf, Node) and _graph_of(scope, leaf)]
-    operands = leaves[leaves.index(graphs[-1]) + 1 :] if graphs else []
+    operands = leaves[leaves.index(graphs[-1]) + 1 :]
     for graph in graphs:
         inner = _graph_of(scope, graph)
         assert inner is not None

@@ -17,14 +17,14 @@ from torch.fx import GraphModule, Node
 from torch.fx.experimental.symbolic_shapes import ShapeEnv
 
 from adaptsurgery.graph.template import Template
-from adaptsurgery.graph.walk import Graph, View, flat
+from adaptsurgery.graph.walk import Graph, check_graph, flat
 
 
 class Workspace:
     """The copy. ``finish`` gives it back as the kind of graph that came in."""
 
     def __init__(self, source: Graph) -> None:
-        View(source)  # refuses what is no graph
+        check_graph(source)
         self.source = source
         self.is_program = isinstance(source, ExportedProgram)
         self.top = _copied(source.graph_module if isinstance(source, ExportedProgram) else source)
@@ -56,14 +56,18 @@ class Workspace:
     def modules(self) -> Iterator[tuple[tuple[str, ...], GraphModule]]:
         """Every graph once, the outermost first."""
         seen: set[int] = set()
-        for scope in self.view().scopes:
-            if id(scope.module) not in seen:
-                seen.add(id(scope.module))
-                yield scope.path, scope.module
-
-    def view(self) -> View:
-        """The copy as it stands. A program's signature is the source's, so adapters have no names."""
-        return View(self.top)
+        waiting: list[tuple[tuple[str, ...], GraphModule]] = [((), self.top)]
+        while waiting:
+            path, module = waiting.pop(0)
+            if id(module) in seen:
+                continue
+            seen.add(id(module))
+            yield path, module
+            for node in module.graph.nodes:
+                if node.op in ("get_attr", "call_module"):
+                    held = _attribute(module, node)
+                    if isinstance(held, GraphModule):
+                        waiting.append(((*path, str(node.target)), held))
 
     def nodes(self, path: tuple[str, ...]) -> dict[str, Node]:
         """The nodes of the graph at ``path`` by name, as they were when first asked for."""

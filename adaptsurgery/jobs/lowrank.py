@@ -235,8 +235,14 @@ def in_place_of(module: ModuleState, lora: LoRA, like: Sequence[Tensor]) -> Modu
     if flat.up_bias is not None:
         own = module.tensors.get("up_bias")
         tensors["up_bias"] = stored(flat.up_bias.double(), [own] if own else like)
+    return with_factors(module, tensors, flat.scale)
+
+
+def with_factors(module: ModuleState, tensors: dict[str, Tensor], scale: float) -> ModuleState:
+    """A LoRA of these tensors in the place of a module; alpha says its scale."""
+    rank = tensors["up"].shape[1]
     return replace(
-        module, algorithm="lora", tensors=tensors, alpha=flat.scale * flat.rank, rank=flat.rank,
+        module, algorithm="lora", tensors=tensors, alpha=scale * rank, rank=rank,
         rule=ALPHA_OVER_R, options=prefix_of(module),
         kind=module.kind if module.algorithm == "lora" else "",
     )  # fmt: skip

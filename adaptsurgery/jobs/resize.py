@@ -19,12 +19,11 @@ from adaptsurgery.jobs import lowrank
 from adaptsurgery.jobs.change import EXACT, note_kernels
 from adaptsurgery.jobs.convert import Progress, check_paths, writable, write_adapter
 from adaptsurgery.jobs.loading import Loaded
-from adaptsurgery.jobs.lowrank import Spec, in_naming, lora_form, prefix_of
+from adaptsurgery.jobs.lowrank import Spec, in_naming, lora_form, with_factors
 from adaptsurgery.jobs.report import Report, Row
 from adaptsurgery.jobs.steps import stored
 from adaptsurgery_formats import ModuleState, Tensor
 from adaptsurgery_formats.errors import LayoutError, ShapeError, ValueRefused
-from adaptsurgery_formats.state import ALPHA_OVER_R
 
 if TYPE_CHECKING:
     import torch
@@ -152,10 +151,7 @@ def _written(module: ModuleState, form: LoRA, up: torch.Tensor, down: torch.Tens
     }
     kept = {slot: t for slot, t in module.tensors.items() if slot not in factors}
     tensors = {"up": _rounded(lora.up, factors), "down": _rounded(lora.down, factors), **kept}
-    return replace(
-        module, algorithm="lora", tensors=tensors, alpha=module.scale * lora.rank, rank=lora.rank,
-        rule=ALPHA_OVER_R, options=prefix_of(module),
-    )  # fmt: skip
+    return with_factors(module, tensors, module.scale)
 
 
 def _rounded(wide: torch.Tensor, factors: dict[str, Tensor]) -> Tensor:

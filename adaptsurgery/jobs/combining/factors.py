@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING
 from adaptsurgery.checkpoint.bridge import from_torch, to_torch, torch_dtype
 from adaptsurgery.jobs import lowrank
 from adaptsurgery.jobs.combining.terms import BIASES, NOTHING, Term, keys_of
-from adaptsurgery.jobs.lowrank import prefix_of
+from adaptsurgery.jobs.lowrank import with_factors
 from adaptsurgery.jobs.steps import stored
 from adaptsurgery_formats import ModuleState
 from adaptsurgery_formats.errors import ShapeError
@@ -134,9 +134,5 @@ def lora_module(
     if len({t.dtype for t in tensors.values()}) > 1:
         wide = torch_dtype(max(tensors.values(), key=lambda t: t.nbytes / t.numel).dtype)
         tensors = {slot: from_torch(to_torch(t).to(wide)) for slot, t in tensors.items()}
-    first = modules[0]
     keys = tuple(dict.fromkeys(key for m in modules for key in m.keys))
-    return replace(
-        first, algorithm="lora", tensors=tensors, alpha=scale * lora.rank, rank=lora.rank,
-        rule=ALPHA_OVER_R, options=prefix_of(first), keys=keys,
-    )  # fmt: skip
+    return replace(with_factors(modules[0], tensors, scale), keys=keys)

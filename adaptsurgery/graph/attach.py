@@ -241,7 +241,7 @@ def attach(
         site = sites[path]
         check_site(site, update)
         parts, tensors = described(
-            update, prefix(site.path, name), _taken(session.work, site, name)
+            update, prefix(site.path, name), taken_names(session.work, site, name)
         )
         for full, tensor in tensors.items():
             kept = tensor.detach().clone().to(dtype or tensor.dtype)
@@ -406,10 +406,14 @@ def prefix(path: str, name: str) -> str:
     return f"{path}.{name}" if path else name
 
 
-def _taken(work: Workspace, site: Site, name: str) -> list[str]:
-    """A name that the model has already is not used again."""
+def taken_names(work: Workspace, site: Site, name: str) -> list[str]:
+    """What the model has under an adapter's prefix already: no name of it is used again."""
     start = prefix(site.path, name)
-    held = work.state if work.is_program else dict(work.top.named_parameters())
+    if isinstance(work.source, ExportedProgram):
+        held = [*work.state, *work.source.constants]
+    else:
+        held = [n for n, _ in work.top.named_parameters(remove_duplicate=False)]
+        held += [n for n, _ in work.top.named_buffers(remove_duplicate=False)]
     return [full for full in held if full.startswith(start)]
 
 

@@ -32,8 +32,8 @@ def merge(g: G, name: str | None = None) -> G:
 
     Weights are computed in float32 at least and rounded once. A weight that others use too (a tied
     embedding) is left to them, and the layer gets one of its own. Raises NameLookupError for a name
-    that the graph has not, ValueRefused for a weight that is computed in the graph, and for an
-    adapter that cannot go in before those that stay.
+    that the graph has not, ValueRefused for a weight that is computed in the graph, for one that would
+    not be finite, and for an adapter that cannot go in before those that stay.
     """
     session = Session.of(g)
     if name is None and not session.names:
@@ -76,8 +76,15 @@ class _Merger:
         weight = self.work.tensor(self.site.weight).detach()
         layer = self.site.layer(weight, bias)
         new = layer.stored(update.fold(layer.canonical())).contiguous()
-        self._replace("weight", self.site.weight, new)
         folded = update.fold_bias(bias, weight.dtype)
+        if not all(bool(t.isfinite().all()) for t in (new, folded) if t is not None):
+            raise ValueRefused(
+                f"`{self.site.path}`: the merged weight is not finite",
+                seen=f"{weight.dtype}".removeprefix("torch."),
+                next="look at the adapter's numbers; a base in float16 may overflow",
+                code="non-finite",
+            )
+        self._replace("weight", self.site.weight, new)
         if folded is not None and folded is not bias:
             self._replace("bias", named, folded.detach().clone())
 

@@ -11,7 +11,7 @@ from torch.export import ExportedProgram
 from torch.fx import GraphModule
 
 from adaptsurgery.core.update import Update
-from adaptsurgery.graph.attach import Session, check_site, prefix
+from adaptsurgery.graph.attach import Session, check_site, prefix, taken_names
 from adaptsurgery.graph.record import described
 from adaptsurgery.graph.strip import adapters_of
 from adaptsurgery.graph.walk import Graph, View
@@ -75,9 +75,10 @@ def load_state(g: G, updates: Mapping[str, Update], name: str = "default") -> G:
         check_site(sites[path], updates[path])
         for n, attached in enumerate(session.wanted[path]):
             if attached.name == name:
-                parts, tensors = described(updates[path], prefix(path, name), ())
                 for old in attached.names:
                     session.work.drop_tensor(old)
+                taken = taken_names(session.work, sites[path], name)
+                parts, tensors = described(updates[path], prefix(path, name), taken)
                 for full, tensor in tensors.items():
                     session.work.set_tensor(full, nn.Parameter(tensor.detach().clone()))
                 session.wanted[path][n] = replace(attached, parts=parts, strength=1.0)

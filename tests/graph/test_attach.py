@@ -20,6 +20,7 @@ from graph_nets import (
     equal,
     example,
     exported,
+    exported_as,
     folded,
     made,
     run,
@@ -301,6 +302,46 @@ class Chain(nn.Module):
     def forward(self, x: Tensor) -> Tensor:
         x = self.a(x)
         return self.c(self.b(x)) + self.c(x)
+
+
+def test_a_merge_that_overflows_is_refused() -> None:
+    model = nn.Sequential(nn.Linear(6, 6)).half().eval()
+    program = torch.export.export(model, (torch.randn(2, 6).half(),))
+    h = attach(program, {"0": LoRA(torch.full((6, 1), 1e3), torch.full((1, 6), 1e3))})
+    with pytest.raises(ValueRefused) as raised:
+        merge(h)
+    assert raised.value.code == "non-finite" and "`0`" in raised.value.what
+    small = attach(program, {"0": LoRA(torch.ones(6, 1), torch.ones(1, 6))})
+    assert merge(small).state_dict["0.weight"].isfinite().all()
+
+
+class Named(nn.Module):
+    """A model that has tensors of its own where an adapter's would be."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.a = nn.Linear(6, 6)
+        self.a.default = nn.Module()
+        self.a.default.lora_up = nn.Parameter(torch.ones(6))
+        self.a.default.register_buffer("lora_down", torch.ones(6))
+
+    def forward(self, x: Tensor) -> Tensor:
+        y: Tensor = self.a(x) * self.a.default.lora_up + self.a.default.lora_down
+        return y
+
+
+@pytest.mark.parametrize("kind", ["program", "module", "traced"])
+def test_the_models_own_tensors_keep_their_names(kind: str) -> None:
+    torch.manual_seed(2)
+    model, x = Named().eval(), torch.randn(3, 6)
+    g = torch.fx.symbolic_trace(model) if kind == "traced" else exported_as(model, kind, x)
+    first, second = ({"a": update_for("lora", (6, 6), seed=n)} for n in (1, 2))
+    h = attach(g, first)
+    close(run(h, x), wanted(model, first, x))
+    other = load_state(h, second)
+    close(run(other, x), wanted(model, second, x))
+    for end in (detach(h), detach(other)):
+        assert equal(run(end, x), run(g, x)) and code(end) == code(g)
 
 
 @pytest.mark.parametrize("algorithm", ["lora", "loha", "lokr", "hra"])

@@ -301,6 +301,9 @@ def test_dora_stays_alone(tmp_path: Path, base: Path) -> None:
     report = combine([dora, conv], out, base=base, rank=1, allow_lossy=True, overwrite=True)
     (note,) = [n for n in report.notes if n.code == "not-cut"]
     assert "dora" in note.text
+    loha = ByHand("loha", "lycoris", 1, paths=("blk_0.conv_in",)).write(tmp_path / "loha")
+    with pytest.raises(SurgeryError, match="convert --as lora"):
+        combine([dora, loha], tmp_path / "peft", to="peft", base=base)
     assert all(tensors_of(out)[k] == t for k, t in tensors_of(dora).items())
 
 

@@ -123,7 +123,8 @@ def _fitted(result: Loaded, target: Format, rank: int | None) -> Loaded:
     try:
         target.plan(result.state, result.names)
         return result
-    except InexactError:
+    except InexactError as error:
+        error.next = error.next.replace("--as lora", "convert --as lora")
         if not all(_may_be_lora(m, result, rank) for m in result.state.modules):
             raise
     state = as_lora(result, rank=rank, allow_lossy=True)  # weighed with all the rest

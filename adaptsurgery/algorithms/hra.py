@@ -92,14 +92,15 @@ class HRA(Rotation):
 
     def compact(self) -> tuple[Tensor, Tensor]:
         """U (i·∏k, r) and T (r, r) with R = I − U·T·Uᵀ, in float32 at least."""
-        wide = widened(self.u)
-        columns = wide / torch.linalg.vector_norm(wide, dim=0)
+        wide = widened(self.u).t().contiguous()  # one copy, and all that follows runs along rows
+        rows = wide / torch.linalg.vector_norm(wide, dim=1, keepdim=True)
+        columns = rows.t()
         one = torch.eye(self.rank, dtype=wide.dtype, device=wide.device)
         plain = plain_operations()
         if self.apply_gs:
             basis = orthonormal(columns) if plain else torch.linalg.qr(columns).Q
             return basis, 2 * one
-        above = torch.triu(columns.t() @ columns, 1)
+        above = torch.triu(rows @ columns, 1)
         if plain:
             return columns, inverse_of_half_plus(above, one)
         return columns, torch.linalg.solve_triangular(above + one / 2, one, upper=True)
@@ -109,7 +110,16 @@ class HRA(Rotation):
         columns, middle = (part.to(sample) for part in self._in(sample.dtype))
         middle = middle if back else middle.t()
         down = columns.t().contiguous()
-        return lambda rows: rows - F.linear(F.linear(F.linear(rows, down), middle), columns)
+        if plain_operations():  # and no size of the rows is asked for
+            return lambda rows: rows - F.linear(F.linear(F.linear(rows, down), middle), columns)
+        less = -middle
+
+        def turn(rows: Tensor) -> Tensor:
+            flat = rows.reshape(-1, self.size)
+            within = F.linear(F.linear(flat, down), less)
+            return torch.addmm(flat, within, down).view_as(rows)  # one pass over what is large
+
+        return turn
 
     def turning_(self, sample: Tensor, back: bool = False) -> Callable[[Tensor], object]:
         """The same in place: two products of the rank r, T folded into the second.

@@ -235,8 +235,9 @@ class Delta(Update):
         if chosen != "folded" or seen is not None:
             out = layer.forward(x, bias=bias)
             return self.onto(out, x if seen is None else seen, layer, chosen, gate)
-        if gate is None and form == "auto" and not self.training(x):
-            # A blocked fold is some times faster, and has no gradient to record.
+        blocks = layer.weight.numel() > BLOCK
+        if gate is None and form == "auto" and blocks and not self.training(x):
+            # A fold by blocks is some times faster, and has no gradient to record.
             return layer.forward(x, self.fold(layer.canonical()), bias)
         return layer.forward(x, self.folded(layer.canonical(), gate), bias)
 

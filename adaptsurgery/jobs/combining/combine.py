@@ -16,7 +16,6 @@ from __future__ import annotations
 from collections.abc import Sequence
 from dataclasses import replace
 from pathlib import Path
-from typing import TYPE_CHECKING
 
 from adaptsurgery.jobs import lowrank
 from adaptsurgery.jobs.change import as_lora
@@ -30,9 +29,6 @@ from adaptsurgery.jobs.merging.adapters import Named, repeated, split_weight
 from adaptsurgery.jobs.report import Report, Row
 from adaptsurgery_formats import Format, ModuleState, Note
 from adaptsurgery_formats.errors import InexactError, ShapeError, ValueRefused
-
-if TYPE_CHECKING:
-    pass
 
 
 def combine(

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import replace
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 from adaptsurgery.jobs import lowrank
 from adaptsurgery.jobs.change import EXACT, as_lora
@@ -48,9 +48,6 @@ from adaptsurgery.jobs.verify import identical
 from adaptsurgery_formats import Format, ModuleState, Note
 from adaptsurgery_formats.errors import InexactError, ShapeError, ValueRefused
 from adaptsurgery_formats.state import UNSCALED
-
-if TYPE_CHECKING:
-    pass
 
 
 class Sum:

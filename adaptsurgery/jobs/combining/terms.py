@@ -72,7 +72,7 @@ def _title(module: ModuleState) -> str:
 
 def moves_weight(module: ModuleState) -> bool:
     """Whether a module changes more than the bias."""
-    return module.algorithm not in ("full",) or "diff" in module.tensors
+    return module.algorithm != "full" or "diff" in module.tensors
 
 
 def without_bias(module: ModuleState) -> ModuleState:

@@ -10,7 +10,7 @@ import nets
 import peft
 import pytest
 import torch
-from lycoris import create_lycoris
+from lycoris import create_lycoris, create_lycoris_from_weights
 from peft import HRAConfig, LoHaConfig, LoKrConfig, LoraConfig, PeftModel
 from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
@@ -201,3 +201,47 @@ def test_peft_loads_what_goes_beside_the_adapter(tmp_path: Path, algorithm: str)
     ids = torch.arange(20)[None]
     plain, wanted = model(ids), tuned(ids)
     assert nets.apart(loaded(ids) - plain, wanted - plain) < 1e-4
+
+
+class Beside(nn.Module):
+    """An embedding, a layer with a bias, and norms with and without one."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.embed = nn.Embedding(9, 12)
+        self.layer = nn.Linear(12, 10)
+        self.norm = nn.LayerNorm(10)
+        self.scale = nn.RMSNorm(10)
+
+
+@pytest.mark.parametrize(
+    "moved", ["embed.weight", "scale.weight", "layer.bias", "norm.bias", "norm.weight"]
+)
+def test_what_lycoris_own_loader_makes_of_dense_differences(tmp_path: Path, moved: str) -> None:
+    """It refuses a file with an embedding's or an RMSNorm's, ignores a bias's; each is noted."""
+    torch.manual_seed(0)
+    model = Beside()
+    base = {k: v.clone() for k, v in model.state_dict().items()}
+    tuned = {k: v.clone() for k, v in base.items()}
+    for key in ("layer.weight", moved):
+        tuned[key] += 0.1 * torch.randn(tuned[key].shape)
+    save_file(base, tmp_path / "base.safetensors")
+    save_file(tuned, tmp_path / "tuned.safetensors")
+    file = tmp_path / "out.safetensors"
+    report = adaptsurgery.extract(
+        tmp_path / "base.safetensors", tmp_path / "tuned.safetensors", file, rank=10, to="lycoris"
+    )
+    noted = " ".join(n.text for n in report.notes if n.code == "lycoris-loader")
+    assert ("refuses" in noted) == (moved in ("embed.weight", "scale.weight"))
+    assert ("1 biases out" in noted) == (moved == "layer.bias")
+    if "refuses" in noted:
+        assert moved in noted
+        with pytest.raises((ValueError, AttributeError)):
+            create_lycoris_from_weights(1.0, str(file), model)
+        return
+    network, _ = create_lycoris_from_weights(1.0, str(file), model)
+    network.merge_to(1.0)
+    found = model.state_dict()
+    torch.testing.assert_close(found["layer.weight"], tuned["layer.weight"], rtol=1e-5, atol=1e-5)
+    kept = base if moved == "layer.bias" else tuned
+    torch.testing.assert_close(found[moved], kept[moved], rtol=1e-5, atol=1e-5)

@@ -100,3 +100,27 @@ def test_lycoris_own_loader_refuses_conv1d_and_the_note_says_so(
     apart = sum(float((merged[n] - tuned[n]).square().sum()) for n in names)
     total = sum(float((before[n] - tuned[n]).square().sum()) for n in names)
     assert (apart / total) ** 0.5 == pytest.approx(report.facts["layers_error"], rel=1e-4)
+
+
+def test_peft_leaves_a_tied_head_behind_and_the_note_says_what_to_do(tmp_path: Path) -> None:
+    torch.manual_seed(0)
+    shape = {"n_embd": 24, "n_head": 2, "n_layer": 1, "vocab_size": 50, "n_positions": 16}
+    model = GPT2LMHeadModel(GPT2Config(**shape)).eval()
+    model.save_pretrained(tmp_path / "base")
+    with torch.no_grad():
+        model.transformer.wte.weight.add_(torch.randn(50, 24), alpha=0.1)
+        model.transformer.h[0].attn.c_attn.weight.add_(torch.randn(24, 72), alpha=0.1)
+    model.save_pretrained(tmp_path / "tuned")
+    report = adaptsurgery.extract(tmp_path / "base", tmp_path / "tuned", tmp_path / "out", rank=24)
+    [note] = [n for n in report.notes if n.code == "tied-head"]
+    assert note.where == "transformer.wte.weight"
+    fresh = GPT2LMHeadModel.from_pretrained(tmp_path / "base")
+    loaded = PeftModel.from_pretrained(fresh, tmp_path / "out").merge_and_unload().eval()
+    tokens = torch.arange(8)[None]
+    left = loaded(tokens).logits
+    assert not torch.allclose(left, model(tokens).logits, atol=1e-2)
+    loaded.lm_head.weight = loaded.transformer.wte.weight
+    assert torch.allclose(loaded(tokens).logits, model(tokens).logits, atol=1e-4)
+    adaptsurgery.merge(tmp_path / "base", tmp_path / "out", tmp_path / "merged")
+    merged = GPT2LMHeadModel.from_pretrained(tmp_path / "merged").eval()
+    assert torch.allclose(merged(tokens).logits, left, atol=1e-4)

@@ -253,15 +253,48 @@ def _add_dense(
         _add_saved(state, runner, kept, norms)
         return
     groups: dict[tuple[str, str, str], dict[str, Tensor]] = {}
-    for one in kept:
-        if norms[one.pair.label]["norm"]:
-            algorithm = "norm" if one.slot.endswith("_norm") else "full"
-            slots = groups.setdefault((one.pair.component, one.path, algorithm), {})
-            slots[one.slot] = _difference(one, runner, DTYPES[plan.options.dtype])
+    moved = {d.pair for d in kept if norms[d.pair.label]["norm"]}
+    # LyCORIS's loader knows a norm by its w_norm, so a b_norm never comes without one, of zeros if need be.
+    shifted = {(d.pair.component, d.path) for d in kept if d.pair in moved and d.slot == "b_norm"}
+    changed = [
+        d
+        for d in kept
+        if d.pair in moved or (d.slot == "w_norm" and (d.pair.component, d.path) in shifted)
+    ]
+    if plan.options.to == "lycoris":
+        _note_lycoris(state, changed, kept)
+    for one in changed:
+        algorithm = "norm" if one.slot.endswith("_norm") else "full"
+        slots = groups.setdefault((one.pair.component, one.path, algorithm), {})
+        slots[one.slot] = _difference(one, runner, DTYPES[plan.options.dtype])
     state.modules += [
         ModuleState(path, algorithm, slots, component=component)
         for (component, path, algorithm), slots in groups.items()
     ]
+
+
+def _note_lycoris(state: AdapterState, changed: Sequence[Dense], kept: Sequence[Dense]) -> None:
+    """What LyCORIS's own loader makes of differences beside the adapter, where it is not what they are."""
+    biased = {(d.pair.component, d.path) for d in kept if d.slot == "b_norm"}
+    refused = [
+        d
+        for d in changed
+        if d.kind == "embedding"
+        or (d.slot == "w_norm" and (d.pair.component, d.path) not in biased)
+    ]
+    ignored = [d for d in changed if d.slot == "diff_b"]
+    texts: list[str] = []
+    if refused:
+        names = f"`{refused[0].pair.label}` first"
+        texts.append(
+            f"refuses a file with differences of embeddings and of norms without a bias, "
+            f"{len(refused)} here, {names}"
+        )
+    if ignored:
+        texts.append(f"leaves the differences of {len(ignored)} biases out")
+    if texts:
+        text = f"right by its definition, but LyCORIS's own loader {', and '.join(texts)}; "
+        state.note("lycoris-loader", state.where, text + "--no-dense writes none of them")
 
 
 def _difference(one: Dense, runner: Runner, dtype: str) -> Tensor:
@@ -292,6 +325,12 @@ def _add_saved(
         home = (one.pair.component, one.path)
         if home not in changed:
             continue
+        if _heads_table(one, runner):
+            text = (
+                "kept whole, and the output head is tied to it: PEFT leaves the head as the base has "
+                "it, and so does a merge. Give the head this weight after either"
+            )
+            state.note("tied-head", one.pair.label, text)
         name = one.pair.name
         if home in adapted:
             name = f"{one.path}.base_layer.bias"
@@ -300,6 +339,22 @@ def _add_saved(
         state.saved.setdefault(one.pair.component, {})[name] = runner.read("tuned", one.pair)
     for component in state.components:
         state.config[component] = _template(state, component, whole.get(component, []))
+
+
+def _heads_table(one: Dense, runner: Runner) -> bool:
+    """Whether a parameter is an embedding that an output head is tied to, as the config says."""
+    configs = runner.models["tuned"].configs
+    config = configs.get(one.pair.component) or (
+        next(iter(configs.values())) if len(configs) == 1 else {}
+    )
+    headed = any(
+        kind in str(name)
+        for name in config.get("architectures") or ()
+        for kind in ("LMHead", "ForCausalLM", "ForMaskedLM", "ForConditionalGeneration", "ForPreTraining")
+    )  # fmt: skip
+    rows = config.get("vocab_size")
+    tied = bool(config.get("tie_word_embeddings"))
+    return one.kind == "embedding" and tied and headed and one.pair.tuned.shape[:1] == (rows,)
 
 
 def _template(state: AdapterState, component: str, whole: list[str]) -> dict[str, Any]:

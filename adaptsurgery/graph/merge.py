@@ -19,7 +19,7 @@ from adaptsurgery.graph.find import find_sites
 from adaptsurgery.graph.forms import is_view, op_name
 from adaptsurgery.graph.record import Attached
 from adaptsurgery.graph.sites import Call, Site
-from adaptsurgery.graph.walk import Graph, Scope, View
+from adaptsurgery.graph.walk import Scope, View
 from adaptsurgery.graph.workspace import Workspace
 from adaptsurgery_formats.errors import ValueRefused
 
@@ -41,12 +41,14 @@ def merge(g: G, name: str | None = None) -> G:
     if name is not None:
         session.check_name(name)
     base = session.base()
-    sites = {site.path: site for site in find_sites(base)}
+    view = View(base)
+    sites = {site.path: site for site in find_sites(base, view)}
+    nodes: dict[tuple[str, ...], dict[str, Node]] = {}
     for path, adapters in list(session.wanted.items()):
         going = [a for a in adapters if name in (None, a.name)]
         if going:
             staying = [a for a in adapters if a not in going]
-            _Merger(session.work, base, sites[path]).run(going, staying)
+            _Merger(session.work, view, nodes, sites[path]).run(going, staying)
     session.changed()
     for each in session.names if name is None else [name]:
         session.remove(each)
@@ -56,10 +58,11 @@ def merge(g: G, name: str | None = None) -> G:
 
 @dataclass
 class _Merger:
-    """One site."""
+    """One site. ``view`` is of the base, ``nodes`` are the copy's by graph and name, as far as asked for."""
 
     work: Workspace
-    base: Graph
+    view: View
+    nodes: dict[tuple[str, ...], dict[str, Node]]
     site: Site
 
     def run(self, going: list[Attached], staying: list[Attached]) -> None:
@@ -125,14 +128,17 @@ class _Merger:
         return self.work.module(call.graph).get_submodule(str(node.target))
 
     def _nodes(self, call: Call) -> dict[str, Node]:
-        return {node.name: node for node in self.work.module(call.graph).graph.nodes}
+        if call.graph not in self.nodes:
+            graph = self.work.module(call.graph).graph
+            self.nodes[call.graph] = {node.name: node for node in graph.nodes}
+        return self.nodes[call.graph]
 
     def _used_elsewhere(self, name: str) -> bool:
         own = {(call.graph, node) for call in self.site.calls for node in call.nodes}
-        for scope in View(self.base).scopes:
+        for scope in self.view.scopes:
             for node, held in scope.names.items():
                 for user in node.users if held == name else ():
-                    passed_on = any(s.hops[-1:] == (user.name,) for s in View(self.base).scopes)
+                    passed_on = any(s.hops[-1:] == (user.name,) for s in self.view.scopes)
                     ours = (scope.path, user.name) in own or (
                         name == self.site.bias and self._is_behind(scope, user)
                     )
@@ -153,7 +159,7 @@ class _Merger:
         return wanted if free else f"{wanted}_merged"
 
     def _read_by_graph(self, name: str) -> bool:
-        return any(name in scope.names.values() for scope in View(self.base).scopes)
+        return any(name in scope.names.values() for scope in self.view.scopes)
 
     def _read(self, call: Call, slot: str, name: str, value: Tensor) -> None:
         """Have one call read the parameter ``name``."""

@@ -73,12 +73,13 @@ def _check_reached(plan: ExtractPlan, changed: Sequence[Outcome]) -> None:
         if all(f.failed for f in kept):
             beyond[outcome.layer.label] = kept[0].failed
     if beyond:
+        factor = "another --factor, " if plan.options.factor is not None else ""
         names = " or ".join(dict.fromkeys(c.algorithm for c in plan.layers[0].candidates if not c.compared))  # fmt: skip
         raise ValueRefused(
             f"{len(beyond)} of {len(changed)} changed layers: no {names} meets the goal",
             where=plan.tuned,
             items=[f"`{label}`: {why}" for label, why in beyond.items()],
-            next="another goal, another --algorithm, or --exclude them",
+            next=f"another goal, {factor}another --algorithm, or --exclude them",
             code="out-of-reach",
         )
 

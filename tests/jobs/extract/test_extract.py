@@ -170,6 +170,8 @@ def test_one_factor_for_all_that_is_not_good_enough_for_each_is_refused(tmp_path
     error = refused.value
     assert error.code == "out-of-reach" and "decompose_factor 4" in error.what
     assert len(error.items) == 1 and "`l0`" in error.items[0] and "--to lycoris" in error.next
+    with pytest.raises(adaptsurgery.SurgeryError, match="another --factor"):
+        extract(*pair, tmp_path / "out", algorithm="lokr", factor=4, max_error=0.1)
     assert not (tmp_path / "out").exists()
     report = extract(
         *pair, tmp_path / "out.safetensors", algorithm="lokr", max_error=0.1, to="lycoris"

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import gc
 import re
 import warnings
 from collections.abc import Collection, Iterable, Iterator
@@ -38,6 +39,20 @@ def trainable_as_before(model: nn.Module) -> Iterator[None]:
         for parameter in trained:
             parameter.requires_grad_(True)
         raise
+
+
+@contextmanager
+def uncollected() -> Iterator[None]:
+    """Without searches for cyclic garbage: thousands of modules that stay would be gone through, again
+    and again, while they are made.
+    """
+    was = gc.isenabled()
+    gc.disable()
+    try:
+        yield
+    finally:
+        if was:
+            gc.enable()
 
 
 @contextmanager

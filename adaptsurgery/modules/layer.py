@@ -103,6 +103,18 @@ class AdaptedLayer(nn.Module):
     """
 
     base_layer: nn.Module
+    settings: dict[str, Setting]
+    active: tuple[str, ...]
+    merged: tuple[str, ...]
+    enabled: bool
+    read_directly: bool  # whether its parent reads the weight past the forward
+    kind: str
+    geometry: dict[str, Any]
+    dims: int
+    shape: tuple[int, ...]
+    plain: bool
+    _original: tuple[Tensor | None, Tensor | None] | None
+    _built: Built | None
 
     def __init__(self, base_layer: nn.Module) -> None:
         super().__init__()
@@ -114,18 +126,22 @@ class AdaptedLayer(nn.Module):
                 code="quantised-weight",
             )
         self.base_layer = base_layer
-        self.settings: dict[str, Setting] = {}
-        self.active: tuple[str, ...] = ()
-        self.merged: tuple[str, ...] = ()
-        self.enabled = True
-        self.read_directly = False  # whether its parent reads the weight past the forward
-        self.kind = layer.kind
-        self.geometry = {name: getattr(layer, name) for name in _GEOMETRY}
-        self.dims, self.shape = layer.dims, layer.shape
-        self.plain = type(base_layer) in _PLAIN or (layer.transposed and layer.kind == "linear")
-        self._original: tuple[Tensor | None, Tensor | None] | None = None
-        self._built: Built | None = None
-        self.train(base_layer.training)
+        # Not one by one: every nn.Module.__setattr__ looks for parameters and modules.
+        self.__dict__ |= {
+            "settings": {},
+            "active": (),
+            "merged": (),
+            "enabled": True,
+            "read_directly": False,
+            "kind": layer.kind,
+            "geometry": {name: getattr(layer, name) for name in _GEOMETRY},
+            "dims": layer.dims,
+            "shape": layer.shape,
+            "plain": type(base_layer) in _PLAIN or (layer.transposed and layer.kind == "linear"),
+            "_original": None,
+            "_built": None,
+            "training": base_layer.training,
+        }
 
     def __getattr__(self, name: str) -> Any:
         modules = self.__dict__.get("_modules", {})

@@ -24,10 +24,11 @@ from adaptsurgery.modules.injection import (
     tied,
     train_biases,
     trainable_as_before,
+    uncollected,
 )
 from adaptsurgery.modules.layer import AdaptedLayer
 from adaptsurgery.modules.saved import SavedModule
-from adaptsurgery.modules.walk import Walk, model_type, outputs
+from adaptsurgery.modules.walk import Walk, holders, model_type, outputs
 from adaptsurgery.targeting import Targets, find_targets
 from adaptsurgery_formats.errors import (
     InexactError,
@@ -64,7 +65,7 @@ class AdaptedModel(nn.Module):
         autocast_adapter_dtype: bool = True,
     ) -> None:
         super().__init__()
-        if any(isinstance(m, (AdaptedLayer, SavedModule)) for m in model.modules()):
+        if next(holders(model), None) is not None:
             raise ValueRefused(
                 "the model has adapters in it already",
                 next="add_adapter on what holds them, or unload() first",
@@ -134,9 +135,7 @@ class AdaptedModel(nn.Module):
                 yield name, module
 
     def _holders(self) -> Iterator[AdaptedLayer | SavedModule]:
-        for module in self.model.modules():
-            if isinstance(module, (AdaptedLayer, SavedModule)):
-                yield module
+        return holders(self.model)
 
     @property
     def active_adapter(self) -> str | list[str]:
@@ -148,7 +147,7 @@ class AdaptedModel(nn.Module):
         """The adapters that are merged in some layer."""
         if "model" not in self._modules:
             return []
-        found = (m.merged for m in self.model.modules() if isinstance(m, AdaptedLayer))
+        found = (m.merged for m in self._holders() if isinstance(m, AdaptedLayer))
         return list(dict.fromkeys(name for merged in found for name in merged))
 
     def update(self, path: str, adapter: str) -> Update:
@@ -188,8 +187,9 @@ class AdaptedModel(nn.Module):
         found = self._targets(walk, wanted)
         for note in found.notes:
             warnings.warn(f"{note.where}: {note.text} [{note.code}]", stacklevel=4)
-        layers = planned(walk, found.chosen, config, low_cpu_mem_usage, autocast_adapter_dtype)
-        attach(walk, adapter_name, config, layers)
+        with uncollected():
+            layers = planned(walk, found.chosen, config, low_cpu_mem_usage, autocast_adapter_dtype)
+            attach(walk, adapter_name, config, layers)
         save_whole(walk, adapter_name, found.saved)
         self.peft_config[adapter_name] = config
         train_biases(self.model, config, [layer for layer, _ in layers])

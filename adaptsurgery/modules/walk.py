@@ -58,6 +58,21 @@ class Walk:
         self.places[id(new)] = places
 
 
+def holders(model: nn.Module) -> Iterator[AdaptedLayer | SavedModule]:
+    """The adapted layers and the modules that are saved whole, each once; they are not entered."""
+    seen: set[int] = set()
+    left = [model]
+    while left:
+        module = left.pop()
+        if id(module) in seen:
+            continue
+        seen.add(id(module))
+        if isinstance(module, (AdaptedLayer, SavedModule)):
+            yield module
+        else:
+            left += [child for child in reversed(module._modules.values()) if child is not None]
+
+
 def _named(name: str, module: nn.Module) -> Iterator[tuple[str, nn.Module]]:
     yield name, module
     if isinstance(module, (AdaptedLayer, SavedModule)):

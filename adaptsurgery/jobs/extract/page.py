@@ -133,6 +133,7 @@ def _pictures(layers: Sequence[Told], facts: Told) -> str:
 def _with_spectra(layers: Sequence[Told]) -> list[Told]:
     """A few layers with spectra: those with curves first, then the ones that lose the most."""
     known = [r for r in layers if len(r["spectrum"]) > 1]
+    known = [r for r in known if len(r["spectrum"]) > r.get("rank", 0)] or known  # that show a loss
     return sorted(known, key=lambda r: (not r["curve"], -r["error"] * r["norm"]))[:SPECTRA]
 
 

@@ -128,3 +128,13 @@ def test_names_from_files_are_text() -> None:
     }  # fmt: skip
     text = pages.page(Report("extract", "<u>", facts=facts))
     assert not re.search("<script|<b>t|<i>|<u>", text) and "&lt;script&gt;" in text
+
+
+def test_the_spectra_shown_go_on_past_the_rank() -> None:
+    rows = [
+        {"name": name, "spectrum": [1.0 / k for k in range(1, count + 1)], "rank": 4,
+         "curve": {}, "norm": 1.0, "error": 0.5}
+        for name, count in (("short", 4), ("long", 9), ("none", 0))
+    ]  # fmt: skip
+    assert [row["name"] for row in pages._with_spectra(rows)] == ["long"]
+    assert [row["name"] for row in pages._with_spectra(rows[:1])] == ["short"]

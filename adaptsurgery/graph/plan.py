@@ -15,7 +15,8 @@ from adaptsurgery.core.config import AdapterConfig
 from adaptsurgery.graph.find import find_sites
 from adaptsurgery.graph.naming import Names
 from adaptsurgery.graph.sites import Site
-from adaptsurgery.graph.walk import Graph, View
+from adaptsurgery.graph.strip import adapters_of
+from adaptsurgery.graph.walk import Graph, View, is_ours
 from adaptsurgery.targeting import ALL_LINEAR, Target, find_targets
 from adaptsurgery_formats.errors import NameLookupError, ValueRefused
 from adaptsurgery_formats.state import Note
@@ -145,11 +146,14 @@ def _placed(chosen: Sequence[Target], sites: dict[str, Site]) -> Iterator[tuple[
 
 
 def fingerprint(view: View) -> str:
-    """What tells one graph from another: its nodes, nested ones too, by name and target."""
+    """What tells one graph from another, whatever adapters are on it: its nodes by name and target."""
     found = hashlib.sha256()
+    own = {name for on in adapters_of(view.graph).values() for a in on for name in a.names}
     for scope in view.scopes:
         found.update(repr(scope.path).encode())
         for node in scope.nodes:
+            if is_ours(node) or scope.names.get(node) in own:
+                continue
             found.update(f"{node.op} {node.name} {node.target}\n".encode())
     return found.hexdigest()[:16]
 

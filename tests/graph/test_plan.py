@@ -14,7 +14,9 @@ from adaptsurgery.algorithms.hra import HRAConfig
 from adaptsurgery.algorithms.loha import LoHaConfig
 from adaptsurgery.algorithms.lokr import LoKrConfig
 from adaptsurgery.algorithms.lora import LoraConfig
+from adaptsurgery.graph.attach import attach
 from adaptsurgery.graph.plan import plan
+from adaptsurgery.graph.state import adapters
 from adaptsurgery_formats.errors import NameLookupError, ValueRefused
 from tests.graph import zoo
 
@@ -110,6 +112,18 @@ def test_a_plan_knows_its_graph(tmp_path: Any) -> None:
         with pytest.raises(ValueRefused, match="one for another graph") as caught:
             made.check(g)
         assert caught.value.code == "another-graph"
+
+
+@pytest.mark.parametrize("kind", ["program", "module"])
+def test_a_plan_is_for_a_graph_whatever_adapters_are_on_it(kind: str) -> None:
+    program = small()
+    g: Any = program if kind == "program" else program.module()
+    config = LoraConfig(target_modules=["fc"])
+    made = plan(g, config)
+    h = attach(g, HRAConfig(r=2, target_modules=["fc"]), "first")
+    both = attach(h, made, "second")
+    assert adapters(both) == adapters(attach(h, plan(h, config), "second")) == ["first", "second"]
+    plan(h, config).check(g)
 
 
 def test_nothing_matched_names_what_is_near() -> None:

@@ -93,6 +93,18 @@ def test_a_config_makes_a_new_adapter_by_its_seed(model: Path, tmp_path: Path) -
     assert torch.equal(a, b) and not torch.equal(a, c)
 
 
+def test_a_second_adapter_beside_the_first(model: Path, adapter: Path, tmp_path: Path) -> None:
+    one, two = tmp_path / "one.pt2", tmp_path / "two.pt2"
+    rewrite(model, one, adapter=adapter)
+    config = config_file(tmp_path, target_modules=["fc_in", "fc_out"], init_weights=False)
+    report = rewrite(one, two, config=config, name="second", seed=1)
+    assert [row.module for row in report.rows] == ["body.fc_in", "body.fc_out"]
+    program = torch.export.load(two)
+    assert graph.adapters(program) == ["default", "second"]
+    assert not torch.allclose(output(two), output(one), atol=1e-3)
+    assert torch.equal(graph.detach(program, "second").module()(X), output(one))
+
+
 def test_onnx_beside_it(model: Path, adapter: Path, tmp_path: Path) -> None:
     runtime = pytest.importorskip("onnxruntime")
     onnx = tmp_path / "out.onnx"

@@ -148,7 +148,7 @@ def _placed(chosen: Sequence[Target], sites: dict[str, Site]) -> Iterator[tuple[
 def fingerprint(view: View) -> str:
     """What tells one graph from another, whatever adapters are on it: its nodes by name and target."""
     found = hashlib.sha256()
-    own = {name for on in adapters_of(view.graph).values() for a in on for name in a.names}
+    own = {name for on in adapters_of(view.graph, view).values() for a in on for name in a.names}
     for scope in view.scopes:
         found.update(repr(scope.path).encode())
         for node in scope.nodes:

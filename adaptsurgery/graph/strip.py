@@ -22,15 +22,15 @@ from adaptsurgery_formats.errors import ValueRefused
 Found = dict[str, tuple[Attached, ...]]
 
 
-def adapters_of(g: Graph) -> Found:
+def adapters_of(g: Graph, view: View | None = None) -> Found:
     """Site path → the adapters on it, in order, as the graph's own notes have them.
 
-    Raises ValueRefused where some of the notes are gone.
+    ``view`` may be one of ``g`` that there is already. Raises ValueRefused where some of the notes are gone.
     """
     found: Found = {}
     places: dict[tuple[str, tuple[str, ...]], tuple[Attached, ...]] = {}
     said: dict[str, int] = {}
-    for scope in View(g).scopes:
+    for scope in (view or View(g)).scopes:
         for node in scope.module.graph.nodes:
             said |= counts_of(node)
             tag = tag_of(node)

@@ -92,13 +92,32 @@ class _Merger:
             self._replace("bias", named, folded.detach().clone())
 
     def _is_apart(self) -> bool:
-        """Whether the bias is none that can be replaced: a node adds it that is not the layer's alone.
+        """Whether the bias is none that can be replaced: a node adds it that is not the layer's alone,
+        or something reads the layer's output without it.
 
         What an update adds to it is then a bias of its own.
         """
         site = self.site
-        held = self._module() is not None or any(call.bias for call in site.calls)
-        return bool(site.bias) and not held and self._used_elsewhere(site.bias)
+        if not site.bias or self._module() is not None or any(call.bias for call in site.calls):
+            return False
+        return self._used_elsewhere(site.bias) or not all(map(self._is_biased, site.calls))
+
+    def _is_biased(self, call: Call) -> bool:
+        """Whether all that reads a call's output, seen as it may be, adds the bias to it."""
+        for scope in self.view.scopes:
+            if scope.path != call.graph:
+                continue
+            left = [node for node in scope.nodes if node.name == call.output]
+            while left:
+                for user in left.pop().users:
+                    if is_view(user):
+                        left.append(user)
+                    elif not self._is_behind(scope, user) or all(
+                        scope.names.get(operand) != self.site.bias
+                        for operand in user.all_input_nodes
+                    ):
+                        return False
+        return True
 
     def _updates(self, adapters: Iterable[Attached]) -> list[Update]:
         return [a.update({n: self.work.tensor(n) for n in a.names}) for a in adapters]
@@ -147,8 +166,10 @@ class _Merger:
         return False
 
     def _is_behind(self, scope: Scope, node: Node) -> bool:
-        """Whether a node adds something to the layer's output, seen as it may be."""
-        if op_name(node) != "add" or len(node.all_input_nodes) != 2 or node.kwargs:
+        """Whether a node adds something to a linear's output, seen as it may be: along its last axis."""
+        if self.site.kind != "linear" or op_name(node) != "add" or node.kwargs:
+            return False
+        if len(node.all_input_nodes) != 2:
             return False
         outputs = {call.output for call in self.site.calls if call.graph == scope.path}
         return any(_viewed(operand).name in outputs for operand in node.all_input_nodes)

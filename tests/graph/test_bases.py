@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 from pathlib import Path
 
 import numpy as np
@@ -83,6 +84,50 @@ def test_a_bias_that_is_added_apart_is_merged_once(on: list[str], kind: str, sha
     close(run(merged, x), want)
     if not shared:
         assert code(merged) == code(g)  # the numbers alone are others
+
+
+class Otherwise(nn.Module):
+    """A bias that is not simply the layer's: nothing reads it, it is not in all, or it goes elsewhere."""
+
+    def __init__(self, way: str) -> None:
+        super().__init__()
+        self.a, self.way = nn.Linear(6, 6), way
+        nn.init.normal_(self.a.bias)
+
+    def product(self, x: Tensor) -> Tensor:
+        return nn.functional.linear(x, self.a.weight)
+
+    def forward(self, x: Tensor) -> Tensor:
+        y, b = self.product(x), self.a.bias
+        ways = {
+            "unread": lambda: 2 * y,
+            "beside": lambda: (y + b) * y,
+            "twice": lambda: y + b + b,
+            "scaled": lambda: 2 * y + b,
+            "again": lambda: (y + b) * b,
+            "both": lambda: (y + b) * torch.tanh(y + b),
+        }
+        return ways[self.way]()
+
+
+@pytest.mark.parametrize("way", ["unread", "beside", "twice", "scaled", "again", "both"])
+@pytest.mark.parametrize("decomposed", [False, True])
+def test_what_is_added_to_a_bias_reaches_all_that_reads_the_layer(
+    way: str, decomposed: bool
+) -> None:
+    torch.manual_seed(5)
+    model, x = Otherwise(way).eval(), torch.randn(3, 6)
+    program = torch.export.export(model, (x,))
+    program = program.run_decompositions() if decomposed else program
+    update = update_for("lora", (6, 6), bias=True, seed=1)
+    assert isinstance(update, LoRA)
+    h = graph.attach(program, {"a": update})
+    folded = update.fold(model.a.weight.detach().double()), update.fold_bias(None, torch.float64)
+    exact = copy.deepcopy(model).double()
+    exact.product = lambda x: nn.functional.linear(x, *folded)  # type: ignore[method-assign]
+    want = exact(x.double()).detach()
+    close(run(h, x), [want])
+    close(run(graph.merge(h), x), [want])
 
 
 def test_an_int8_base() -> None:

@@ -19,6 +19,7 @@ from typing import Any, ClassVar, Self, TypeVar
 
 import torch
 from torch import Tensor
+from torch._subclasses import FakeTensor
 
 from adaptsurgery.core.cost import Form, cheapest, folding
 from adaptsurgery.core.geometry import Layer
@@ -580,6 +581,12 @@ def _in_order(
 def tracked(*tensors: Tensor) -> bool:
     """Whether autograd would record what is computed of any of the tensors."""
     return torch.is_grad_enabled() and any(t.requires_grad for t in tensors)
+
+
+def is_finite(tensor: Tensor) -> bool:
+    """Whether all numbers are; True of a tensor that has none, on the meta device or a fake one."""
+    held = tensor.detach()
+    return held.is_meta or isinstance(held, FakeTensor) or bool(widened(held).isfinite().all())
 
 
 def gated(change: Tensor, gate: Tensor | None) -> Tensor:

@@ -21,7 +21,7 @@ from torch.fx import GraphModule, Node
 from adaptsurgery.algorithms import AdapterConfig
 from adaptsurgery.core.config import tensors_of
 from adaptsurgery.core.cost import Form, cheapest
-from adaptsurgery.core.update import Delta, Renorm, Rotation, Update, parts_of
+from adaptsurgery.core.update import Delta, Renorm, Rotation, Update, is_finite, parts_of
 from adaptsurgery.graph.dropout import is_training, set_dropouts
 from adaptsurgery.graph.find import find_sites
 from adaptsurgery.graph.plan import Plan, planned
@@ -228,9 +228,9 @@ def attach(
     rotations in the order of attaching.
 
     Raises ValueRefused for a name that is taken, a plan of another graph, a layer that no adapter
-    can be put on, a size that the adapter would fix, or a config with modules_to_save or ``bias``,
-    which train the base's own tensors; NameLookupError for paths that match no
-    layer; ShapeError for an update that does not fit its layer. Warns of what a config says in vain,
+    can be put on, numbers that are not finite, a size that the adapter would fix, or a config with
+    modules_to_save or ``bias``, which train the base's own tensors; NameLookupError for paths that
+    match no layer; ShapeError for an update that does not fit its layer. Warns of what a config says in vain,
     and of modules that an Adapter was saved with whole. ``g`` is as it was after any of them.
     """
     session = Session.of(g)
@@ -245,6 +245,7 @@ def attach(
         )
         for full, tensor in tensors.items():
             kept = tensor.detach().clone().to(dtype or tensor.dtype)
+            check_finite(path, full, kept)
             session.work.set_tensor(full, nn.Parameter(kept, kept.is_floating_point()))
         form = _form(mode, site, update, config)
         attached = Attached(name, form, site.shape, parts, _dropout(config))
@@ -400,6 +401,19 @@ def check_site(site: Site, update: Update) -> None:
             plain.check_fits(site.shape)
         except ShapeError as error:
             raise ShapeError(f"`{site.path}`: {error.what}", seen=error.seen) from None
+        if isinstance(plain, Delta) and not math.isfinite(plain.scale):
+            raise ValueRefused(f"`{site.path}`: {plain.scale} is no scale", code="bad-scale")
+
+
+def check_finite(path: str, name: str, tensor: Tensor) -> None:
+    """Raise ValueRefused for NaN or infinity in a tensor of an adapter that comes onto a site."""
+    if not is_finite(tensor):
+        raise ValueRefused(
+            f"`{path}`: the adapter's numbers are not finite",
+            seen=f"{name}, {tensor.dtype}".replace("torch.", ""),
+            next="look at where they come from; float16 may overflow",
+            code="non-finite",
+        )
 
 
 def prefix(path: str, name: str) -> str:

@@ -12,7 +12,7 @@ from torch.export import ExportedProgram
 from torch.fx import GraphModule, Node
 
 from adaptsurgery.core.geometry import Layer
-from adaptsurgery.core.update import Delta, Renorm, Rotation, Update, compose, parts_of
+from adaptsurgery.core.update import Delta, Renorm, Rotation, Update, compose, is_finite, parts_of
 from adaptsurgery.graph.attach import Session
 from adaptsurgery.graph.emit import retarget
 from adaptsurgery.graph.find import find_sites
@@ -80,7 +80,7 @@ class _Merger:
         layer = self.site.layer(weight, bias)
         new = layer.stored(update.fold(layer.canonical())).contiguous()
         folded = update.fold_bias(bias, weight.dtype)
-        if not all(bool(t.isfinite().all()) for t in (new, folded) if t is not None):
+        if not all(is_finite(t) for t in (new, folded) if t is not None):
             raise ValueRefused(
                 f"`{self.site.path}`: the merged weight is not finite",
                 seen=f"{weight.dtype}".removeprefix("torch."),

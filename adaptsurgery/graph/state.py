@@ -11,7 +11,7 @@ from torch.export import ExportedProgram
 from torch.fx import GraphModule
 
 from adaptsurgery.core.update import Update
-from adaptsurgery.graph.attach import Session, check_site, prefix, taken_names
+from adaptsurgery.graph.attach import Session, check_finite, check_site, prefix, taken_names
 from adaptsurgery.graph.record import described
 from adaptsurgery.graph.strip import adapters_of
 from adaptsurgery.graph.walk import Graph, View
@@ -55,7 +55,7 @@ def load_state(g: G, updates: Mapping[str, Update], name: str = "default") -> G:
     """``g`` with other numbers in an adapter: ranks and algorithms may be others too.
 
     Raises NameLookupError where ``updates`` has other modules than the adapter, ShapeError where
-    one does not fit its layer; ``g`` stays as it is.
+    one does not fit its layer, ValueRefused for numbers that are not finite; ``g`` stays as it is.
     """
     session = Session.of(g)
     session.check_name(name)
@@ -80,6 +80,7 @@ def load_state(g: G, updates: Mapping[str, Update], name: str = "default") -> G:
                 taken = taken_names(session.work, sites[path], name)
                 parts, tensors = described(updates[path], prefix(path, name), taken)
                 for full, tensor in tensors.items():
+                    check_finite(path, full, tensor)
                     session.work.set_tensor(full, nn.Parameter(tensor.detach().clone()))
                 session.wanted[path][n] = replace(attached, parts=parts, strength=1.0)
     result: G = session.finish()

@@ -24,12 +24,13 @@ from adaptsurgery.checkpoint.pickles import read_pickle
 from adaptsurgery.checkpoint.safetensors import read_safetensors
 from adaptsurgery.checkpoint.writer import write_safetensors
 from adaptsurgery.core.config import FILE, AdapterConfig
+from adaptsurgery.core.update import is_finite
 from adaptsurgery.jobs.adapter import load, parts
 from adaptsurgery.jobs.report import Report
 from adaptsurgery.modules import slots
 from adaptsurgery.modules.layer import AdaptedLayer
 from adaptsurgery.modules.model import AdaptedModel
-from adaptsurgery_formats.errors import FileError, KeyRefused, ShapeError
+from adaptsurgery_formats.errors import FileError, KeyRefused, ShapeError, ValueRefused
 from adaptsurgery_formats.peft import PREFIX
 
 WEIGHTS = "adapter_model.safetensors"
@@ -171,7 +172,8 @@ def load_state(
     """Give an adapter the numbers of a file, keys by keys; all are checked before one is changed.
 
     ``ignore`` holds keys, or patterns of keys, that may be missing or left over; ``hint`` is said
-    where shapes differ. Raises KeyRefused ("missing-keys", "unexpected-keys"), ShapeError.
+    where shapes differ. Raises KeyRefused ("missing-keys", "unexpected-keys"), ShapeError,
+    ValueRefused ("non-finite").
     """
     homes = _homes(model, adapter)
     given = {_in_model(key): tensor for key, tensor in state.items()}
@@ -200,6 +202,14 @@ def load_state(
             f"{len(wrong)} tensors do not fit", where=where, items=sorted(wrong.values())[:20],
             next=_of_groups(model, adapter, wrong) or hint,
         )  # fmt: skip
+    if bad := sorted(key for key in given.keys() & homes.keys() if not is_finite(given[key])):
+        raise ValueRefused(
+            f"{len(bad)} tensors hold numbers that are not finite",
+            where=where,
+            items=bad[:20],
+            next="the file is damaged, or its training diverged: take an earlier one",
+            code="non-finite",
+        )
     for key in given.keys() & homes.keys():
         homes[key][0].set(given[key])
 

@@ -29,6 +29,7 @@ from graph_nets import (
     wanted,
 )
 from torch import Tensor, nn
+from torch._subclasses import FakeTensorMode
 from torch.export import ExportedProgram
 
 from adaptsurgery.algorithms import HRA, LoRA, LoraConfig, build
@@ -209,6 +210,16 @@ def test_dropouts_of_the_base_are_turned() -> None:
     assert code(off) == code(g) and equal(run(off, x), run(g, x))
 
 
+def test_tensors_without_numbers_have_none_to_refuse() -> None:
+    model = made(Mlp)
+    meta = LoRA(torch.empty(8, 2, device="meta"), torch.empty(2, 6, device="meta"))
+    with FakeTensorMode():
+        fake = LoRA(torch.empty(8, 2), torch.empty(2, 6))
+    for update in (meta, fake):
+        on = attach(exported(model), {"a": update})
+        assert adapter_parameters(on)["a.default.lora_up"].shape == (8, 2)
+
+
 # --- what is refused -----------------------------------------------------------------------------
 
 
@@ -220,6 +231,10 @@ def test_what_is_refused_leaves_the_input_alone(kind: str) -> None:
     h = attach(g, updates_for(model, "lora"))
     after = code(h)
     good = update_for("lora", (8, 6))
+    assert isinstance(good, LoRA)
+    loose = LoRA(good.up, good.down, scale=float("inf"))
+    large = LoRA(1e6 * good.up, good.down)
+    bad = {**updates_for(model, "lora"), "a": LoRA(good.up / 0, good.down)}
     cases: list[tuple[Any, type[Exception], str]] = [
         (lambda: attach(h, {"a": good}), ValueRefused, "name-taken"),
         (lambda: attach(g, {"nothing": good}), NameLookupError, "no-site"),
@@ -232,6 +247,10 @@ def test_what_is_refused_leaves_the_input_alone(kind: str) -> None:
         (lambda: merge(g), NameLookupError, "no-adapter"),
         (lambda: load_state(h, {"a": good}), NameLookupError, "other-modules"),
         (lambda: set_scale(h, float("nan")), ValueRefused, "bad-scale"),
+        (lambda: attach(g, {"a": loose}), ValueRefused, "bad-scale"),
+        (lambda: attach(g, bad), ValueRefused, "non-finite"),
+        (lambda: attach(g, {"a": large}, dtype=torch.float16), ValueRefused, "non-finite"),
+        (lambda: load_state(h, bad), ValueRefused, "non-finite"),
         (
             lambda: attach(g, LoraConfig(target_modules=["a"], bias="all")),
             ValueRefused,

@@ -162,6 +162,31 @@ def test_a_merge_that_is_not_finite_leaves_the_model_alone() -> None:
     assert model.merged_adapters == []
 
 
+@pytest.mark.parametrize("number", [float("nan"), float("-inf")])
+def test_a_file_with_what_is_no_number_leaves_the_model_alone(
+    tmp_path: Path, number: float
+) -> None:
+    model = get_peft_model(Mixed(), lora(init_lora_weights=False))
+    model.save_pretrained(tmp_path)
+    file = tmp_path / "adapter_model.safetensors"
+    state = load_file(file)
+    key = next(name for name in state if "out.lora_B" in name)
+    state[key][0, 0] = number
+    save_file(state, file)
+    before = {k: v.clone() for k, v in model.state_dict().items()}
+    for load in (
+        lambda: model.load_adapter(tmp_path, "other"),
+        lambda: model.hotswap_adapter(tmp_path),
+    ):
+        with refused("non-finite", "out.lora_B"):
+            load()
+    after = model.state_dict()
+    assert after.keys() == before.keys()
+    assert all(torch.equal(v, before[k]) for k, v in after.items())
+    with refused("non-finite", "out.lora_B"):
+        PeftModel.from_pretrained(Mixed(), tmp_path)
+
+
 def test_a_dora_is_not_computed_back() -> None:
     model = get_peft_model(Mixed(), lora(use_dora=True, init_lora_weights=False)).eval()
     model.merge_adapter(keep=False)

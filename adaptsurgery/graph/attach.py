@@ -28,7 +28,7 @@ from adaptsurgery.graph.plan import Plan, planned
 from adaptsurgery.graph.record import Attached, count, described
 from adaptsurgery.graph.sites import Site, one_each
 from adaptsurgery.graph.splice import Splicer, joined
-from adaptsurgery.graph.strip import Found, adapters_of, strip
+from adaptsurgery.graph.strip import Found, adapters_of, bare, strip
 from adaptsurgery.graph.template import Place, key, recorded, replay
 from adaptsurgery.graph.workspace import Workspace
 from adaptsurgery_formats.errors import NameLookupError, ShapeError, ValueRefused, nearest
@@ -135,15 +135,6 @@ class Session:
         """How many sites an adapter is on, counted in each graph that calls them."""
         on = (path for path, held in self.wanted.items() if any(a.name == name for a in held))
         return sum(len({call.graph for call in sites[path].calls}) for path in on)
-
-
-def bare(work: Workspace, found: Found) -> Any:
-    """The stripped copy as a graph by itself, to look for sites in."""
-    names = {t for on in found.values() for a in on for t in a.names}
-    held = {name: work.state.pop(name) for name in names & work.state.keys()}
-    graph = work.finish()
-    work.state = {**work.state, **held}
-    return graph
 
 
 def put(work: Workspace, site: Site, adapters: list[Attached]) -> None:

@@ -15,8 +15,8 @@ from adaptsurgery.core.config import AdapterConfig
 from adaptsurgery.graph.find import find_sites
 from adaptsurgery.graph.naming import Names
 from adaptsurgery.graph.sites import Site
-from adaptsurgery.graph.strip import adapters_of
-from adaptsurgery.graph.walk import Graph, View, is_ours
+from adaptsurgery.graph.strip import base_of
+from adaptsurgery.graph.walk import Graph, View
 from adaptsurgery.targeting import ALL_LINEAR, Target, find_targets
 from adaptsurgery_formats.errors import NameLookupError, ValueRefused
 from adaptsurgery_formats.state import Note
@@ -44,8 +44,9 @@ class Plan:
         return tuple(site for site, _ in self.placed)
 
     def check(self, g: Graph) -> None:
-        """Raise ValueRefused unless ``g`` is the graph of this plan and all its targets can be had."""
-        if fingerprint(View(g)) != self.fingerprint:
+        """Raise ValueRefused unless ``g`` is the graph of this plan, whatever adapters are on it, and
+        all its targets can be had."""
+        if fingerprint(View(base_of(g))) != self.fingerprint:
             raise ValueRefused(
                 "the plan is one for another graph",
                 seen=f"{len(self.placed)} sites, the first `{self.placed[0][0].path}`"
@@ -92,13 +93,14 @@ def plan(
     model_type: str | None = None,
     outputs: Collection[str] | None = None,
 ) -> Plan:
-    """The sites of ``g`` that ``config`` adapts.
+    """The sites of ``g`` that ``config`` adapts, whatever adapters are on it.
 
     ``model_type`` and ``outputs`` are what transformers' config and get_output_embeddings say; see
     adaptsurgery.targeting.find_targets, whose errors these are. NameLookupError for a graph in which
     no layer was found at all.
     """
-    return planned(g, config, find_sites(g), model_type=model_type, outputs=outputs)
+    base = base_of(g)
+    return planned(base, config, find_sites(base), model_type=model_type, outputs=outputs)
 
 
 def planned(
@@ -109,7 +111,7 @@ def planned(
     model_type: str | None = None,
     outputs: Collection[str] | None = None,
 ) -> Plan:
-    """``plan`` with the sites as they were found."""
+    """``plan`` of a graph without adapters, with the sites as they were found."""
     view = View(g)
     sites = {site.path: site for site in reversed(found)}
     if not any(site.adaptable for site in sites.values()):
@@ -146,14 +148,11 @@ def _placed(chosen: Sequence[Target], sites: dict[str, Site]) -> Iterator[tuple[
 
 
 def fingerprint(view: View) -> str:
-    """What tells one graph from another, whatever adapters are on it: its nodes by name and target."""
+    """What tells one graph from another: its nodes, nested ones too, by name and target."""
     found = hashlib.sha256()
-    own = {name for on in adapters_of(view.graph, view).values() for a in on for name in a.names}
     for scope in view.scopes:
         found.update(repr(scope.path).encode())
         for node in scope.nodes:
-            if is_ours(node) or scope.names.get(node) in own:
-                continue
             found.update(f"{node.op} {node.name} {node.target}\n".encode())
     return found.hexdigest()[:16]
 

@@ -22,15 +22,15 @@ from adaptsurgery_formats.errors import ValueRefused
 Found = dict[str, tuple[Attached, ...]]
 
 
-def adapters_of(g: Graph, view: View | None = None) -> Found:
+def adapters_of(g: Graph) -> Found:
     """Site path → the adapters on it, in order, as the graph's own notes have them.
 
-    ``view`` may be one of ``g`` that there is already. Raises ValueRefused where some of the notes are gone.
+    Raises ValueRefused where some of the notes are gone.
     """
     found: Found = {}
     places: dict[tuple[str, tuple[str, ...]], tuple[Attached, ...]] = {}
     said: dict[str, int] = {}
-    for scope in (view or View(g)).scopes:
+    for scope in View(g).scopes:
         for node in scope.module.graph.nodes:
             said |= counts_of(node)
             tag = tag_of(node)
@@ -68,6 +68,25 @@ def strip(work: Workspace, found: Found) -> None:
         for node in module.graph.nodes:
             count(node, None)
         _forget_names(module)
+
+
+def bare(work: Workspace, found: Found) -> Graph:
+    """The stripped copy as a graph by itself, to look for sites in."""
+    names = {t for on in found.values() for a in on for t in a.names}
+    held = {name: work.state.pop(name) for name in names & work.state.keys()}
+    graph = work.finish()
+    work.state = {**work.state, **held}
+    return graph
+
+
+def base_of(g: Graph) -> Graph:
+    """A graph without its adapters; itself where it has none."""
+    found = adapters_of(g)
+    if not found:
+        return g
+    work = Workspace(g)
+    strip(work, found)
+    return bare(work, found)
 
 
 def _forget_names(module: GraphModule) -> None:

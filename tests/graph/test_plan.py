@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections import OrderedDict
 from typing import Any
 
 import peft
@@ -114,13 +115,16 @@ def test_a_plan_knows_its_graph(tmp_path: Any) -> None:
         assert caught.value.code == "another-graph"
 
 
-@pytest.mark.parametrize("kind", ["program", "module"])
-def test_a_plan_is_for_a_graph_whatever_adapters_are_on_it(kind: str) -> None:
+@pytest.mark.parametrize("mode", ["factored", "weight"])  # which puts others in a layer's place
+@pytest.mark.parametrize("kind", ["program", "module", "traced"])
+def test_a_plan_is_for_a_graph_whatever_adapters_are_on_it(kind: str, mode: Any) -> None:
     program = small()
     g: Any = program if kind == "program" else program.module()
+    if kind == "traced":
+        g = torch.fx.symbolic_trace(nn.Sequential(OrderedDict(fc=nn.Linear(4, 4))))
     config = LoraConfig(target_modules=["fc"])
     made = plan(g, config)
-    h = attach(g, HRAConfig(r=2, target_modules=["fc"]), "first")
+    h = attach(g, HRAConfig(r=2, target_modules=["fc"]), "first", mode)
     both = attach(h, made, "second")
     assert adapters(both) == adapters(attach(h, plan(h, config), "second")) == ["first", "second"]
     plan(h, config).check(g)

@@ -29,7 +29,7 @@ from adaptsurgery.graph.record import Attached, count, described
 from adaptsurgery.graph.sites import Site, one_each
 from adaptsurgery.graph.splice import Splicer, joined
 from adaptsurgery.graph.strip import Found, adapters_of, bare, strip
-from adaptsurgery.graph.template import Place, key, recorded, replay
+from adaptsurgery.graph.template import Place, Template, key, recorded, replay
 from adaptsurgery.graph.workspace import Workspace
 from adaptsurgery_formats.errors import NameLookupError, ShapeError, ValueRefused, nearest
 
@@ -114,11 +114,12 @@ class Session:
                     code="sites-lost",
                 )
             counts = {name: self._places(name, sites) for name in self.names}
+            templates: dict[object, Template] = {}
             for path, site in sites.items():
                 adapters = self.wanted.get(path, [])
                 counted = [replace(a, places=counts[a.name]) for a in adapters]
                 if counted:
-                    put(self.work, site, counted)
+                    put(self.work, site, counted, templates)
             set_dropouts(self.work, self.training, base=False)
             if any(call.graph for path in self.wanted for call in sites[path].calls):
                 self._note_counts(counts)
@@ -137,18 +138,23 @@ class Session:
         return sum(len({call.graph for call in sites[path].calls}) for path in on)
 
 
-def put(work: Workspace, site: Site, adapters: list[Attached]) -> None:
-    """All adapters of one site, composed, at each of its calls; as at one like it, where that is known."""
+def put(
+    work: Workspace, site: Site, adapters: list[Attached], templates: dict[object, Template]
+) -> None:
+    """All adapters of one site, composed, at each of its calls; as at one like it, where that is known.
+
+    ``templates`` are what sites got, by what others have in common, and gets this one's.
+    """
     before = _known_replacements(work)
     place = Place(work, site, site.calls[0], tuple(adapters))
     like = key(place)
-    if template := work.templates.get(like):
+    if template := templates.get(like):
         replay(place, template)
     else:
         own = place.own()
         made = _spliced(work, site, adapters)
         if like is not None and (new := recorded(place, *made, own)):
-            work.templates[like] = new
+            templates[like] = new
     if _known_replacements(work) != before:
         raise ValueRefused(
             f"`{site.path}`: the adapter would fix a size that the graph leaves open",

@@ -10,7 +10,7 @@ from __future__ import annotations
 
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, replace
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -20,9 +20,7 @@ from torch.fx.node import map_aggregate
 from adaptsurgery.graph.emit import retarget
 from adaptsurgery.graph.record import SHARED, Attached, Tag, tag_of
 from adaptsurgery.graph.sites import RECORD, Call, Site
-
-if TYPE_CHECKING:
-    from adaptsurgery.graph.workspace import Workspace
+from adaptsurgery.graph.workspace import Workspace
 
 BASE = ("nn_module_stack", "stack_trace")  # what a node of an adapter has of its layer's
 

@@ -16,7 +16,6 @@ from torch.export.graph_signature import InputKind, InputSpec, TensorArgument
 from torch.fx import GraphModule, Node
 from torch.fx.experimental.symbolic_shapes import ShapeEnv
 
-from adaptsurgery.graph.template import Template
 from adaptsurgery.graph.walk import Graph, check_graph, flat
 
 
@@ -39,9 +38,6 @@ class Workspace:
         self._named: dict[tuple[str, ...], dict[str, Node]] = {}
         self._with_values: dict[tuple[str, ...], bool] = {}
         self._first: Node | None = None
-        self.templates: dict[
-            object, Template
-        ] = {}  # what a site got, by what others have in common
 
     # --- graphs ----------------------------------------------------------------------------------
 

@@ -100,10 +100,10 @@ class AdaptedModel(nn.Module):
 
     def forward(self, *args: Any, **kwargs: Any) -> Any:
         """The model's own; ValueRefused for PEFT's ``adapter_names``, which a model might swallow."""
-        if "adapter_names" in kwargs:
+        if (mixed := kwargs.pop("adapter_names", None)) is not None:
             raise ValueRefused(
                 "one call goes through the same adapters for all of its batch",
-                seen=f"adapter_names {kwargs['adapter_names']!r}"[:200],
+                seen=f"adapter_names {mixed!r}"[:200],
                 next="set_adapter(name), and a call for each adapter's part of the batch",
                 code="no-mixed-batch",
             )

@@ -288,6 +288,8 @@ def test_adapters_by_the_sample() -> None:
     model.base_model.model.forward = lambda x, **swallowed: x
     with refused("no-mixed-batch", "adapter_names"):
         model(ids(2, 5), adapter_names=["default", "nobody"])
+    x = ids(2, 5)
+    assert model(x, adapter_names=None) is x  # as if it were not there, which is PEFT's
 
 
 def test_scripting_an_adapted_layer() -> None:

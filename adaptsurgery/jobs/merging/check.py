@@ -21,7 +21,8 @@ from adaptsurgery.checkpoint.safetensors import read_safetensors
 from adaptsurgery.jobs.inputs import open_base
 from adaptsurgery.jobs.merging.manifest import manifest_path
 from adaptsurgery.jobs.merging.matched import Change
-from adaptsurgery.jobs.merging.plan import MergePlan, Options, TensorEdit
+from adaptsurgery.jobs.merging.options import Options
+from adaptsurgery.jobs.merging.plan import MergePlan, TensorEdit
 from adaptsurgery.jobs.merging.planning import Adapters, planned
 from adaptsurgery.jobs.merging.quantised import Scale
 from adaptsurgery.jobs.report import Report, Row

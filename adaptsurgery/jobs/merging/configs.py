@@ -14,7 +14,7 @@ from adaptsurgery_formats import AdapterState
 
 if TYPE_CHECKING:
     from adaptsurgery.jobs.merging.matched import Matched
-    from adaptsurgery.jobs.merging.plan import Options
+    from adaptsurgery.jobs.merging.options import Options
 
 Config = Mapping[str, Any]
 FLAG = "tie_word_embeddings"

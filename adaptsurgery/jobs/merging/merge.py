@@ -10,7 +10,8 @@ from pathlib import Path
 from adaptsurgery.jobs.inputs import check_part
 from adaptsurgery.jobs.merging.check import distance
 from adaptsurgery.jobs.merging.manifest import manifest_path
-from adaptsurgery.jobs.merging.plan import MergePlan, Options, check_options
+from adaptsurgery.jobs.merging.options import Options
+from adaptsurgery.jobs.merging.plan import MergePlan, check_options
 from adaptsurgery.jobs.merging.planning import Adapters, planned
 from adaptsurgery.jobs.merging.run import (
     Norms,

@@ -21,6 +21,7 @@ from adaptsurgery.checkpoint.base import PICKLES, Base, BaseFile
 from adaptsurgery.jobs.inputs import Input, base_input, refuse_pickles
 from adaptsurgery.jobs.merging.configs import config_changes
 from adaptsurgery.jobs.merging.matched import Change, Matched, Saved, Target
+from adaptsurgery.jobs.merging.options import Options
 from adaptsurgery.jobs.merging.quantised import Quantised, Scale, quantised_of
 from adaptsurgery_formats import AdapterState, Note
 from adaptsurgery_formats.errors import FileError, ValueRefused, nearest
@@ -35,18 +36,6 @@ DTYPE_NAMES = {long: short for short, long in DTYPES.items()} | {"F64": "fp64"}
 COMPUTE = ("fp32", "fp64")
 _TORCH = 220 << 20  # what torch itself holds
 _SCRATCH = 12 << 20  # a worker's blocks
-
-
-@dataclass(frozen=True)
-class Options:
-    """How a plan is carried out; every field is a part of its digest."""
-
-    dtype: str = "auto"
-    compute: str = "fp32"
-    device: str = "cpu"
-    inverse: bool = False
-    max_shard_size: int = 0
-    dequantize: bool = False
 
 
 @dataclass(frozen=True)

@@ -18,7 +18,7 @@ from adaptsurgery.jobs.merging.configs import config_changes, patched
 from adaptsurgery.jobs.merging.match import match
 from adaptsurgery.jobs.merging.matched import Saved
 from adaptsurgery.jobs.merging.merge import merge, unmerge
-from adaptsurgery.jobs.merging.plan import Options
+from adaptsurgery.jobs.merging.options import Options
 from adaptsurgery.jobs.merging.tying import settle_ties
 from adaptsurgery_formats import AdapterState
 from adaptsurgery_formats.errors import SurgeryError

@@ -14,7 +14,8 @@ from test_awkward import base_file, peft_file, refused
 
 from adaptsurgery.jobs.merging.check import verify_merge
 from adaptsurgery.jobs.merging.merge import merge, plan_merge
-from adaptsurgery.jobs.merging.plan import MergePlan, Options
+from adaptsurgery.jobs.merging.options import Options
+from adaptsurgery.jobs.merging.plan import MergePlan
 from adaptsurgery_formats.errors import SurgeryError
 
 Tensors = dict[str, torch.Tensor]

@@ -19,7 +19,8 @@ from safetensors.torch import load_file, save_file
 from adaptsurgery.jobs.merging import run
 from adaptsurgery.jobs.merging.check import verify_merge
 from adaptsurgery.jobs.merging.merge import merge, plan_merge, unmerge
-from adaptsurgery.jobs.merging.plan import MergePlan, Options
+from adaptsurgery.jobs.merging.options import Options
+from adaptsurgery.jobs.merging.plan import MergePlan
 from adaptsurgery.jobs.merging.run import check_plan, run_plan
 from adaptsurgery.jobs.verify import VerificationError
 from adaptsurgery_formats.errors import SurgeryError

@@ -1,0 +1,17 @@
+"""What a merge is asked for, beside its base and adapters."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+
+@dataclass(frozen=True)
+class Options:
+    """How a plan is carried out; every field is a part of its digest."""
+
+    dtype: str = "auto"
+    compute: str = "fp32"
+    device: str = "cpu"
+    inverse: bool = False
+    max_shard_size: int = 0
+    dequantize: bool = False

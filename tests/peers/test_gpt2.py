@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import json
 from pathlib import Path
 
 import pytest
@@ -102,7 +103,10 @@ def test_lycoris_own_loader_refuses_conv1d_and_the_note_says_so(
     assert (apart / total) ** 0.5 == pytest.approx(report.facts["layers_error"], rel=1e-4)
 
 
-def test_peft_leaves_a_tied_head_behind_and_the_note_says_what_to_do(tmp_path: Path) -> None:
+@pytest.mark.parametrize("said", [True, False])  # transformers before 5 leaves a default out
+def test_peft_leaves_a_tied_head_behind_and_the_note_says_what_to_do(
+    tmp_path: Path, said: bool
+) -> None:
     torch.manual_seed(0)
     shape = {"n_embd": 24, "n_head": 2, "n_layer": 1, "vocab_size": 50, "n_positions": 16}
     model = GPT2LMHeadModel(GPT2Config(**shape)).eval()
@@ -111,6 +115,12 @@ def test_peft_leaves_a_tied_head_behind_and_the_note_says_what_to_do(tmp_path: P
         model.transformer.wte.weight.add_(torch.randn(50, 24), alpha=0.1)
         model.transformer.h[0].attn.c_attn.weight.add_(torch.randn(24, 72), alpha=0.1)
     model.save_pretrained(tmp_path / "tuned")
+    file = tmp_path / "tuned" / "config.json"
+    config = json.loads(file.read_text())
+    assert config["tie_word_embeddings"] is True
+    if not said:
+        del config["tie_word_embeddings"]
+        file.write_text(json.dumps(config))
     report = adaptsurgery.extract(tmp_path / "base", tmp_path / "tuned", tmp_path / "out", rank=24)
     [note] = [n for n in report.notes if n.code == "tied-head"]
     assert note.where == "transformer.wte.weight"

@@ -343,8 +343,13 @@ def _add_saved(
 
 
 def _heads_table(one: Dense, runner: Runner) -> bool:
-    """Whether a parameter is an embedding that an output head is tied to, as the config says."""
-    configs = runner.models["tuned"].configs
+    """Whether a parameter is an embedding that an output head is tied to, as the config says.
+
+    One that says nothing of it, as transformers before 5 wrote it, means so where no other of the
+    table's shape is stored.
+    """
+    tuned, shape = runner.models["tuned"], one.pair.tuned.shape
+    configs = tuned.configs
     config = configs.get(one.pair.component) or (
         next(iter(configs.values())) if len(configs) == 1 else {}
     )
@@ -354,8 +359,9 @@ def _heads_table(one: Dense, runner: Runner) -> bool:
         for kind in ("LMHead", "ForCausalLM", "ForMaskedLM", "ForConditionalGeneration", "ForPreTraining")
     )  # fmt: skip
     rows = config.get("vocab_size")
-    tied = bool(config.get("tie_word_embeddings"))
-    return one.kind == "embedding" and tied and headed and one.pair.tuned.shape[:1] == (rows,)
+    held = [p for of in tuned.parameters.values() for p in of.values() if p.shape == shape]
+    tied = config.get("tie_word_embeddings", len(held) == 1)
+    return one.kind == "embedding" and bool(tied) and headed and shape[:1] == (rows,)
 
 
 def _template(state: AdapterState, component: str, whole: list[str]) -> dict[str, Any]:

@@ -68,7 +68,7 @@ class HRA(Rotation):
         columns = self.u.detach().double()
         norms = torch.linalg.vector_norm(columns, dim=0)
         if not torch.isfinite(norms).all():
-            raise ValueRefused("hra: u holds numbers that are not finite", code="not-finite")
+            raise ValueRefused("hra: u holds numbers that are not finite", code="non-finite")
         if not norms.all():
             zeros = (norms == 0).nonzero().flatten().tolist()
             raise ValueRefused(

@@ -104,7 +104,7 @@ def difference(base: Tensor, tuned: Tensor) -> Tensor:
         found = widened(tuned) - widened(base)
         if not all(map(math.isfinite, map(float, torch.aminmax(found)))):
             raise ValueRefused(
-                "a weight, or the difference of the two, is not finite", code="not-finite"
+                "a weight, or the difference of the two, is not finite", code="non-finite"
             )
     return found
 

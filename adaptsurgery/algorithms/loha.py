@@ -191,8 +191,8 @@ def fit(base: Tensor, tuned: Tensor, goal: Goal, *, seed: int = 0) -> Fit:
     """A LoHa near W1 − W0, of the goal's size; convolutions flat, (o, i·∏k), at scale 1.
 
     Never farther than the LoRA of its rank. A product of rank r is found again where r² is at most a
-    quarter of the shorter of o and i·∏k; from a half on most are not: the search has then no smaller
-    space to go through, and ends at the error told. The best one cannot be told, so a rank found
+    quarter of the shorter of o and i·∏k; above it not always, and from that side on hardly ever: the
+    search has then no smaller space to go through. The best one cannot be told, so a rank found
     for ``energy`` or ``max_error`` is the least of those tried, by doubling and bisection. Raises
     ShapeError, ValueRefused.
     """

@@ -391,9 +391,7 @@ def _kept(shape: tuple[int, ...], dropped: float, like: Tensor) -> Tensor:
 
 def tensors_of(update: Update) -> dict[str, Tensor]:
     """The tensors of an update by slot."""
-    inner = getattr(update, "inner", None)
-    held = tensors_of(inner) if isinstance(inner, Update) else {}
-    return held | {name: value for name, value in vars(update).items() if isinstance(value, Tensor)}
+    return update.tensors()
 
 
 def kaiming_(tensor: Tensor, generator: torch.Generator | None) -> None:

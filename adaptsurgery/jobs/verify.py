@@ -291,13 +291,11 @@ def _bias_distance(
 
 
 def _bias(modules: list[ModuleState], loaded: Loaded) -> torch.Tensor | None:
-    from adaptsurgery.core.update import Delta, Renorm
+    from adaptsurgery.core.update import Delta
 
     found = None
     for module in modules:
-        update = update_of(module, loaded.names, loaded.state.where)
-        if isinstance(update, Renorm):
-            update = update.inner
+        update = update_of(module, loaded.names, loaded.state.where).plain
         if isinstance(update, Delta) and (shift := update.bias_delta()) is not None:
             part = update.scale * shift.double()
             found = part if found is None else found + part

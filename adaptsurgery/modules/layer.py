@@ -1,7 +1,7 @@
 """One adapted layer for every algorithm and every kind of layer.
 
 It holds the base layer and, per adapter, the tensors of an update under PEFT's names; its output is
-the base layer's with W' for W, by the law W' = W·R1·R2·… + Σ s·Δ, then a Renorm.
+the base layer's with W' for W, by the law of core/law.py.
 """
 
 from __future__ import annotations
@@ -19,7 +19,8 @@ from adaptsurgery.algorithms import ALGORITHMS, HRA, DoRA
 from adaptsurgery.core.config import AdapterConfig, tensors_of
 from adaptsurgery.core.cost import Form
 from adaptsurgery.core.geometry import Layer
-from adaptsurgery.core.update import Delta, Renorm, Rotation, Update, compose, only_whole, parts_of
+from adaptsurgery.core.law import order_of, unknown_update
+from adaptsurgery.core.update import Delta, Update, compose, is_reversible, only_whole, parts_of
 from adaptsurgery.modules import slots
 from adaptsurgery.modules.tracing import Recording, unreadable
 from adaptsurgery_formats.errors import ValueRefused
@@ -174,7 +175,9 @@ class AdaptedLayer(nn.Module):
 
     def add(self, adapter: str, update: Update, config: AdapterConfig | None = None) -> None:
         """Take the tensors of an update as an adapter's: they become parameters."""
-        inner = update.inner if isinstance(update, DoRA) else update
+        inner = update.plain
+        if not isinstance(inner, _BY_NAME.get(inner.name, ())):
+            raise unknown_update(inner, "a live layer")
         held = tensors_of(update)
         known = slots.suffixes(inner.name, self.kind == "embedding")
         self.settings[adapter] = Setting(
@@ -257,7 +260,8 @@ class AdaptedLayer(nn.Module):
 
     def _build(self, live: tuple[str, ...]) -> Built:
         layer = self.layer()
-        parts = sorted([(name, self.update(name)) for name in live], key=_place)
+        named = [(name, self.update(name)) for name in live]
+        parts = sorted(named, key=lambda part: order_of(part[1]))
         made = [layer.weight, layer.bias, *[t for _, p in parts for t in tensors_of(p).values()]]
         return Built(
             layer=layer,
@@ -357,9 +361,10 @@ class AdaptedLayer(nn.Module):
 
     @property
     def lasting(self) -> bool:
-        """Whether what is merged cannot be taken out: a DoRA, and the weight was not kept."""
-        doras = ("magnitude" in self.settings[name].suffixes for name in self.merged)
-        return any(doras) and (self._original is None or self._original[0] is None)
+        """Whether what is merged cannot be taken out (a DoRA), and the weight was not kept."""
+        if self._original is not None and self._original[0] is not None:
+            return False
+        return any(not is_reversible(self.update(name)) for name in self.merged)
 
     def _originals(self) -> tuple[Tensor, Tensor | None]:
         """The base layer's parameters without what is merged."""
@@ -409,8 +414,3 @@ class AdaptedLayer(nn.Module):
 
     def extra_repr(self) -> str:
         return ", ".join(f"{name}: {said.algorithm}" for name, said in self.settings.items())
-
-
-def _place(part: tuple[str, Update]) -> int:
-    """Where the law has an update: rotations, sums, a renorm."""
-    return 0 if isinstance(part[1], Rotation) else 2 if isinstance(part[1], Renorm) else 1

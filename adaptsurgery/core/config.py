@@ -25,6 +25,7 @@ from adaptsurgery.core.geometry import KERNEL_DIMS
 from adaptsurgery.core.update import Update
 from adaptsurgery_formats import peft_config
 from adaptsurgery_formats.errors import FileError, LayoutError, ShapeError, ValueRefused, nearest
+from adaptsurgery_formats.traits import traits_of
 
 FILE = "adapter_config.json"
 TASKS = (
@@ -168,11 +169,16 @@ class AdapterConfig(ABC, metaclass=_Checked):
 
     @classmethod
     def _type(cls) -> str:
-        return next(t for t, a in peft_config.PEFT_TYPES.items() if a == cls.algorithm)
+        return traits_of(cls.algorithm).peft_type
 
     @property
     def _init_field(self) -> str:
         return "init_weights"
+
+    @property
+    def options(self) -> dict[str, Any]:
+        """What an Update of this config takes beside its tensors and scale."""
+        return {}
 
     @property
     def unknown(self) -> list[str]:

@@ -27,6 +27,7 @@ from adaptsurgery.core.geometry import Layer
 from adaptsurgery.core.law import Order, in_order, order_of, unknown_update
 from adaptsurgery.core.rounding import round_into, rounded
 from adaptsurgery_formats.errors import InexactError, ShapeError, ValueRefused
+from adaptsurgery_formats.traits import traits_of
 
 U = TypeVar("U", bound="Update")
 Gates = Tensor | Sequence[Tensor | None] | None
@@ -39,13 +40,14 @@ class Update(ABC):
 
     ``order`` is its place among several on one weight, and whoever says none is refused there;
     ``weighs`` says whether it has a meaning at other strengths than 1, and ``reversible`` whether it
-    can be taken out of a weight again.
+    can be taken out of a weight again. ``takes`` is what its class takes beside tensors and options.
     """
 
     name: ClassVar[str] = ""
     order: ClassVar[Order | None] = None
     weighs: ClassVar[bool] = False
     reversible: ClassVar[bool] = False
+    takes: ClassVar[tuple[str, ...]] = ()
 
     @property
     def plain(self) -> Update:
@@ -149,6 +151,7 @@ class Delta(Update):
     order: ClassVar[Order] = Order.ADD
     weighs: ClassVar[bool] = True
     reversible: ClassVar[bool] = True
+    takes: ClassVar[tuple[str, ...]] = ("scale", "weight_shape")
 
     def __post_init__(self) -> None:
         if wrong := self.misfit():
@@ -157,19 +160,22 @@ class Delta(Update):
         if self.weight_shape is not None:
             self.check_fits(self.weight_shape)
 
-    @abstractmethod
     def misfit(self) -> str:
         """What does not fit in the slots' shapes, as algebra, or an empty string."""
+        return traits_of(self.name).misfit(self._shapes())
 
     @property
-    @abstractmethod
     def extent(self) -> tuple[int, int]:
         """Δ as a matrix: (o, i·∏k)."""
+        return traits_of(self.name).extent(self._shapes())
 
     @property
     def kernel(self) -> tuple[int, ...] | None:
         """The kernel's dims, or None where the tensors hide them."""
-        return None
+        return traits_of(self.name).kernel(self._shapes())
+
+    def _shapes(self) -> dict[str, tuple[int, ...]]:
+        return {slot: tuple(tensor.shape) for slot, tensor in self.tensors().items()}
 
     @abstractmethod
     def matrix(self) -> Tensor:
@@ -488,6 +494,7 @@ class Scaling(Update):
     order: ClassVar[Order] = Order.SCALE
     weighs: ClassVar[bool] = True
     reversible: ClassVar[bool] = True
+    takes: ClassVar[tuple[str, ...]] = ("scale",)
 
     @property
     @abstractmethod

@@ -15,7 +15,7 @@ from adaptsurgery.jobs.report import Report
 from adaptsurgery.modules import files, status
 from adaptsurgery.modules.injection import trainable_as_before
 from adaptsurgery.modules.layer import AdaptedLayer
-from adaptsurgery.modules.model import MODELS, AdaptedModel
+from adaptsurgery.modules.model import AdaptedModel, model_of
 from adaptsurgery.modules.walk import Walk
 from adaptsurgery_formats.errors import ValueRefused
 
@@ -49,11 +49,8 @@ class PeftModel(nn.Module):
         autocast_adapter_dtype: bool = True,
     ) -> None:
         super().__init__()
-        kind = (
-            AdaptedModel
-            if mixed
-            else MODELS.get(getattr(peft_config, "algorithm", ""), AdaptedModel)
-        )
+        algorithm = getattr(peft_config, "algorithm", "")
+        kind = AdaptedModel if mixed or not algorithm else model_of(algorithm)
         config = _with_head(model, peft_config)
         self.base_model = kind(
             model, config, adapter_name, low_cpu_mem_usage,
@@ -206,10 +203,11 @@ class PeftModel(nn.Module):
             "load_adapter under another name, or bring it to the same rank by `adaptsurgery resize`"
         )
         files.load_state(self.base_model, adapter, state, where=os.fspath(model_id), hint=hint)
-        turned = getattr(config, "apply_GS", False)
         for layer, scale in scales:
             said = layer.settings[adapter]
-            layer.settings[adapter] = replace(said, scale=scale, apply_gs=turned, config=config)
+            layer.settings[adapter] = replace(
+                said, scale=scale, options=config.options, config=config
+            )
         self.base_model.peft_config[adapter] = replace(config, inference_mode=held.inference_mode)
 
     def _new_scales(

@@ -25,7 +25,7 @@ from adaptsurgery.jobs.merging.options import Options
 from adaptsurgery.jobs.merging.quantised import Quantised, Scale, quantised_of
 from adaptsurgery_formats import AdapterState, Note
 from adaptsurgery_formats.errors import FileError, ValueRefused, nearest
-from adaptsurgery_formats.tensors import DTYPE_BYTES, FLOAT_DTYPES
+from adaptsurgery_formats.tensors import FLOAT_DTYPES, bytes_of
 
 VERSION = 1
 MANIFEST = "adaptsurgery_manifest.json"
@@ -68,7 +68,7 @@ class TensorEdit:
 
     @property
     def nbytes(self) -> int:
-        return math.prod(self.shape) * DTYPE_BYTES[self.dtype]
+        return bytes_of(self.dtype, self.shape)
 
     @property
     def copied(self) -> bool:

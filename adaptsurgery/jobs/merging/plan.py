@@ -155,7 +155,7 @@ class MergePlan:
                 data[name] = tuple(data[name])
             data["notes"] = tuple((a, b, c) for a, b, c in data["notes"])
             return cls(**data)
-        except (ValueError, TypeError, KeyError) as error:
+        except (ValueError, TypeError, KeyError, AttributeError, RecursionError) as error:
             raise FileError(
                 "this is no merge plan", seen=str(error)[:120], code="bad-plan"
             ) from None

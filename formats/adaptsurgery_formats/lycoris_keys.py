@@ -58,7 +58,6 @@ SUFFIXES: dict[str, tuple[str, str]] = {
     "alpha": ("", "alpha"),
     "dora_scale": ("", "magnitude"),
 }
-_SPELLED = {pair: suffix for suffix, pair in SUFFIXES.items()}
 # Suffixes that are known and not carried: the reason is told.
 _OFT = "Diag-OFT and BOFT rotate the output side; no layout here but LyCORIS's own holds that"
 REFUSED: dict[str, str] = {
@@ -269,10 +268,18 @@ def spell_module(module: ModuleState, name: str, keep: bool) -> dict[str, Tensor
     spelled = {}
     for slot, tensor in module.tensors.items():
         owner = "" if slot == "magnitude" else module.algorithm
-        spelled[f"{name}.{_SPELLED[owner, slot]}"] = tensor
+        spelled[f"{name}.{_suffix(owner, slot)}"] = tensor
     if (alpha := _spelled_alpha(module, keep)) is not None:
         spelled[f"{name}.alpha"] = alpha
     return spelled
+
+
+def _suffix(algorithm: str, slot: str) -> str:
+    """The suffix of an algorithm's slot. KeyRefused where the family has none."""
+    for suffix, owned in SUFFIXES.items():
+        if owned == (algorithm, slot):
+            return suffix
+    raise KeyRefused(f"{_FAMILY} have no key for the {slot} of a {algorithm}", code="unknown-slot")
 
 
 def _spelled_alpha(module: ModuleState, keep: bool) -> Tensor | None:

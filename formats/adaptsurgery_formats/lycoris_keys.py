@@ -249,7 +249,7 @@ _MERGE = "merge it into the base instead"
 def holds(module: ModuleState, shape: tuple[int, ...] | None = None) -> Unheld | None:
     """Why the family has no place for a module, or None where it has one."""
     if not any(algorithm == module.algorithm for algorithm, _ in SUFFIXES.values()):
-        return no_such(module.algorithm, _FAMILY)
+        return no_such(module.algorithm, f"{_FAMILY} have")
     if module.kind == "embedding":
         return Unheld("no-embedding", f"{_HELD} for an embedding", _MERGE)
     if "up_bias" in module.tensors:

@@ -383,7 +383,7 @@ def holds(module: ModuleState, shape: tuple[int, ...] | None) -> Unheld | None:
     method, row = _METHODS.get(module.algorithm), traits_of(module.algorithm)
     if method is None:
         if not row.dense:
-            return no_such(module.algorithm, "PEFT")
+            return no_such(module.algorithm, "PEFT has")
         what = f"PEFT has no {row.title}; merge it into the base, or keep --to lycoris"
         return Unheld(f"no-{module.algorithm}", what, _MERGE)
     if module.kind == "embedding" and "embedding" not in method.kinds:

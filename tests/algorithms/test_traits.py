@@ -93,7 +93,7 @@ def test_a_shape_that_does_not_fit_is_named(algorithm: str, data: st.DataObject)
     row = traits_of(algorithm)
     shapes = {slot: tuple(t.shape) for slot, t in tensors.items()}
     for slot, dim in row.ranks:
-        if slot in shapes and f"{slot[:-1]}a" in shapes or algorithm == "lora":
+        if (slot in shapes and f"{slot[:-1]}a" in shapes) or algorithm == "lora":
             grown = list(shapes[slot])
             grown[dim] += 1
             assert row.misfit({**shapes, slot: tuple(grown)})

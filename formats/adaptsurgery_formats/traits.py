@@ -28,6 +28,10 @@ def _nothing_wanted(shapes: Shapes) -> dict[str, Wanted]:
     return {}
 
 
+def _never(shapes: Shapes, options: Mapping[str, Any]) -> bool:
+    return False
+
+
 def _one(shapes: Shapes) -> int:
     return 1
 
@@ -36,7 +40,7 @@ def _one(shapes: Shapes) -> int:
 class Traits:
     """What is so of every module of one algorithm.
 
-    ``extent`` gives ΔW as a matrix, (o, i·∏k), with 0 for an o that the tensors do not show;
+    ``extent`` gives ΔW as a matrix, (o, i·∏k), with 0 for a size that the tensors do not show;
     ``kernel`` the kernel's dims, () for a linear's, None where the tensors hide them; ``wanted``
     the shapes that slots must have beside each other.
     """
@@ -53,6 +57,7 @@ class Traits:
     # How a module is cut and put together by its output rows.
     rows: tuple[str, ...] = ()  # the slots whose first dimension they are
     unit: Callable[[Shapes], int] = _one  # rows of ΔW to one of those slots'
+    cuts: bool = True  # whether it can be at all
     partial: bool = True  # whether parts of a fused weight may be missing: they then have rows of 0
     transposes_core: bool = (
         False  # whether a Tucker core puts the rows of a row slot in its columns
@@ -64,6 +69,10 @@ class Traits:
     pointwise: tuple[str, ...] = ()  # … and those where they are ones
     cores: tuple[str, ...] = ()  # beside which a spatial slot that is no core is pointwise
     options: Mapping[str, Any] = field(default_factory=dict)  # those that its update takes
+
+    # What it does to the bias.
+    shifts: tuple[str, ...] = ()  # the slots that are added to it
+    scales_bias: Callable[[Shapes, Mapping[str, Any]], bool] = _never  # by tensors and options
 
     # What kind of change it is.
     adds: bool = True  # W' = W + s·Δ
@@ -253,6 +262,7 @@ TRAITS: dict[str, Traits] = {
             ranks=(("down", 0),),
             rows=("up", "up_bias", "magnitude"),
             factor=("up",),
+            shifts=("up_bias",),
             spatial=("down", "mid"),
             pointwise=("up",),
             cores=("mid",),
@@ -342,6 +352,7 @@ TRAITS: dict[str, Traits] = {
             kernel=_spatial_kernel("diff"),
             wanted=_same_length("diff", "diff_b"),
             rows=("diff", "diff_b"),
+            shifts=("diff_b",),
             spatial=("diff",),
             scaled=False,
             dense=True,
@@ -354,6 +365,7 @@ TRAITS: dict[str, Traits] = {
             extent=lambda t: (t["w_norm" if "w_norm" in t else "b_norm"][0], 1),
             wanted=_same_length("w_norm", "b_norm"),
             rows=("w_norm", "b_norm"),
+            shifts=("b_norm",),
             scaled=False,
             dense=True,
             vector=True,

@@ -24,8 +24,8 @@ def is_transposed(module: ModuleState, shape: tuple[int, ...]) -> bool:
     if len(shape) != 2 or row.vector or not may_be_transposed(module):
         return False
     outputs, columns = delta_shape(module)
-    if not columns:  # of a bias alone, or of factors that show no shape
-        return False
+    if not columns:  # of a bias alone, or of one side's factors
+        return not row.dense and outputs not in (0, shape[0])
     if not outputs:
         return columns != shape[1]
     return module.kind == "embedding" or (outputs, columns) != shape
@@ -48,7 +48,7 @@ def turned_by(
     if len(shape) != 2 or row.vector or not may_be_transposed(module):
         return False
     outputs, columns = delta_shape(module)
-    if not columns:  # of a bias alone, or of factors that show no shape
+    if not columns:  # of a bias alone, or of one side's factors
         return conv1d_turned(name, shape, parameters, config)
     if row.dense:
         return (outputs, columns) != shape

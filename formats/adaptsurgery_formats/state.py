@@ -211,7 +211,7 @@ def kernel_of(module: ModuleState) -> tuple[int, ...] | None:
 
 def delta_shape(module: ModuleState) -> tuple[int, int]:
     """ΔW as a matrix: (o, i·∏k). What turns the inputs has no o, and gives (0, i·∏k)."""
-    return traits_of(module.algorithm).extent(shapes_of(module))
+    return traits_of(module.algorithm).extent(shapes_of(module), module.options)
 
 
 def lokr_shapes(module: ModuleState) -> tuple[tuple[int, int], tuple[int, int], tuple[int, ...]]:

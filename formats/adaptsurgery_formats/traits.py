@@ -17,6 +17,7 @@ from adaptsurgery_formats.errors import ValueRefused, nearest
 T = TypeVar("T")
 Shape = tuple[int, ...]
 Shapes = Mapping[str, Shape]
+Options = Mapping[str, Any]  # a module's
 Wanted = tuple[int | None, ...]  # a shape with None where any size will do
 
 
@@ -28,7 +29,7 @@ def _nothing_wanted(shapes: Shapes) -> dict[str, Wanted]:
     return {}
 
 
-def _never(shapes: Shapes, options: Mapping[str, Any]) -> bool:
+def _never(shapes: Shapes, options: Options) -> bool:
     return False
 
 
@@ -49,7 +50,7 @@ class Traits:
     title: str  # as it is written in text
     dims: Mapping[str, tuple[int, int]]  # slot → the fewest and the most dimensions it may have
     complete: tuple[tuple[str, ...], ...]  # of which sets one must be there; optional slots apart
-    extent: Callable[[Shapes], tuple[int, int]]
+    extent: Callable[[Shapes, Options], tuple[int, int]]
     kernel: Callable[[Shapes], Shape | None] = _no_kernel
     wanted: Callable[[Shapes], Mapping[str, Wanted]] = _nothing_wanted
     ranks: tuple[tuple[str, int], ...] = ()  # (slot, dimension) that is the rank: the first there
@@ -72,7 +73,7 @@ class Traits:
 
     # What it does to the bias.
     shifts: tuple[str, ...] = ()  # the slots that are added to it
-    scales_bias: Callable[[Shapes, Mapping[str, Any]], bool] = _never  # by tensors and options
+    scales_bias: Callable[[Shapes, Options], bool] = _never  # by tensors and options
 
     # What kind of change it is.
     adds: bool = True  # W' = W + s·Δ
@@ -147,7 +148,7 @@ class Traits:
         return found
 
 
-def _lora_extent(t: Shapes) -> tuple[int, int]:
+def _lora_extent(t: Shapes, options: Options) -> tuple[int, int]:
     return t["up"][0], t["down"][1] * math.prod(_lora_kernel(t))
 
 
@@ -166,7 +167,7 @@ def _lora_wanted(t: Shapes) -> dict[str, Wanted]:
     return wanted
 
 
-def _loha_extent(t: Shapes) -> tuple[int, int]:
+def _loha_extent(t: Shapes, options: Options) -> tuple[int, int]:
     if "t1" in t:
         return t["w1_a"][1], t["w1_b"][1] * math.prod(t["t1"][2:])
     return t["w1_a"][0], t["w1_b"][1]
@@ -197,7 +198,7 @@ def lokr_cuts(t: Shapes) -> tuple[tuple[int, int], tuple[int, int], Shape]:
     return (a, t["w2_a"][0]), (c, math.prod(t["w2_b"][1:])), ()
 
 
-def _lokr_extent(t: Shapes) -> tuple[int, int]:
+def _lokr_extent(t: Shapes, options: Options) -> tuple[int, int]:
     (a, b), (c, d), kernel = lokr_cuts(t)
     return a * b, c * d * math.prod(kernel)
 
@@ -226,7 +227,7 @@ def _same_length(whole: str, bias: str) -> Callable[[Shapes], dict[str, Wanted]]
     return wanted
 
 
-def _full_extent(t: Shapes) -> tuple[int, int]:
+def _full_extent(t: Shapes, options: Options) -> tuple[int, int]:
     shape = t["diff"] if "diff" in t else (t["diff_b"][0], 0)
     return shape[0], math.prod(shape[1:])
 
@@ -330,7 +331,7 @@ TRAITS: dict[str, Traits] = {
             title="HRA",
             dims={"u": _MATRIX},
             complete=(("u",),),
-            extent=lambda t: (0, t["u"][0]),
+            extent=lambda t, _: (0, t["u"][0]),
             ranks=(("u", -1),),
             partial=False,
             options={"apply_gs": False},
@@ -362,7 +363,7 @@ TRAITS: dict[str, Traits] = {
             title="norm difference",
             dims={"w_norm": _ROW, "b_norm": _ROW},
             complete=(("w_norm",), ("w_norm", "b_norm"), ("b_norm",)),
-            extent=lambda t: (t["w_norm" if "w_norm" in t else "b_norm"][0], 1),
+            extent=lambda t, _: (t["w_norm" if "w_norm" in t else "b_norm"][0], 1),
             wanted=_same_length("w_norm", "b_norm"),
             rows=("w_norm", "b_norm"),
             shifts=("b_norm",),

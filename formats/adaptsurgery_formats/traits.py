@@ -1,7 +1,8 @@
 """One row an algorithm: what its tensors are, what their shapes tell, and what may be done with them.
 
 Whatever asks which algorithms there are, or which of them has some property, reads ``TRAITS``; a
-name that is not in it is refused by ``traits_of``. The slots' shapes stand in ``state``. A shape
+name that is not in it is refused by ``traits_of``. The slots' shapes stand in words in ``state``, or
+in the algorithm's own file. A shape
 function takes the shapes of one module's slots, by slot.
 """
 
@@ -227,6 +228,19 @@ def _same_length(whole: str, bias: str) -> Callable[[Shapes], dict[str, Wanted]]
     return wanted
 
 
+def _ia3_extent(t: Shapes, options: Options) -> tuple[int, int]:
+    """(o, 0) or (0, i), of which a convolution's i does not tell i·∏k."""
+    shape = next(iter(t.values()))
+    if options.get("on_input"):
+        return 0, math.prod(shape) if len(shape) < 3 else 0
+    return math.prod(shape), 0
+
+
+def _ia3_wanted(t: Shapes) -> dict[str, Wanted]:
+    """Factors of one side, whatever dimensions of 1 stand around them."""
+    return {slot: (math.prod(s),) for slot, s in t.items() if max(s) != math.prod(s)}
+
+
 def _full_extent(t: Shapes, options: Options) -> tuple[int, int]:
     shape = t["diff"] if "diff" in t else (t["diff_b"][0], 0)
     return shape[0], math.prod(shape[1:])
@@ -343,6 +357,27 @@ TRAITS: dict[str, Traits] = {
             config="HRAConfig",
             peft_fields={"r": 8, "apply_GS": False, "init_weights": True, "bias": "none"},
             extracts=True,
+        ),
+        Traits(
+            name="ia3",
+            title="(IA)³",
+            dims={"l": _ANY, "w": _ANY},
+            complete=(("l",), ("w",)),
+            extent=_ia3_extent,
+            wanted=_ia3_wanted,
+            cuts=False,
+            partial=False,
+            options={"on_input": False},
+            scales_bias=lambda t, options: "l" in t and not options.get("on_input"),
+            adds=False,
+            scaled=False,
+            peft_type="IA3",
+            config="IA3Config",
+            peft_fields={
+                "feedforward_modules": None,
+                "fan_in_fan_out": False,
+                "init_ia3_weights": True,
+            },
         ),
         Traits(
             name="full",

@@ -47,10 +47,10 @@ def turned_by(
     row = traits_of(module.algorithm)
     if len(shape) != 2 or row.vector or not may_be_transposed(module):
         return False
-    outputs, columns = delta_shape(module)
-    if not columns:  # of a bias alone, or of one side's factors
-        return conv1d_turned(name, shape, parameters, config)
     if row.dense:
+        outputs, columns = delta_shape(module)
+        if not columns:  # of a bias alone
+            return conv1d_turned(name, shape, parameters, config)
         return (outputs, columns) != shape
     if module.kind == "embedding" or shape[0] != shape[1]:
         return is_transposed(module, shape)

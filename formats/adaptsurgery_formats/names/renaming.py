@@ -200,10 +200,11 @@ def _listed(segments: Sequence[Segment]) -> str:
 
 
 def _mixed(module: ModuleState, segments: Sequence[Segment], why: str) -> InexactError:
+    row = traits_of(module.algorithm)
     return InexactError(
         f"`{module.label}` cannot be carried over exactly: {why}",
         seen=f"one module is made of rows of {_listed(segments)}",
-        next=AS_LORA,
+        next=AS_LORA if row.adds or row.turns else "merge it into the base instead",
         code="fused-mixed",
     )
 

@@ -22,6 +22,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
+from adaptsurgery.checkpoint import system
 from adaptsurgery.checkpoint.failures import as_file_error, missing_file
 from adaptsurgery.checkpoint.safetensors import read_safetensors
 from adaptsurgery_formats.errors import FileError, NameLookupError, nearest
@@ -407,7 +408,7 @@ def _some(names: set[str], count: int = 3) -> str:
 def read_json(path: Path) -> dict[str, Any]:
     """A JSON object from a file; raises FileError ``bad-json``."""
     try:
-        found = json.loads(path.read_bytes().decode("utf-8"))
+        found = json.loads(system.read_text(path))
     except OSError as error:
         raise as_file_error(error, path, writing=False) from error
     except (ValueError, RecursionError) as error:

@@ -11,6 +11,7 @@ from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from adaptsurgery.checkpoint import system
 from adaptsurgery.checkpoint.safetensors import read_safetensors
 from adaptsurgery_formats import FORMATS, AdapterFile, AdapterState, Format, ModuleState
 from adaptsurgery_formats.detect import detect
@@ -249,7 +250,7 @@ def read_config(path: Path) -> dict[str, Any]:
     try:
         if path.stat().st_size > _MAX_CONFIG:
             raise FileError("it is too large for a config", where=str(path), code="bad-config")
-        text = path.read_text("utf-8")
+        text = system.read_text(path, _MAX_CONFIG)
         found = json.loads(text, parse_constant=_no_constant, parse_float=_finite)
     except OSError as error:
         raise FileError(f"it cannot be read: {error.strerror}", where=str(path)) from None

@@ -7,6 +7,7 @@ import pickle
 import re
 from typing import Any
 
+from adaptsurgery.checkpoint import system
 from adaptsurgery.checkpoint.failures import as_file_error
 from adaptsurgery_formats.errors import FileError, SurgeryError
 from adaptsurgery_formats.tensors import Tensor
@@ -36,7 +37,7 @@ def _load(where: str) -> Any:
     import torch
 
     try:
-        os.stat(where)
+        os.close(system.open_input(where))  # which notes it, and waits for no pipe
         try:
             return torch.load(where, map_location="cpu", weights_only=True, mmap=True)
         except RuntimeError as error:
@@ -47,6 +48,8 @@ def _load(where: str) -> Any:
         raise _refused(error, where) from error
     except OSError as error:
         raise as_file_error(error, where, writing=False) from error
+    except SurgeryError:
+        raise
     except Exception as error:  # torch raises many kinds on damaged input
         raise FileError(
             "the pickle is damaged",
@@ -106,7 +109,7 @@ def _tensors(found: dict[Any, Any], where: str) -> dict[str, Tensor]:
     tensors: dict[str, Tensor] = {}
     for key, value in found.items():
         try:
-            tensors[key] = from_torch(value)
+            tensors[key] = from_torch(value, where)
         except SurgeryError as error:
             raise FileError(f"`{key}`: {error.what}", where=where, seen=error.seen) from error
     return tensors

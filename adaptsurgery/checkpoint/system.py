@@ -18,6 +18,7 @@ from contextlib import suppress
 from io import BufferedReader, FileIO
 from typing import Any, BinaryIO
 
+from adaptsurgery.checkpoint.watched import note
 from adaptsurgery_formats.errors import FileError
 
 Path = str | os.PathLike[str]
@@ -55,10 +56,12 @@ def open_input(path: Path) -> int:
             raise not_a_file(path) from error
         raise
     try:
-        _check_regular(os.fstat(fd).st_mode, path)
+        described = os.fstat(fd)
+        _check_regular(described.st_mode, path)
     except BaseException:
         os.close(fd)
         raise
+    note(path, described)
     return fd
 
 

@@ -24,6 +24,7 @@ from adaptsurgery.core.blocks import (
     BlockEdit,
     Place,
     change_rows,
+    check_rows,
     check_places,
     edit_for,
     edit_of,
@@ -69,7 +70,7 @@ def fold(
 
     Raises, before anything is changed, NameLookupError ("unknown-module") for modules that the model
     does not have, ShapeError, ValueRefused ("quantised-weight", "no-weight", "two-renorms",
-    "not-on-device"); and while it changes, ValueRefused "non-finite" where float16 overflows.
+    "not-on-device"); and while it changes, ValueRefused "non-finite" where the result overflows.
     """
     return _run("fold", model, adapter, weight, compute, component, workers)
 
@@ -292,10 +293,11 @@ def _in_place(name: str, edit: BlockEdit, rows: Tensor, start: int, _: object) -
     with about(name):
         if rows.dtype == edit.compute:
             edit.apply(rows, start)
+            check_rows(rows, rows, start)
         elif edit.whole:
             changed = rows.to(edit.compute)
             edit.apply(changed, start)
-            settle(changed, rows, True, start)
+            settle(changed, rows, start)
         else:
             stride = min(rows.shape[0], edit.stride)
             scratch = torch.empty((stride, edit.columns), dtype=edit.compute, device=rows.device)
@@ -308,7 +310,7 @@ def _as_copy(name: str, edit: BlockEdit, stored: Tensor, _: object) -> None:
         changed = stored.to(edit.compute).contiguous().view(edit.rows, edit.columns)
         edit.apply(changed)
         out = torch.empty(changed.shape, dtype=stored.dtype, device=stored.device)
-        settle(changed, out, True)
+        settle(changed, out)
         stored.copy_(out.view(stored.shape))
 
 

@@ -19,7 +19,7 @@ from typing import Any
 
 from adaptsurgery.checkpoint import system
 from adaptsurgery.checkpoint.base import PICKLES, Base, BaseFile
-from adaptsurgery.jobs.inputs import Input, base_input, refuse_pickles
+from adaptsurgery.jobs.inputs import Input, base_input, beside_input, refuse_pickles
 from adaptsurgery.jobs.merging.configs import config_changes
 from adaptsurgery.jobs.merging.matched import Change, Matched, Saved, Target
 from adaptsurgery.jobs.merging.options import Options
@@ -97,7 +97,8 @@ class MergePlan:
     """Everything that has to be done, and for what. ``folder``: the output is a directory.
 
     ``indexes`` are the index files to write: name → component. ``configs``: patches of a
-    component's config.json. ``copies``: other files that come along.
+    component's config.json. ``copies``: other files that come along. ``beside``: those and the
+    base's indexes as inputs, told by size and time.
     """
 
     base: str
@@ -112,6 +113,7 @@ class MergePlan:
     modules: int = 0
     unmatched: tuple[str, ...] = ()
     notes: tuple[tuple[str, str, str], ...] = ()
+    beside: tuple[Input, ...] = ()
     version: int = VERSION
 
     @property
@@ -145,7 +147,8 @@ class MergePlan:
             data = json.loads(text)
             if data["version"] != VERSION:
                 raise ValueError(f"version {data['version']}")
-            data["files"] = tuple(Input(**f) for f in data["files"])
+            for name in ("files", "beside"):
+                data[name] = tuple(Input(**f) for f in data[name])
             data["adapters"] = tuple(
                 AdapterInput(**{**a, "files": tuple(Input(**f) for f in a["files"])})
                 for a in data["adapters"]
@@ -195,6 +198,7 @@ def build_plan(
     refuse_pickles(base)
     edits = _edits(base, [state for state, _ in adapters], found, options)
     jobs = _jobs(base, edits, options)
+    copies = tuple(_copies(base))
     return MergePlan(
         base=base.where,
         folder=base.folder is not None,
@@ -204,10 +208,11 @@ def build_plan(
         jobs=jobs,
         indexes=_indexes(base, jobs),
         configs=config_changes(base, found, [state for state, _ in adapters], untied, options),
-        copies=tuple(_copies(base)),
+        copies=copies,
         modules=found.modules,
         unmatched=tuple(found.unmatched),
         notes=tuple((n.code, n.where, n.text) for n in _notes(base, found, jobs)),
+        beside=tuple(beside_input(base, name) for name in (*copies, *base.indexes)),
     )
 
 

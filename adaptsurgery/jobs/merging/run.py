@@ -16,7 +16,9 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from adaptsurgery.checkpoint import atomic
+from adaptsurgery.checkpoint.finite import Nonfinite
 from adaptsurgery.checkpoint.safetensors import read_safetensors
+from adaptsurgery.checkpoint.watched import Watched, check_watched
 from adaptsurgery.checkpoint.writer import file_size
 from adaptsurgery.jobs.inputs import Input, check_inputs
 from adaptsurgery.jobs.merging.adapters import parse_adapter
@@ -74,12 +76,13 @@ def run_plan(
     states: Sequence[AdapterState] | None = None,
     progress: Progress | None = None,
     norms: bool = True,
+    watched: Watched | None = None,
 ) -> tuple[bool, Norms]:
     """Carry out every n-th job of a plan from the i-th on, (i, n) = ``part``.
 
     Whoever finishes the last of all jobs puts the output in its place. Returns whether that was
     done, and the norms of all finished tensors, unless ``norms`` is False. ``states`` are the
-    adapters, if they are parsed.
+    adapters, if they are parsed, and ``watched`` is what was read for them and for the plan.
     """
     index, count = part
     check_plan(plan, out, overwrite=overwrite, needed=True, parts=count)
@@ -104,7 +107,7 @@ def run_plan(
                 return True, made
             for number in range(index, len(plan.jobs), count):
                 runner.job(number)
-            return _finish(plan, place, out, overwrite)
+            return _finish(plan, place, out, overwrite, watched or {})
     except GoneError:
         made = _made(plan, out)
         if made is not None:
@@ -201,6 +204,7 @@ class _Runner:
 
         from adaptsurgery.checkpoint.stream import write_stream
 
+        nonfinite = Nonfinite(self.plan.options.allow_nonfinite)
         found = write_stream(
             work,
             {t.key: self._entry(t) for t in job.tensors},
@@ -210,8 +214,10 @@ class _Runner:
             progress=self._tell,
             norms=self.norms,
             device=self.plan.options.device,
+            nonfinite=nonfinite,
         )
-        return {key: _norms(value) for key, value in found.items()}
+        norms = {key: _norms(value) for key, value in found.items()}
+        return norms | {key: {"nonfinite": count} for key, count in nonfinite.computed.items()}
 
     def _entry(self, edit: TensorEdit) -> Entry:
         from adaptsurgery.checkpoint.stream import Entry
@@ -255,7 +261,7 @@ class _Runner:
         outputs = change.shape[int(change.turned)]
         span = (change.first, change.first + change.rows)
         return Place(
-            update_for(change, self.states),
+            update_for(change, self.states, self.plan.options.allow_nonfinite),
             self.plan.adapters[change.adapter].weight,
             rows=(change.at, change.at + change.rows),
             source=None if span == (0, outputs) else span,
@@ -273,7 +279,9 @@ def _norms(found: Any) -> dict[str, float]:
 # -- The end
 
 
-def _finish(plan: MergePlan, place: _Place, out: Path, overwrite: bool) -> tuple[bool, Norms]:
+def _finish(
+    plan: MergePlan, place: _Place, out: Path, overwrite: bool, watched: Watched
+) -> tuple[bool, Norms]:
     """Indexes, configs, other files, the manifest, and the rename; if every shard is there."""
     with place.lock("finish"):
         missing = [n for n in range(len(plan.jobs)) if not place.done(n)]
@@ -288,6 +296,8 @@ def _finish(plan: MergePlan, place: _Place, out: Path, overwrite: bool) -> tuple
             atomic.sync(place.files)
         else:  # so that a file never stands beside another one's manifest
             manifest_path(out, False).unlink(missing_ok=True)
+        check_inputs(_inputs(plan))  # again: configs, index and the rest were read just now
+        check_watched(watched)
         place.land(out, overwrite)
         return True, _close(plan, place, out)
 
@@ -397,7 +407,7 @@ def _copy(source: int, target: int, size: int) -> None:
 
 
 def _inputs(plan: MergePlan) -> list[Input]:
-    return [*plan.files, *(f for a in plan.adapters for f in a.files)]
+    return [*plan.files, *plan.beside, *(f for a in plan.adapters for f in a.files)]
 
 
 def _check_apart(plan: MergePlan, out: Path) -> None:

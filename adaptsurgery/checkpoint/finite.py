@@ -47,7 +47,7 @@ class Nonfinite:
 
 
 def listed(counts: Mapping[str, int]) -> str:
-    """"5 numbers that are NaN or infinite in 2 tensors (`a` 4, `b` 1)"."""
+    """ "5 numbers that are NaN or infinite in 2 tensors (`a` 4, `b` 1)"."""
     shown = ", ".join(f"`{key}` {count}" for key, count in list(counts.items())[:_SHOWN])
     more = f" and {len(counts) - _SHOWN} more" if len(counts) > _SHOWN else ""
     total = sum(counts.values())

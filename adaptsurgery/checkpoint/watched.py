@@ -78,6 +78,12 @@ def watching() -> Iterator[dict[str, Stamp]]:
             notes.outer.stamps.update({**notes.stamps, **notes.outer.stamps})
 
 
+def current() -> Watched:
+    """What has been noted so far by the innermost ``watching()``."""
+    notes = _current.get()
+    return {} if notes is None else notes.stamps
+
+
 @contextmanager
 def unchanged() -> Iterator[dict[str, Stamp]]:
     """Raise FileError "input-changed" where a file that is read within is not the same at its end.

@@ -22,7 +22,9 @@ def _size(ctx: click.Context, param: click.Parameter, value: str | None) -> int 
     """A number of bytes: 5GB, 500MB, 2GiB; a part of a byte is dropped, and less than one refused."""
     if value is None:
         return None
-    parts = re.fullmatch(r"([0-9]{1,20}(?:\.[0-9]{1,20})?)\s*(?:([KMGT])(i?))?B?", value.strip(), re.I)
+    parts = re.fullmatch(
+        r"([0-9]{1,20}(?:\.[0-9]{1,20})?)\s*(?:([KMGT])(i?))?B?", value.strip(), re.I
+    )
     size = 0
     if parts:
         power = "KMGT".find(parts[2].upper()) + 1 if parts[2] else 0

@@ -24,8 +24,8 @@ from adaptsurgery.core.blocks import (
     BlockEdit,
     Place,
     change_rows,
-    check_rows,
     check_places,
+    check_rows,
     edit_for,
     edit_of,
     settle,
@@ -331,6 +331,7 @@ def _saved(adapter: Mapping[str, Update], component: str | None) -> dict[str, Te
         if component is None or not several or name == component:
             prefix = f"{name}." if several and component is None else ""
             found.update({prefix + key: to_torch(tensor) for key, tensor in tensors.items()})
+    adapter.check_unchanged()
     return found
 
 

@@ -16,9 +16,11 @@ from typing import TYPE_CHECKING, Any
 
 from adaptsurgery.checkpoint import atomic, system
 from adaptsurgery.checkpoint.failures import as_file_error, missing_file
+from adaptsurgery.checkpoint.watched import check_watched, current, watching
 from adaptsurgery.jobs.adapter import Adapter
 from adaptsurgery.jobs.loading import load_state
 from adaptsurgery.jobs.report import Report, Row
+from adaptsurgery.jobs.values import SEEDS, check_whole
 from adaptsurgery_formats import Note
 from adaptsurgery_formats.errors import FileError, LayoutError, nearest
 from adaptsurgery_formats.names import names_of_base
@@ -79,7 +81,9 @@ def rewrite(
     _check_effect(config, listing, {"merge": merge, "mode": mode != "auto", "base": base is not None,
                                     "name": name != "default", "seed": seed is not None})  # fmt: skip
     _check_outputs((source, config, adapter), out, onnx, overwrite)
-    with _torch_to_itself():
+    if seed is not None:
+        check_whole("seed", seed, *SEEDS, code="bad-seed")
+    with _torch_to_itself(), watching():
         return _rewritten(
             source, out, listing, config, adapter, name, mode, merge, onnx, base, seed, overwrite, dry_run
         )  # fmt: skip
@@ -136,6 +140,7 @@ def _rewritten(
     if listing:
         return report
     changed = _changed(program, chosen, name, mode, merge, seed)
+    check_watched(current())  # all that is read has been
     report.facts["parameters"] = _parameters(program, changed, name, merge)
     if not dry_run:
         report.outputs = _write(changed, out, onnx, overwrite)

@@ -67,11 +67,13 @@ def stored(tensor: torch.Tensor, like: Sequence[Tensor]) -> Tensor:
         own = tensor.to(_DTYPES()[names.pop()])
         if torch.equal(own.double(), tensor):
             return from_torch(own)
+    numbers = tensor[tensor.isfinite()]
     wide = tensor.to(torch.float64 if "F64" in {t.dtype for t in like} else torch.float32)
-    if tensor.numel() and not (wide - tensor).abs().max() <= 1e-6 * tensor.abs().max():
+    apart = (wide - tensor)[tensor.isfinite()].abs()
+    if numbers.numel() and not apart.max() <= 1e-6 * numbers.abs().max():
         raise ValueRefused(
             "the rewritten factor has numbers too large or too small for float32",
-            seen=f"the largest is {float(tensor.abs().max()):.3g}",
+            seen=f"the largest is {float(numbers.abs().max()):.3g}",
             code="out-of-range",
         )
     return from_torch(wide.contiguous())

@@ -38,6 +38,10 @@ def nonfinite_allowed(allowed: bool = True) -> Iterator[None]:
         _allowed.reset(token)
 
 
+def is_nonfinite_allowed() -> bool:
+    return _allowed.get()
+
+
 def canonical_shape(module: ModuleState, names: Names | None) -> tuple[int, ...] | None:
     """The weight's shape (o, i, *k), turned round for weights stored (i, o); None if unknown."""
     component = names.components.get(module.component) if names else None

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from numbers import Integral
+
 from adaptsurgery.core.strength import is_lost
 from adaptsurgery_formats.errors import ValueRefused
 
@@ -12,8 +14,7 @@ def check_whole(
     option: str, value: object, least: int | None = 1, most: int | None = None, code: str = ""
 ) -> None:
     """Raise ValueRefused ("bad-number", or ``code``) unless it is an int from ``least`` to ``most``."""
-    whole = isinstance(value, int) and not isinstance(value, bool)
-    if whole and (least is None or value >= least) and (most is None or value <= most):  # type: ignore[operator]
+    if is_whole(value, least, most):
         return
     span = f"from {least} to {most}" if most is not None else f"of at least {least}"
     raise ValueRefused(
@@ -21,6 +22,13 @@ def check_whole(
         next="a whole number" + (f" {span}" if least is not None else ""),
         code=code or "bad-number",
     )
+
+
+def is_whole(value: object, least: int | None = 1, most: int | None = None) -> bool:
+    """Whether a value is an integer, of Python's or of numpy's, from ``least`` to ``most``."""
+    if not isinstance(value, Integral) or isinstance(value, bool):
+        return False
+    return (least is None or value >= least) and (most is None or value <= most)
 
 
 def read_number(text: str) -> float:

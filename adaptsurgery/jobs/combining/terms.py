@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 from dataclasses import dataclass, field, replace
 
+from adaptsurgery.core.strength import times
 from adaptsurgery.jobs.loading import Loaded
 from adaptsurgery.jobs.lowrank import in_naming
 from adaptsurgery_formats import Format, ModuleState
@@ -46,7 +47,7 @@ class Term:
 
     @property
     def coefficient(self) -> float:
-        return self.weight * self.module.scale
+        return times(self.weight, self.module.scale)
 
     def weighted(self) -> ModuleState:
         """The module with its coefficient for a scale, only to be measured."""

@@ -11,6 +11,7 @@ from typing import Any
 
 from adaptsurgery.checkpoint.atomic import sync_folder
 from adaptsurgery.checkpoint.base import Base
+from adaptsurgery.checkpoint.watched import check_watched, watching
 from adaptsurgery.jobs.convert import CARD, check_paths, writable, write_adapter
 from adaptsurgery.jobs.extract import summary
 from adaptsurgery.jobs.extract.options import Options, check_options
@@ -21,6 +22,7 @@ from adaptsurgery.jobs.inputs import check_part, open_base, refuse_pickles
 from adaptsurgery.jobs.loading import Loaded
 from adaptsurgery.jobs.partial import GoneError
 from adaptsurgery.jobs.report import Report
+from adaptsurgery.jobs.values import check_whole
 from adaptsurgery_formats import Note
 from adaptsurgery_formats.errors import SurgeryError, ValueRefused
 from adaptsurgery_formats.names import names_of_base
@@ -53,6 +55,7 @@ def extract(
     compare: bool = False,
     report: Named | None = None,
     allow_empty: bool = False,
+    allow_nonfinite: bool = False,
     overwrite: bool = False,
     dry_run: bool = False,
     workers: int = 2,
@@ -67,7 +70,8 @@ def extract(
     layer keeps; ``max_error``, ‖D − D̂‖/‖D‖ of each layer; ``budget``, parameters in all. Layers are
     Linear and convolutions, chosen by PEFT's rules from ``include`` and ``exclude``; ``conv_rank``
     is for kernels other than 1, ``rank_pattern`` overrules by PEFT's. Biases, norms, embeddings and
-    heads are kept dense as ``to`` can hold them, unless ``dense`` is False. ``compare`` measures
+    heads are kept dense as ``to`` can hold them, unless ``dense`` is False; ``allow_nonfinite`` keeps
+    those that are not finite too, to which no layer's factors can come near. ``compare`` measures
     the other algorithms at the same number of parameters. ``report`` is an .html or .json file.
 
     Both models are read tensor by tensor; the same seed gives the same bytes, whatever the workers
@@ -75,11 +79,12 @@ def extract(
     """
     goals = {"rank": rank, "energy": energy, "max_error": max_error, "budget": budget}
     goal, value = _goal(goals)
+    _check_numbers(workers, seed, factor, conv_rank, rank_pattern or {})
     page = _report_path(report, overwrite)
     options = Options(
         algorithm, goal, value, to, factor, decompose_both, conv_rank, tucker, tuple(include),
         tuple(exclude), dict(rank_pattern or {}), dtype, seed, dense, compare,
-        page is not None, allow_empty,
+        page is not None, allow_empty, allow_nonfinite,
     )  # fmt: skip
     check_options(options)
     part = check_part(shard_index, num_shards)
@@ -87,6 +92,22 @@ def extract(
         os.fspath(base), os.fspath(tuned), Path(out), options, page, overwrite, dry_run, workers,
         part, progress,
     )  # fmt: skip
+
+
+def _check_numbers(
+    workers: int, seed: int, factor: int | None, conv_rank: int | None, ranks: Mapping[str, int]
+) -> None:
+    """Raise ValueRefused ("bad-number") for a number that says nothing."""
+    check_whole("workers", workers)
+    check_whole("seed", seed, None)
+    if factor is not None:
+        check_whole("factor", factor, -1)
+        if not factor:
+            check_whole("factor", factor)
+    if conv_rank is not None:
+        check_whole("conv_rank", conv_rank)
+    for name, rank in ranks.items():
+        check_whole(f"rank_pattern of `{name}`", rank)
 
 
 def _goal(goals: Mapping[str, float | None]) -> tuple[str, float]:
@@ -130,7 +151,8 @@ def _run(
     part: tuple[int, int],
     progress: Progress | None,
 ) -> Report:
-    base, tuned = (open_base(name, headers=dry_run) for name in (base_name, tuned_name))
+    with watching() as watched:
+        base, tuned = (open_base(name, headers=dry_run) for name in (base_name, tuned_name))
     refuse_pickles(base)
     refuse_pickles(tuned)
     plan = build_plan(base, tuned, pair_up(base, tuned), options)
@@ -144,7 +166,7 @@ def _run(
     report.notes += (left := _abandoned(place))
     if dry_run:
         return report
-    runner = Runner(plan, place, base, tuned, progress)
+    runner = Runner(plan, place, base, tuned, progress, watched)
     found = _work(runner, place, out, part, workers)
     if found is None:
         report.facts["complete"] = False
@@ -228,10 +250,17 @@ def _write(state: Any, runner: Runner, place: Place, out: Path, overwrite: bool)
     loaded = _loaded(state, runner.models["base"])
     try:
         written = write_adapter(
-            loaded, place.content, runner.plan.options.to, overwrite=True, hashes=False
+            loaded,
+            place.content,
+            runner.plan.options.to,
+            allow_nonfinite=runner.plan.options.allow_nonfinite,
+            overwrite=True,
+            hashes=False,
         )
         for card in out.glob(f"**/{CARD}") if out.is_dir() else ():  # a model card stays
             shutil.copy2(card, place.content / card.relative_to(out))
+        check(runner.plan)
+        check_watched(runner.watched)
         place.land(out, overwrite)
         sync_folder(out.parent)
     except OSError as error:

@@ -290,7 +290,9 @@ def _change(update: Update, base: Tensor) -> Callable[[int, int], Tensor]:
     return turned
 
 
-def dense_norms(pair: Pair, slot: str, read: Read, dtype: str) -> dict[str, float]:
+def dense_norms(
+    pair: Pair, slot: str, read: Read, dtype: str, allowed: bool = False
+) -> dict[str, float]:
     """‖D‖, ‖W0‖, and what storing D in ``dtype`` loses, of a parameter that is no adapted weight.
 
     Of a grown table the rows that both have; a parameter of another shape, of another kind of
@@ -305,7 +307,7 @@ def dense_norms(pair: Pair, slot: str, read: Read, dtype: str) -> dict[str, floa
             number_of(read(side, pair), pair, side, way).double() for side in ("base", "tuned")
         )
     except ValueRefused:
-        if slot:
+        if slot and not allowed:
             raise
         return _unmeasured(pair, read)
     if base.shape != tuned.shape:

@@ -234,7 +234,9 @@ def _scale(out: torch.Tensor, scale: Scale, plan: MergePlan) -> None:
 def _update(change: Change, plan: MergePlan, states: list[AdapterState]) -> Update:
     from adaptsurgery.jobs.merging.updates import update_for
 
-    return update_for(change, states, allow_nonfinite=True).scaled(plan.adapters[change.adapter].weight)
+    return update_for(change, states, allow_nonfinite=True).scaled(
+        plan.adapters[change.adapter].weight
+    )
 
 
 def _apply(out: torch.Tensor, change: Change, update: Update, inverse: bool) -> None:

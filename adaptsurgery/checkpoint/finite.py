@@ -18,7 +18,7 @@ from operator import or_
 
 from adaptsurgery.checkpoint.safetensors import Span
 from adaptsurgery_formats import Note
-from adaptsurgery_formats.tensors import DTYPE_BYTES, Literal, Part, Tensor
+from adaptsurgery_formats.tensors import DTYPE_BITS, Literal, Part, Tensor, is_packed
 
 BLOCK = 256 * 1024  # stays in a core's cache; measured best between 128 KiB and 1 MiB
 _SHOWN = 3  # tensors that a note names
@@ -99,6 +99,11 @@ def scanned(dtype: str) -> bool:
     return dtype in _EXPONENTS
 
 
+def width_of(dtype: str) -> int:
+    """Bytes of a number that is looked at."""
+    return DTYPE_BITS[dtype] // 8
+
+
 def marks_of(dtype: str, block: bytes | bytearray) -> bytes | None:
     """A byte for each of a block's whole numbers, 1 where it is NaN or infinite; None if none is."""
     exponent = _EXPONENTS[dtype]
@@ -118,7 +123,7 @@ def marks_of(dtype: str, block: bytes | bytearray) -> bytes | None:
 def first_nonfinite(dtype: str, block: bytes | bytearray) -> int:
     """The byte offset of the first NaN or infinity in a block of whole numbers, or -1."""
     marks = marks_of(dtype, block)
-    return -1 if marks is None else marks.find(1) * DTYPE_BYTES[dtype]
+    return -1 if marks is None else marks.find(1) * width_of(dtype)
 
 
 def find_nonfinite(tensor: Tensor) -> int | None:
@@ -156,7 +161,7 @@ def count_nonfinite(tensor: Tensor) -> int:
 
 def whole_numbers(tensor: Tensor) -> tuple[Part, ...]:
     """A tensor's parts, or all its bytes in one where a part ends within a number."""
-    if len(tensor.parts) > 1 and tensor.numel:
+    if len(tensor.parts) > 1 and tensor.numel and not is_packed(tensor.dtype):
         width = tensor.nbytes // tensor.numel
         if any(part.nbytes % width for part in tensor.parts):
             return (Literal(tensor.read()),)

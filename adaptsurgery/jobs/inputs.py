@@ -12,7 +12,7 @@ from adaptsurgery.checkpoint import system
 from adaptsurgery.checkpoint.base import PICKLES, Base, BaseFile, find_weights, read_base
 from adaptsurgery.checkpoint.failures import as_file_error
 from adaptsurgery.checkpoint.hub import base_headers, resolve
-from adaptsurgery.checkpoint.watched import changed
+from adaptsurgery.checkpoint.watched import changed, note
 from adaptsurgery_formats.errors import FileError, ValueRefused
 
 
@@ -85,6 +85,7 @@ def beside_input(base: Base, name: str) -> Input:
         stat = os.stat(path)
     except OSError as error:
         raise as_file_error(error, path, writing=False) from error
+    note(path, stat)
     return Input(str(path.resolve()), stat.st_size, "", stat.st_mtime_ns)
 
 

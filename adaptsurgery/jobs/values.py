@@ -28,7 +28,8 @@ def is_whole(value: object, least: int | None = 1, most: int | None = None) -> b
     """Whether a value is an integer, of Python's or of numpy's, from ``least`` to ``most``."""
     if not isinstance(value, Integral) or isinstance(value, bool):
         return False
-    return (least is None or value >= least) and (most is None or value <= most)
+    number = int(value)
+    return (least is None or number >= least) and (most is None or number <= most)
 
 
 def read_number(text: str) -> float:

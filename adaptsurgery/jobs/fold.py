@@ -34,6 +34,7 @@ from adaptsurgery.core.geometry import Layer
 from adaptsurgery.core.update import Delta, Renorm, Update, parts_of
 from adaptsurgery.jobs.adapter import Adapter, load
 from adaptsurgery.jobs.report import Report, Row
+from adaptsurgery.jobs.values import check_whole
 from adaptsurgery_formats import Note
 from adaptsurgery_formats.errors import (
     InexactError,
@@ -102,6 +103,8 @@ def _run(
     component: str | None,
     workers: int | None,
 ) -> Report:
+    if workers is not None:
+        check_whole("workers", workers)
     work = _Work(model, compute, inverse=job == "unfold")
     for one, strength in _pairs(adapter, weight):
         work.take(one, strength, component)

@@ -13,6 +13,7 @@ from adaptsurgery.checkpoint.base import PICKLES, Base, BaseFile, find_weights, 
 from adaptsurgery.checkpoint.failures import as_file_error
 from adaptsurgery.checkpoint.hub import base_headers, resolve
 from adaptsurgery.checkpoint.watched import changed, note
+from adaptsurgery.jobs.values import is_whole
 from adaptsurgery_formats.errors import FileError, ValueRefused
 
 
@@ -102,7 +103,7 @@ def check_inputs(inputs: Iterable[Input]) -> None:
 
 def check_part(index: int, count: int) -> tuple[int, int]:
     """(index, count) of a part of a plan; raises ValueRefused where there is no such part."""
-    if count < 1 or not 0 <= index < count:
+    if not is_whole(count) or not is_whole(index, 0, count - 1):
         raise ValueRefused(
             f"there is no part {index} of {count}",
             next="--shard-index from 0 to --num-shards − 1",

@@ -22,7 +22,9 @@ from adaptsurgery.jobs.resize import resize
 from adaptsurgery_formats.errors import SurgeryError
 
 SIZE = 16
-DOWN, UP, ALPHA = (f"lora_unet_m_q.{end}" for end in ("lora_down.weight", "lora_up.weight", "alpha"))
+DOWN, UP, ALPHA = (
+    f"lora_unet_m_q.{end}" for end in ("lora_down.weight", "lora_up.weight", "alpha")
+)
 BAD = {"nan": math.nan, "inf": math.inf, "-inf": -math.inf}
 TORCH = {"fp32": torch.float32, "fp16": torch.float16, "bf16": torch.bfloat16}
 
@@ -258,7 +260,10 @@ def test_an_extraction_reads_numbers(desk: Desk) -> None:
     for allowed in (False, True):  # no factors come near to NaN
         desk.refused(
             lambda allowed=allowed: adaptsurgery.extract(
-                base, desk.root / "tuned.safetensors", desk.root / "out", rank=1,
+                base,
+                desk.root / "tuned.safetensors",
+                desk.root / "out",
+                rank=1,
                 allow_nonfinite=allowed,
             )  # fmt: skip
         )
@@ -270,29 +275,33 @@ def test_an_extraction_reads_numbers(desk: Desk) -> None:
 def test_the_same_bytes_are_the_same_update_and_it_is_said_what_they_are(
     desk: Desk, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    assert "not numbers" not in adaptsurgery.verify(desk.adapter(), desk.adapter()).verdict
+    base, clean = desk.base(), desk.adapter()
+    assert "not numbers" not in adaptsurgery.verify(clean, clean, base=base).verdict
     desk.lora[DOWN][0, :3] = math.nan
     desk.lora[UP][0, 0] = math.inf
     one, two = desk.adapter(), desk.adapter("two")
     said = "identical bytes, of which 4 are not numbers"
     for other in (one, two):
-        assert said in adaptsurgery.verify(one, other).verdict
-    assert run(["verify", str(one), str(two)]) == 0
+        assert said in adaptsurgery.verify(one, other, base=base).verdict
+    assert run(["verify", str(one), str(two), "--base", str(base)]) == 0
     assert said in capsys.readouterr().out
     desk.lora[UP][1, 1] = 5.0
-    assert run(["verify", str(one), str(desk.adapter("three"))]) == 1
+    assert run(["verify", str(one), str(desk.adapter("three")), "--base", str(base)]) == 1
 
 
 def test_a_zero_beside_nan_is_not_nothing(desk: Desk) -> None:
     """0·NaN is NaN: a module with both is in one file alone, and that is a difference."""
-    one = desk.adapter()
-    extra = {UP.replace("_q", "_k"): torch.zeros(SIZE, 2), DOWN.replace("_q", "_k"): numbers(5, 2, SIZE)}
+    one, base = desk.adapter(), desk.base()
+    extra = {
+        UP.replace("_q", "_k"): torch.zeros(SIZE, 2),
+        DOWN.replace("_q", "_k"): numbers(5, 2, SIZE),
+    }
     save_file({**desk.lora, **extra}, desk.root / "two.safetensors")
-    assert adaptsurgery.verify(one, desk.root / "two.safetensors").rows
+    assert adaptsurgery.verify(one, desk.root / "two.safetensors", base=base).rows
     extra[DOWN.replace("_q", "_k")] = torch.full((2, SIZE), math.nan)
     save_file({**desk.lora, **extra}, desk.root / "two.safetensors")
     with pytest.raises(SurgeryError, match="not-equal"):
-        adaptsurgery.verify(one, desk.root / "two.safetensors")
+        adaptsurgery.verify(one, desk.root / "two.safetensors", base=base)
 
 
 # -- Scales beyond float32
@@ -350,7 +359,10 @@ def test_a_weight_that_takes_a_scale_out_of_range(desk: Desk) -> None:
     desk.lora[ALPHA] = torch.tensor(1e-200, dtype=torch.float64)
     source, base = desk.adapter(), desk.base()
     for weight in (1e-200, -1e-200):
-        desk.refused(lambda w=weight: adaptsurgery.merge(base, (source, w), desk.out), "out-of-range")
         desk.refused(
-            lambda w=weight: adaptsurgery.combine([(source, w)], desk.out, base=base), "out-of-range"
+            lambda w=weight: adaptsurgery.merge(base, (source, w), desk.out), "out-of-range"
+        )
+        desk.refused(
+            lambda w=weight: adaptsurgery.combine([(source, w)], desk.out, base=base),
+            "out-of-range",
         )

@@ -265,7 +265,7 @@ def test_an_extraction_reads_numbers(desk: Desk) -> None:
                 desk.root / "out",
                 rank=1,
                 allow_nonfinite=allowed,
-            )  # fmt: skip
+            )
         )
 
 

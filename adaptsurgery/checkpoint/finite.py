@@ -39,11 +39,11 @@ class Nonfinite:
 
     def notes(self, where: str) -> list[Note]:
         """What there is to tell of the output ``where``."""
-        told = (
+        kinds = (
             ("nonfinite-copied", self.copied, "copied as they were"),
             ("nonfinite-written", self.computed, "written, as --allow-nonfinite says"),
         )
-        return [Note(code, where, f"{listed(c)}: {text}") for code, c, text in told if c]
+        return [Note(code, where, f"{listed(c)}: {text}") for code, c, text in kinds if c]
 
 
 def listed(counts: Mapping[str, int]) -> str:

@@ -23,6 +23,7 @@ from adaptsurgery.checkpoint.bridge import from_torch, to_torch
 from adaptsurgery.checkpoint.hub import resolve
 from adaptsurgery.checkpoint.pickles import read_pickle
 from adaptsurgery.checkpoint.safetensors import read_safetensors
+from adaptsurgery.checkpoint.watched import unchanged
 from adaptsurgery.checkpoint.writer import write_safetensors
 from adaptsurgery.core.config import FILE, AdapterConfig
 from adaptsurgery.core.update import is_finite
@@ -140,13 +141,14 @@ def _check_one_model(place: Path) -> None:
 
 
 def _tensors(folder: Path) -> dict[str, Tensor]:
-    if (folder / WEIGHTS).is_file():
-        found = read_safetensors(folder / WEIGHTS).tensors
-    elif (folder / "adapter_model.bin").is_file():
-        found = read_pickle(folder / "adapter_model.bin")
-    else:
-        raise FileError(f"there is no {WEIGHTS} in it", where=str(folder), code="no-such-file")
-    return {key: to_torch(tensor) for key, tensor in found.items()}
+    with unchanged():
+        if (folder / WEIGHTS).is_file():
+            found = read_safetensors(folder / WEIGHTS).tensors
+        elif (folder / "adapter_model.bin").is_file():
+            found = read_pickle(folder / "adapter_model.bin")
+        else:
+            raise FileError(f"there is no {WEIGHTS} in it", where=str(folder), code="no-such-file")
+        return {key: to_torch(tensor) for key, tensor in found.items()}
 
 
 def shapes_of(model: nn.Module) -> dict[str, tuple[int, ...]]:

@@ -58,9 +58,9 @@ class Desk:
             "base_model.model.m.k.weight": self.weights["m.k.weight"],
         }
         save_file(state, folder / "adapter_model.safetensors")
-        said = {"peft_type": "LORA", "r": 2, "lora_alpha": 1, "target_modules": ["q"],
+        words = {"peft_type": "LORA", "r": 2, "lora_alpha": 1, "target_modules": ["q"],
                 "modules_to_save": ["k"]}  # fmt: skip
-        (folder / "adapter_config.json").write_text(json.dumps(said | config))
+        (folder / "adapter_config.json").write_text(json.dumps(words | config))
         return folder
 
     def refused(self, job: Callable[[], object], code: str = "non-finite") -> None:
@@ -79,7 +79,7 @@ def desk(tmp_path: Path) -> Desk:
     return Desk(tmp_path)
 
 
-def told(report: Any, code: str) -> list[str]:
+def texts_of(report: Any, code: str) -> list[str]:
     return [note.text for note in report.notes if note.code == code]
 
 
@@ -101,7 +101,7 @@ def test_an_edited_tensor(desk: Desk, bad: str, job: Callable[..., Any]) -> None
     base, adapter = desk.base(), desk.adapter()
     desk.refused(lambda: job(base, adapter, desk.out))
     report = job(base, adapter, desk.out, allow_nonfinite=True)
-    (text,) = told(report, "nonfinite-written")
+    (text,) = texts_of(report, "nonfinite-written")
     assert "m.q.weight" in text and text.startswith("1 number")
     got = desk.merged()["m.q.weight"].double().numpy()
     want = oracle(desk, sign=1 if job is adaptsurgery.merge else -1)
@@ -129,11 +129,11 @@ def test_a_tensor_that_is_only_cast(desk: Desk, bad: str, dtype: str) -> None:
     base, adapter = desk.base(), desk.adapter()
     if dtype == "fp32":
         report = adaptsurgery.merge(base, adapter, desk.out, dtype=dtype)
-        assert not told(report, "nonfinite-written")
+        assert not texts_of(report, "nonfinite-written")
     else:
         desk.refused(lambda: adaptsurgery.merge(base, adapter, desk.out, dtype=dtype))
         report = adaptsurgery.merge(base, adapter, desk.out, dtype=dtype, allow_nonfinite=True)
-        assert "m.k.weight" in told(report, "nonfinite-written")[0]
+        assert "m.k.weight" in texts_of(report, "nonfinite-written")[0]
     got, want = desk.merged()["m.k.weight"], desk.weights["m.k.weight"].to(TORCH[dtype])
     assert torch.equal(got.isnan(), want.isnan())
     assert torch.equal(got[~got.isnan()], want[~want.isnan()])
@@ -184,7 +184,7 @@ def test_copied_factors_are_told(desk: Desk, job: str, bad: str) -> None:
     desk.lora[DOWN][1, 2:5] = BAD[bad]
     source, base = desk.adapter(), desk.base()
     report = JOBS[job](source, desk.out, base=base)
-    (text,) = told(report, "nonfinite-copied")
+    (text,) = texts_of(report, "nonfinite-copied")
     assert text.startswith("3 numbers") and DOWN.split(".")[-2] in text
     assert torch.equal(desk.merged()[_same_key(desk, DOWN)].isnan(), desk.lora[DOWN].isnan())
 
@@ -198,7 +198,7 @@ def test_a_copy_into_peft_and_a_saved_parameter(desk: Desk) -> None:
     desk.lora[UP][0, 0] = math.nan
     folder = desk.peft()
     report = adaptsurgery.convert(folder, desk.root / "again", "peft")
-    (text,) = told(report, "nonfinite-copied")
+    (text,) = texts_of(report, "nonfinite-copied")
     assert text.startswith("2 numbers that are NaN or infinite in 2 tensors")
 
 
@@ -206,7 +206,7 @@ def test_factors_of_a_pickle_are_copies_too(desk: Desk) -> None:
     desk.lora[UP][0, 0] = math.nan
     torch.save(desk.lora, desk.root / "adapter.pt")
     report = adaptsurgery.convert(desk.root / "adapter.pt", desk.out, "kohya", base=desk.base())
-    assert told(report, "nonfinite-copied")
+    assert texts_of(report, "nonfinite-copied")
 
 
 COMPUTED: dict[str, Callable[..., Any]] = {
@@ -240,7 +240,7 @@ def test_computed_factors_are_refused_unless_allowed(desk: Desk, job: str) -> No
     _loha(desk), _other(desk), desk.adapter(), desk.base()
     desk.refused(lambda: COMPUTED[job](desk))
     report = COMPUTED[job](desk, allow_nonfinite=True)
-    assert told(report, "nonfinite-written")
+    assert texts_of(report, "nonfinite-written")
     assert not all(t.isfinite().all() for t in desk.merged().values())
 
 
@@ -249,7 +249,7 @@ def test_what_cannot_be_cut_stays_as_it_is(desk: Desk) -> None:
     source = desk.adapter()
     desk.refused(lambda: resize(source, desk.out, rank=1))
     report = resize(source, desk.out, rank=1, allow_nonfinite=True)
-    assert told(report, "not-cut") and told(report, "nonfinite-copied")
+    assert texts_of(report, "not-cut") and texts_of(report, "nonfinite-copied")
     assert desk.merged()[UP].shape == (SIZE, 2)
 
 
@@ -280,11 +280,11 @@ def test_the_same_bytes_are_the_same_update_and_it_is_said_what_they_are(
     desk.lora[DOWN][0, :3] = math.nan
     desk.lora[UP][0, 0] = math.inf
     one, two = desk.adapter(), desk.adapter("two")
-    said = "identical bytes, of which 4 are not numbers"
+    words = "identical bytes, of which 4 are not numbers"
     for other in (one, two):
-        assert said in adaptsurgery.verify(one, other, base=base).verdict
+        assert words in adaptsurgery.verify(one, other, base=base).verdict
     assert run(["verify", str(one), str(two), "--base", str(base)]) == 0
-    assert said in capsys.readouterr().out
+    assert words in capsys.readouterr().out
     desk.lora[UP][1, 1] = 5.0
     assert run(["verify", str(one), str(desk.adapter("three")), "--base", str(base)]) == 1
 

@@ -69,13 +69,13 @@ def test_a_pattern_that_would_hang_or_is_none(
 
 WIDE = "[\x01-\uffff]"
 SLOW = {
-    "classes": "(?i)" + WIDE * 4000,
-    "classes in a group": "(?i:" + WIDE * 4000 + ")|fc",
-    "classes spelled out": "(?i)" + r"[\x01-\uffff]" * 4000,
-    "classes in octal": "(?i)" + r"[\1-\377]" * 40_000,
-    "ascii classes": "(?i)" + "[!-~]" * 200_000,
-    "many groups": "(?i)(?:" + "|".join(f"[!-~]{i:x}" for i in range(40_000)) + ")",
-}  # fmt: skip
+    "classes": f"(?i:{WIDE * 4000})",
+    "classes in a group": f"(?i:{WIDE * 4000})|fc",
+    "classes spelled out": "(?i:" + r"[\x01-\uffff]" * 4000 + ")",
+    "classes in octal": "(?i:" + r"[\1-\377]" * 40_000 + ")",
+    "ascii classes": "(?i:" + "[!-~]" * 200_000 + ")",
+    "many groups": "(?i:" + "|".join(f"[!-~]{i:x}" for i in range(40_000)) + ")",
+}
 
 
 @pytest.mark.parametrize("name", SLOW)
@@ -106,7 +106,7 @@ def test_patterns_that_end_are_matched_alike_here_and_apart() -> None:
 
     for pattern in (
         r".*é?fc",
-        "(?i)LAYERS.*FC",
+        "(?i:LAYERS.*FC)",
         r"[\x41-\uffff]+",
         "|".join(map(re.escape, NAMES)),
     ):
@@ -116,7 +116,7 @@ def test_patterns_that_end_are_matched_alike_here_and_apart() -> None:
         assert set(matcher.first_keys({pattern: 1})) == theirs
 
 
-@given(st.lists(st.text(st.sampled_from("ab.|-\\_é "), max_size=6), max_size=4))
+@given(st.lists(st.text(st.sampled_from("ab.|-\\_ "), max_size=6), max_size=4))
 def test_names_alone_are_matched_as_re_matches_them(parts: list[str]) -> None:
     import re
 

@@ -21,9 +21,9 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
+from adaptsurgery.checkpoint import system
 from adaptsurgery.checkpoint.failures import as_file_error, missing_file
 from adaptsurgery.checkpoint.safetensors import read_safetensors
-from adaptsurgery.checkpoint.system import read_file
 from adaptsurgery_formats.errors import FileError, NameLookupError, nearest
 from adaptsurgery_formats.reading import MAX_JSON, JsonObject, json_object, typed
 from adaptsurgery_formats.tensors import Tensor
@@ -413,7 +413,7 @@ def _some(names: set[str], count: int = 3) -> str:
 def read_json(path: Path) -> JsonObject:
     """A JSON object from a file; raises FileError ``bad-json``, ``absurd-size``, ``not-a-file``."""
     try:
-        return json_object(read_file(path, MAX_JSON), str(path))
+        return json_object(system.read_file(path, MAX_JSON), str(path))
     except OSError as error:
         raise as_file_error(error, path, writing=False) from error
 

@@ -15,6 +15,7 @@ import math
 import os
 from dataclasses import dataclass
 
+from adaptsurgery.checkpoint import system
 from adaptsurgery.checkpoint.failures import as_file_error
 from adaptsurgery.checkpoint.header import Entry, bad_header, duplicate_key, header_members, short
 from adaptsurgery_formats.errors import FileError
@@ -39,7 +40,7 @@ class Span:
     def read(self) -> bytes:
         """The bytes; raises FileError if the file is gone or has become shorter."""
         try:
-            fd = os.open(self.path, os.O_RDONLY | os.O_CLOEXEC)
+            fd = system.open_input(self.path)
             try:
                 return _pread(fd, self.nbytes, self.offset, self.path)
             finally:
@@ -49,9 +50,9 @@ class Span:
 
 
 def _pread(fd: int, count: int, offset: int, where: str) -> bytes:
-    data = os.pread(fd, count, offset)
+    data = system.read_at(fd, count, offset)
     while len(data) < count:
-        more = os.pread(fd, count - len(data), offset + len(data))
+        more = system.read_at(fd, count - len(data), offset + len(data))
         if not more:
             raise cut_short(where, offset + count, offset + len(data))
         data += more
@@ -83,16 +84,16 @@ class SafetensorsFile:
 def read_safetensors(path: str | os.PathLike[str]) -> SafetensorsFile:
     """The header of a safetensors file, with every tensor as a lazy span.
 
-    Raises FileError: ``no-such-file``, ``is-directory``, ``not-readable``, ``truncated-file``,
+    Raises FileError: ``no-such-file``, ``is-directory``, ``not-a-file``, ``not-readable``, ``truncated-file``,
     ``absurd-size``, ``bad-header``, ``duplicate-key``, ``overlapping-tensors``, ``gap-in-data``,
     ``trailing-bytes``.
     """
     where = os.fspath(path)
     try:
-        fd = os.open(where, os.O_RDONLY | os.O_CLOEXEC | os.O_NONBLOCK)  # no waiting for a pipe
+        fd = system.open_input(where)
         try:
             size = os.fstat(fd).st_size
-            length = _header_length(os.pread(fd, 8, 0), size, where)
+            length = _header_length(system.read_at(fd, 8, 0), size, where)
             raw = _pread(fd, length, 8, where)
         finally:
             os.close(fd)

@@ -9,8 +9,8 @@ from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from adaptsurgery.checkpoint import system
 from adaptsurgery.checkpoint.safetensors import read_safetensors
-from adaptsurgery.checkpoint.system import read_file
 from adaptsurgery_formats import FORMATS, AdapterFile, AdapterState, Format, ModuleState
 from adaptsurgery_formats.detect import detect
 from adaptsurgery_formats.errors import (
@@ -249,7 +249,9 @@ def read_config(path: Path) -> dict[str, Any]:
     try:
         if path.stat().st_size > _MAX_CONFIG:
             raise FileError("it is too large for a config", where=str(path), code="bad-config")
-        return json_object(read_file(path, _MAX_CONFIG), str(path), "bad-config", finite=True)
+        return json_object(
+            system.read_file(path, _MAX_CONFIG), str(path), "bad-config", finite=True
+        )
     except OSError as error:
         raise FileError(f"it cannot be read: {error.strerror}", where=str(path)) from None
 

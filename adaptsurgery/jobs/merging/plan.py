@@ -17,6 +17,7 @@ from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
+from adaptsurgery.checkpoint import system
 from adaptsurgery.checkpoint.base import PICKLES, Base, BaseFile
 from adaptsurgery.jobs.inputs import Input, base_input, refuse_pickles
 from adaptsurgery.jobs.merging.configs import config_changes
@@ -254,7 +255,7 @@ def adapter_input(path: Path, weight: float, layout: str) -> AdapterInput:
 
 
 def _hashed(path: Path) -> Input:
-    with open(path, "rb") as stream:
+    with system.open_file(path) as stream:
         digest = hashlib.file_digest(stream, "sha256").hexdigest()
         told = os.fstat(stream.fileno())
     return Input(str(path.resolve()), told.st_size, digest, told.st_mtime_ns)

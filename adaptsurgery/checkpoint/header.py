@@ -17,7 +17,7 @@ from adaptsurgery_formats.tensors import DTYPE_BITS
 
 _METADATA = "__metadata__"
 _MOST_OTHERS = 100  # faults that are put aside to tell of a name that comes twice
-_LONGEST_NAME = 1 << 20  # bytes of a key
+_LONGEST_NAME = 1 << 24  # bytes of a key
 _LONGEST_LIST = 1 << 20  # bytes of one list of numbers
 _WS = rb"[ \t\n\r]*"
 _NUMBER = rb"(?:0|[1-9][0-9]{0,17})"  # surely of 64 bits; longer ones take the longer way

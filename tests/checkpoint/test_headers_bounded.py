@@ -49,8 +49,10 @@ def entry(dtype: str = "U8", shape: str = "0", end: int = 0) -> str:
     return f'{{"dtype":"{dtype}","shape":[{shape}],"data_offsets":[0,{end}]}}'
 
 
-def numbered(piece: str, before: str = "{", after: str = "}") -> Callable[[], bytes]:
-    count = SIZE // (len(piece) + 5)
+def numbered(
+    piece: str, before: str = "{", after: str = "}", size: int = SIZE
+) -> Callable[[], bytes]:
+    count = size // (len(piece) + 5)
     return lambda: (before + ",".join(piece % i for i in range(count)) + after).encode()
 
 
@@ -70,6 +72,7 @@ HOSTILE: dict[str, Callable[[], bytes]] = {
     "numbers for tensors": numbered('"%x":1'),
     "fields": numbered('"%x":""', '{"a":{', "}}"),
     "metadata, then damage": numbered('"%x":""', '{"__metadata__":{', '},"b":1}'),
+    "as much as is read in one go": numbered('"%x":""', '{"__metadata__":{', '},"b":1}', 6_800_000),
     "tensors, then damage": numbered(f'"%x":{entry()}', "{", ',"b":1}'),
 }  # fmt: skip
 

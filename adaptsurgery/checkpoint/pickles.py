@@ -16,7 +16,10 @@ from adaptsurgery_formats.tensors import Tensor
 if TYPE_CHECKING:
     import torch
 
-_PACKED, _RATIO = 50 << 20, 20  # bytes that a packed file may unpack to, beside a multiple of its own
+_PACKED, _RATIO = (
+    50 << 20,
+    20,
+)  # bytes that a packed file may unpack to, beside a multiple of its own
 _EXPANDED = 256 << 20  # bytes of a tensor that is larger than its memory
 
 

@@ -331,7 +331,6 @@ def _write(
     program: ExportedProgram, out: AnyPath | None, onnx: AnyPath | None, overwrite: bool
 ) -> list[str]:
     """The files that were written. ONNX comes first, since it may fail."""
-    import torch
 
     from adaptsurgery.graph.onnx import export_onnx, files_of
 

@@ -23,7 +23,8 @@ from adaptsurgery.checkpoint.expressions import Unsafe, check_expression, check_
 
 _PIECES = (1 << 12, 1 << 16, 1 << 20)  # characters of text that are read at once
 _PADDING = 1 << 16  # characters of unknown fields
-_GRAPHS = 100  # in graphs
+_GRAPHS = 10_000  # in graphs
+_NUMBERS = 1 << 20  # in a list
 
 _BREAKS = re.compile(r"[\x00-\x1f\x7f\"'\\]")  # what ends a text in Python source
 _NAME = re.compile(r"(?!.*__import__)[^\W\d]\w*(\.\w+)*")
@@ -158,7 +159,11 @@ class _Walk:
             raise Misplaced(f"no such value belongs at {at}: {self.text[at : at + 60]!r}")
         closing = "]" if opening == "[" else "}"
         at = self.blank(at + 1)
+        left = _NUMBERS if isinstance(rule, Each) and callable(rule.rule) else len(self.text)
         while self.text[at : at + 1] != closing:
+            left -= 1
+            if left < 0:
+                raise Misplaced(f"a list of more than {_NUMBERS} numbers")
             child = rule.rule if isinstance(rule, Each) else None
             if child is None:
                 key, at = self.key(at)
@@ -191,6 +196,8 @@ def check(description: Description, rule: Any, value: Any) -> None:
     if isinstance(rule, Each) and isinstance(value, list):
         for item in value:
             check(description, rule.rule, item)
+    elif isinstance(rule, Fields) and value == {}:
+        raise Misplaced("an object without its fields")
     elif isinstance(rule, Fields | Named) and isinstance(value, dict):
         for key, item in value.items():
             check(description, _child(description, rule, key), item)
@@ -205,7 +212,7 @@ def _resolved(description: Description, rule: Any) -> Any:
     if rule != "graph":
         return rule
     description.graphs += 1
-    if description.graphs > _GRAPHS * 100:
+    if description.graphs > _GRAPHS:
         raise Misplaced("too many graphs in graphs")
     return _GRAPH
 

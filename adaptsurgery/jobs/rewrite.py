@@ -12,7 +12,7 @@ from dataclasses import dataclass, fields
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, BinaryIO
 
-from adaptsurgery.checkpoint import atomic
+from adaptsurgery.checkpoint import atomic, system
 from adaptsurgery.checkpoint.failures import as_file_error
 from adaptsurgery.checkpoint.programs import check_program
 from adaptsurgery.jobs.adapter import Adapter
@@ -350,7 +350,7 @@ def _save(program: ExportedProgram, path: Path) -> None:
     """Write a program; raises what went wrong, such as OSError where the disk is full."""
     import torch
 
-    with open(path, "wb") as file:
+    with system.new_file(path) as file:
         sink = _Sink(file)
         torch.export.save(program, sink)  # type: ignore[arg-type]
         if sink.error is not None:

@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-import json
-import math
 import os
 import re
 from collections.abc import Iterable, Mapping, Sequence
@@ -11,6 +9,7 @@ from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from adaptsurgery.checkpoint import system
 from adaptsurgery.checkpoint.safetensors import read_safetensors
 from adaptsurgery_formats import FORMATS, AdapterFile, AdapterState, Format, ModuleState
 from adaptsurgery_formats.detect import detect
@@ -25,6 +24,7 @@ from adaptsurgery_formats.errors import (
 )
 from adaptsurgery_formats.files import META_OURS, META_PREFIX
 from adaptsurgery_formats.names import TABLES, Names, names_of_base, table
+from adaptsurgery_formats.peft_config import MAX_CONFIG, parsed_config
 from adaptsurgery_formats.resolve import (
     refuse_twice,
     require_resolved,
@@ -42,7 +42,6 @@ _COMPONENT = re.compile(r"unet|transformer|text_encoder(_[23])?")
 CONFIG = "adapter_config.json"
 WEIGHTS = "adapter_model.safetensors"
 _PICKLES = (".bin", ".pt", ".pth", ".ckpt")
-_MAX_CONFIG = 64 << 20
 
 
 @dataclass
@@ -144,9 +143,8 @@ def _one_metadata(first: AdapterState, other: AdapterState) -> dict[str, str]:
 
 def _local_path(spec: str) -> Path:
     """A path that is there, or what the Hub has under the name; the Hub's room only then."""
-    local = Path(spec).expanduser()
-    if spec and os.path.lexists(local):
-        return local
+    if (local := system.local_path(spec)) is not None:
+        return Path(local)
     from adaptsurgery.checkpoint.hub import resolve
 
     return resolve(spec, kind="adapter")
@@ -247,27 +245,9 @@ def _read_file(path: Path, config: dict[str, Any] | None) -> AdapterFile:
 def read_config(path: Path) -> dict[str, Any]:
     """An adapter_config.json as an object; raises FileError for anything else."""
     try:
-        if path.stat().st_size > _MAX_CONFIG:
-            raise FileError("it is too large for a config", where=str(path), code="bad-config")
-        text = path.read_text("utf-8")
-        found = json.loads(text, parse_constant=_no_constant, parse_float=_finite)
+        return parsed_config(system.read_file(path, MAX_CONFIG), str(path))
     except OSError as error:
         raise FileError(f"it cannot be read: {error.strerror}", where=str(path)) from None
-    except (ValueError, RecursionError) as error:
-        raise FileError(f"it is not JSON: {error}", where=str(path), code="bad-config") from None
-    if not isinstance(found, dict):
-        raise FileError("it is not a JSON object", where=str(path), code="bad-config")
-    return found
-
-
-def _finite(text: str) -> float:
-    if not math.isfinite(number := float(text)):
-        raise ValueError(f"{text[:40]} is too large a number")
-    return number
-
-
-def _no_constant(name: str) -> float:
-    raise ValueError(f"{name} is no JSON number")
 
 
 def parse_files(files: list[AdapterFile], layout: str | None = None) -> AdapterState:

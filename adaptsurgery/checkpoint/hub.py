@@ -266,6 +266,16 @@ def _cached_root(spec: Spec) -> Path | None:
     return Path(found)
 
 
+def cached_path(spec: str) -> Path | None:
+    """What the local cache has of a name; None for what is no name on the Hub, or not there."""
+    try:
+        named = parse_spec(spec)
+        root = _cached_root(named)
+    except FileError:
+        return None
+    return root / named.inner if root is not None else None
+
+
 def _from_cache(spec: Spec, kind: Kind, one_file: bool, error: FileError) -> Path:
     """What the cache has of a spec; raises the network's error where it has nothing."""
     root = _cached_root(spec)

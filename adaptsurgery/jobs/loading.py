@@ -54,6 +54,11 @@ class Loaded:
     base: Base | None = None
     files: list[AdapterFile] = field(default_factory=list)
 
+    @property
+    def base_place(self) -> str | None:
+        """Where the base was read, if there is one."""
+        return self.base.where if self.base is not None else None
+
 
 def load_state(
     path: AnyPath | Sequence[AnyPath],

@@ -13,9 +13,10 @@ from torch import nn
 from adaptsurgery.core.config import AdapterConfig
 from adaptsurgery.jobs.report import Report
 from adaptsurgery.modules import files, status
-from adaptsurgery.modules.injection import trainable_as_before
+from adaptsurgery.modules.injection import check_unadapted
 from adaptsurgery.modules.layer import AdaptedLayer
 from adaptsurgery.modules.model import MODELS, AdaptedModel
+from adaptsurgery.modules.undo import as_before
 from adaptsurgery.modules.walk import Walk
 from adaptsurgery_formats.errors import ValueRefused
 
@@ -55,11 +56,13 @@ class PeftModel(nn.Module):
             else MODELS.get(getattr(peft_config, "algorithm", ""), AdaptedModel)
         )
         config = _with_head(model, peft_config)
-        self.base_model = kind(
-            model, config, adapter_name, low_cpu_mem_usage,
-            autocast_adapter_dtype=autocast_adapter_dtype,
-        )  # fmt: skip
-        self.training = model.training
+        check_unadapted(model)
+        with as_before(model):
+            self.base_model = kind(
+                model, config, adapter_name, low_cpu_mem_usage,
+                autocast_adapter_dtype=autocast_adapter_dtype,
+            )  # fmt: skip
+            self.training = model.training
 
     def __getattr__(self, name: str) -> Any:
         try:
@@ -145,13 +148,16 @@ class PeftModel(nn.Module):
         """
         read, state = files.read_adapter(os.fspath(model_id), model, base)
         config = replace(config or read, inference_mode=not is_trainable)
-        with trainable_as_before(model):
+        check_unadapted(model)
+        with as_before(model):
             made = cls(
                 model, config, adapter_name, mixed, low_cpu_mem_usage=not ignore,
                 autocast_adapter_dtype=autocast_adapter_dtype,
             )  # fmt: skip
-            made._load(adapter_name, state, ignore, os.fspath(model_id), whole=True)
-        return made
+            files.load_state(
+                made.base_model, adapter_name, state, ignore=ignore, where=os.fspath(model_id)
+            )
+            return made
 
     def load_adapter(
         self,
@@ -166,23 +172,14 @@ class PeftModel(nn.Module):
         """Put an adapter from a file beside the others, not active; see ``from_pretrained``."""
         config, state = files.read_adapter(os.fspath(model_id), self.get_base_model(), base)
         config = replace(config, inference_mode=not is_trainable)
-        self.add_adapter(
-            adapter_name, config, low_cpu_mem_usage=not ignore,
-            autocast_adapter_dtype=autocast_adapter_dtype,
-        )  # fmt: skip
-        self._load(adapter_name, state, ignore, os.fspath(model_id))
-
-    def _load(
-        self, adapter: str, state: Any, ignore: Collection[str], where: str, whole: bool = False
-    ) -> None:
-        try:
-            files.load_state(self.base_model, adapter, state, ignore=ignore, where=where)
-        except BaseException:
-            if whole:
-                self.base_model.unload()
-            else:
-                self.base_model.delete_adapter(adapter)
-            raise
+        with as_before(self):
+            self.add_adapter(
+                adapter_name, config, low_cpu_mem_usage=not ignore,
+                autocast_adapter_dtype=autocast_adapter_dtype,
+            )  # fmt: skip
+            files.load_state(
+                self.base_model, adapter_name, state, ignore=ignore, where=os.fspath(model_id)
+            )
 
     def hotswap_adapter(self, model_id: AnyPath, adapter_name: str = "default") -> None:
         """Put a file's numbers into an adapter's own tensors: nothing that holds them notices.
@@ -205,12 +202,14 @@ class PeftModel(nn.Module):
         hint = (
             "load_adapter under another name, or bring it to the same rank by `adaptsurgery resize`"
         )
-        files.load_state(self.base_model, adapter, state, where=os.fspath(model_id), hint=hint)
         turned = getattr(config, "apply_GS", False)
-        for layer, scale in scales:
-            said = layer.settings[adapter]
-            layer.settings[adapter] = replace(said, scale=scale, apply_gs=turned, config=config)
-        self.base_model.peft_config[adapter] = replace(config, inference_mode=held.inference_mode)
+        taken = replace(config, inference_mode=held.inference_mode)
+        with as_before(self):
+            for layer, scale in scales:
+                said = layer.settings[adapter]
+                layer.settings[adapter] = replace(said, scale=scale, apply_gs=turned, config=config)
+            self.base_model.peft_config[adapter] = taken
+            files.load_state(self.base_model, adapter, state, where=os.fspath(model_id), hint=hint)
 
     def _new_scales(
         self, adapter: str, config: AdapterConfig, where: str
@@ -270,10 +269,12 @@ def get_peft_model(
     name = getattr(getattr(model, "config", None), "_name_or_path", None)
     if isinstance(peft_config, AdapterConfig) and peft_config.base_model_name_or_path is None:
         peft_config = replace(peft_config, base_model_name_or_path=name or None)
-    return PeftModel(
-        model, peft_config, adapter_name, mixed, low_cpu_mem_usage,
-        autocast_adapter_dtype=autocast_adapter_dtype,
-    )  # fmt: skip
+    check_unadapted(model)
+    with as_before(model):
+        return PeftModel(
+            model, peft_config, adapter_name, mixed, low_cpu_mem_usage,
+            autocast_adapter_dtype=autocast_adapter_dtype,
+        )  # fmt: skip
 
 
 def _with_head(model: nn.Module, config: AdapterConfig) -> AdapterConfig:

@@ -28,7 +28,7 @@ from adaptsurgery.modules.injection import (
 )
 from adaptsurgery.modules.layer import AdaptedLayer
 from adaptsurgery.modules.saved import SavedModule
-from adaptsurgery.modules.undo import as_before
+from adaptsurgery.modules.undo import Before
 from adaptsurgery.modules.walk import Walk, holders, model_type, outputs
 from adaptsurgery.targeting import Targets, find_targets
 from adaptsurgery_formats.errors import (
@@ -74,11 +74,15 @@ class AdaptedModel(nn.Module):
         self.enabled, self.inference = True, False  # adapters compute; the active ones do not train
         configs = list(config.items()) if isinstance(config, Mapping) else [(adapter_name, config)]
         given: dict[str, Any] = {"autocast_adapter_dtype": autocast_adapter_dtype}
-        with as_before(model):
+        before = Before(model)
+        try:
             model.requires_grad_(False)
             for name, one in configs:
                 self.add_adapter(name, one, low_cpu_mem_usage, state_dict=state_dict, **given)
             self.set_adapter(configs[0][0], inference_mode=configs[0][1].inference_mode)
+        except BaseException:
+            before.restore()
+            raise
 
     def __getattr__(self, name: str) -> Any:
         try:
@@ -179,12 +183,17 @@ class AdaptedModel(nn.Module):
             warnings.warn(f"{note.where}: {note.text} [{note.code}]", stacklevel=4)
         with uncollected():
             layers = planned(walk, found.chosen, config, low_cpu_mem_usage, autocast_adapter_dtype)
-        with as_before(self), uncollected():
-            attach(walk, adapter_name, config, layers)
+        before = Before(self)
+        try:
+            with uncollected():
+                attach(walk, adapter_name, config, layers)
             save_whole(walk, adapter_name, found.saved)
             self.peft_config[adapter_name] = config
             train_biases(self.model, config, [layer for layer, _ in layers])
             self._activate()
+        except BaseException:
+            before.restore()
+            raise
 
     def _targets(self, walk: Walk, config: AdapterConfig) -> Targets:
         kind, heads = model_type(self.model), outputs(walk, self.model)

@@ -16,7 +16,7 @@ from adaptsurgery.modules import files, status
 from adaptsurgery.modules.injection import check_unadapted
 from adaptsurgery.modules.layer import AdaptedLayer
 from adaptsurgery.modules.model import MODELS, AdaptedModel
-from adaptsurgery.modules.undo import as_before
+from adaptsurgery.modules.undo import Before
 from adaptsurgery.modules.walk import Walk
 from adaptsurgery_formats.errors import ValueRefused
 
@@ -56,13 +56,11 @@ class PeftModel(nn.Module):
             else MODELS.get(getattr(peft_config, "algorithm", ""), AdaptedModel)
         )
         config = _with_head(model, peft_config)
-        check_unadapted(model)
-        with as_before(model):
-            self.base_model = kind(
-                model, config, adapter_name, low_cpu_mem_usage,
-                autocast_adapter_dtype=autocast_adapter_dtype,
-            )  # fmt: skip
-            self.training = model.training
+        self.base_model = kind(
+            model, config, adapter_name, low_cpu_mem_usage,
+            autocast_adapter_dtype=autocast_adapter_dtype,
+        )  # fmt: skip
+        self.training = model.training
 
     def __getattr__(self, name: str) -> Any:
         try:
@@ -149,7 +147,8 @@ class PeftModel(nn.Module):
         read, state = files.read_adapter(os.fspath(model_id), model, base)
         config = replace(config or read, inference_mode=not is_trainable)
         check_unadapted(model)
-        with as_before(model):
+        before = Before(model)
+        try:
             made = cls(
                 model, config, adapter_name, mixed, low_cpu_mem_usage=not ignore,
                 autocast_adapter_dtype=autocast_adapter_dtype,
@@ -158,6 +157,9 @@ class PeftModel(nn.Module):
                 made.base_model, adapter_name, state, ignore=ignore, where=os.fspath(model_id)
             )
             return made
+        except BaseException:
+            before.restore()
+            raise
 
     def load_adapter(
         self,
@@ -172,7 +174,8 @@ class PeftModel(nn.Module):
         """Put an adapter from a file beside the others, not active; see ``from_pretrained``."""
         config, state = files.read_adapter(os.fspath(model_id), self.get_base_model(), base)
         config = replace(config, inference_mode=not is_trainable)
-        with as_before(self):
+        before = Before(self)
+        try:
             self.add_adapter(
                 adapter_name, config, low_cpu_mem_usage=not ignore,
                 autocast_adapter_dtype=autocast_adapter_dtype,
@@ -180,6 +183,9 @@ class PeftModel(nn.Module):
             files.load_state(
                 self.base_model, adapter_name, state, ignore=ignore, where=os.fspath(model_id)
             )
+        except BaseException:
+            before.restore()
+            raise
 
     def hotswap_adapter(self, model_id: AnyPath, adapter_name: str = "default") -> None:
         """Put a file's numbers into an adapter's own tensors: nothing that holds them notices.
@@ -204,12 +210,16 @@ class PeftModel(nn.Module):
         )
         turned = getattr(config, "apply_GS", False)
         taken = replace(config, inference_mode=held.inference_mode)
-        with as_before(self):
+        before = Before(self)
+        try:
             for layer, scale in scales:
                 said = layer.settings[adapter]
                 layer.settings[adapter] = replace(said, scale=scale, apply_gs=turned, config=config)
             self.base_model.peft_config[adapter] = taken
             files.load_state(self.base_model, adapter, state, where=os.fspath(model_id), hint=hint)
+        except BaseException:
+            before.restore()
+            raise
 
     def _new_scales(
         self, adapter: str, config: AdapterConfig, where: str
@@ -270,11 +280,15 @@ def get_peft_model(
     if isinstance(peft_config, AdapterConfig) and peft_config.base_model_name_or_path is None:
         peft_config = replace(peft_config, base_model_name_or_path=name or None)
     check_unadapted(model)
-    with as_before(model):
+    before = Before(model)
+    try:
         return PeftModel(
             model, peft_config, adapter_name, mixed, low_cpu_mem_usage,
             autocast_adapter_dtype=autocast_adapter_dtype,
         )  # fmt: skip
+    except BaseException:
+        before.restore()
+        raise
 
 
 def _with_head(model: nn.Module, config: AdapterConfig) -> AdapterConfig:

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 from collections.abc import Iterator, Mapping
-from contextlib import contextmanager
 from typing import Any
 
 from torch import nn
@@ -12,24 +11,14 @@ from torch import nn
 _HELD = ("_modules", "_parameters", "_buffers")
 
 
-@contextmanager
-def as_before(model: nn.Module) -> Iterator[None]:
-    """Where what is within fails, by an error or an interrupt, the model is as it was before it.
+class Before:
+    """What a model's modules hold, noted before a change that may fail or be interrupted.
 
-    Its modules, parameters and buffers are the very same again, trainable where they were, and the
-    modules of this room have their settings back. Numbers that were changed in place are not. What
-    another thread changed meanwhile is undone too, so what can be refused is refused before this.
+    Nothing is copied but dicts of names. ``restore`` gives the modules the very same modules,
+    parameters and buffers again, trainable where they were, and those of this room their settings;
+    numbers that were changed in place stay. It undoes what another thread did meanwhile too, so what
+    can be refused is refused before. Used by try and except, which an interrupt cannot slip out of.
     """
-    before = _Before(model)
-    try:
-        yield
-    except BaseException:
-        before.restore()
-        raise
-
-
-class _Before:
-    """What a model's modules hold, by reference: nothing is copied but dicts of names."""
 
     def __init__(self, model: nn.Module) -> None:
         self.modules = list(_below(model))

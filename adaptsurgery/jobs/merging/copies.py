@@ -37,22 +37,24 @@ def look_beside(folder: Path) -> Beside:
     """
     beside = Beside()
     inside = _Inside(folder)
-    left = [("", frozenset([os.path.realpath(folder)]))]
+    root = os.path.realpath(folder)
+    left = [("", root, frozenset([root]))]
     seen = 0
     while left:
-        name, above = left.pop()
+        name, place, above = left.pop()
         for entry in _entries(folder / name, name, beside):
             seen += 1
             path = f"{name}/{entry.name}" if name else entry.name
             if seen > MOST_FILES or path.count("/") > DEEPEST:
                 raise _too_much(folder, f"over {MOST_FILES} files, or folders {DEEPEST} deep")
-            real = os.path.realpath(entry.path)
-            if entry.is_symlink() and not inside.has(real):
+            link = entry.is_symlink()
+            real = os.path.realpath(entry.path) if link else os.path.join(place, entry.name)
+            if link and not inside.has(real):
                 beside.strays[path] = os.readlink(entry.path)
             elif not entry.is_dir():
                 beside.files.append(path)
             elif real not in above:  # a link to what it lies in would have no end
-                left.append((path, above | {real}))
+                left.append((path, real, above | {real}))
     beside.files.sort()
     return beside
 

@@ -14,6 +14,7 @@ from contextlib import contextmanager, suppress
 from fnmatch import fnmatchcase
 from pathlib import Path
 
+from adaptsurgery.checkpoint import system
 from adaptsurgery.checkpoint.failures import FULL, as_file_error
 from adaptsurgery_formats.errors import FileError, SurgeryError
 
@@ -84,7 +85,7 @@ def check_output(
         raise as_file_error(error, where, writing=True) from error
     if mode is not None:
         _check_existing(target, mode, overwrite, directory, replaceable)
-    if needed > _free(target.parent):
+    if needed > system.free_space(target.parent):
         raise _no_space(target, needed)
 
 
@@ -93,15 +94,10 @@ def _no_space(target: Path, needed: int) -> FileError:
     return FileError(
         "there is no room to write it",
         where=str(target),
-        seen=f"{wanted}{_free(target.parent)} free",
+        seen=f"{wanted}{system.free_space(target.parent)} free",
         next="free some space, or write to another disk",
         code="no-space",
     )
-
-
-def _free(folder: Path) -> int:
-    disk = os.statvfs(folder)
-    return disk.f_bavail * disk.f_frsize
 
 
 def _check_parent(target: Path) -> None:

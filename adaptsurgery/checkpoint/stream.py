@@ -10,7 +10,6 @@ together (``BlockEdit.whole``), which holds its tensor in the compute dtype.
 
 from __future__ import annotations
 
-import errno
 import math
 import os
 from collections.abc import Callable, Iterator, Mapping
@@ -19,6 +18,7 @@ from functools import partial
 from threading import Lock
 from typing import TYPE_CHECKING
 
+from adaptsurgery.checkpoint import system
 from adaptsurgery.checkpoint.bridge import torch_device, torch_dtype
 from adaptsurgery.checkpoint.failures import as_file_error
 from adaptsurgery.checkpoint.pool import about, run
@@ -32,10 +32,9 @@ if TYPE_CHECKING:
 
     from adaptsurgery.core.blocks import BlockEdit, Norms
 
-Buffer = bytes | bytearray | memoryview
+Buffer = system.Buffer
 COPY = 16 << 20  # bytes that the kernel moves in one job
 PIECE = 1 << 20  # bytes read, changed and written in one job
-_NO_KERNEL_COPY = (errno.EXDEV, errno.EINVAL, errno.ENOSYS, errno.EOPNOTSUPP, errno.EPERM)
 
 
 @dataclass(frozen=True)
@@ -362,8 +361,8 @@ class _Target:
 
     def __enter__(self) -> _Target:
         try:
-            self.fd = os.open(self.where, os.O_RDWR | os.O_CREAT | os.O_EXCL | os.O_CLOEXEC, 0o666)
-            os.ftruncate(self.fd, self.size)
+            self.fd = system.open_new(self.where)
+            system.resize(self.fd, self.size)
         except FileExistsError:
             raise FileError("it exists already", where=self.where, code="output-exists") from None
         except OSError as error:
@@ -379,7 +378,7 @@ class _Target:
         left = memoryview(data)
         try:
             while left:
-                done = os.pwrite(self.fd, left, at)
+                done = system.write_at(self.fd, left, at)
                 at += done
                 left = left[done:]
         except OSError as error:
@@ -391,12 +390,10 @@ class _Target:
         done = 0
         while done < span.nbytes:
             try:
-                moved = os.copy_file_range(
+                moved = system.kernel_copy(
                     source, self.fd, span.nbytes - done, span.offset + done, at + done
                 )
             except OSError as error:
-                if error.errno in _NO_KERNEL_COPY:
-                    return done
                 raise as_file_error(error, self.where, writing=True) from error
             if not moved:  # the end of the file, or a file system that moves nothing: reading tells
                 return done
@@ -406,7 +403,7 @@ class _Target:
 
     def sync(self) -> None:
         try:
-            os.fsync(self.fd)
+            system.sync(self.fd)
         except OSError as error:
             raise as_file_error(error, self.where, writing=True) from error
 
@@ -434,7 +431,7 @@ class _Sources:
         with self.lock:
             if path not in self.files:
                 try:
-                    self.files[path] = os.open(path, os.O_RDONLY | os.O_CLOEXEC)
+                    self.files[path] = system.open_input(path)
                 except OSError as error:
                     raise as_file_error(error, path, writing=False) from error
             return self.files[path]
@@ -444,7 +441,7 @@ class _Sources:
         fd, done = self.open(span.path), 0
         try:
             while done < span.nbytes:
-                got = os.preadv(fd, [into[done:]], span.offset + done)
+                got = system.read_into(fd, into[done:], span.offset + done)
                 if not got:
                     end = span.offset + span.nbytes
                     raise cut_short(span.path, end, span.offset + done)

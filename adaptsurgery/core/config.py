@@ -245,7 +245,7 @@ class AdapterConfig(ABC, metaclass=_Checked):
         """Write adapter_config.json into ``folder`` as PEFT spells it: sorted, indented by two."""
         Path(folder).mkdir(parents=True, exist_ok=True)
         text = json.dumps(self.to_dict(), indent=2, sort_keys=True)
-        (Path(folder) / FILE).write_text(text, "utf-8")
+        system.write_text(Path(folder) / FILE, text)
 
     # --- the tensors -----------------------------------------------------------------------------
 

@@ -31,7 +31,7 @@ from adaptsurgery_formats.resolve import (
     resolve,
     resolve_by_tables,
 )
-from adaptsurgery_formats.tensors import FLOAT_DTYPES, Tensor
+from adaptsurgery_formats.tensors import FLOAT_DTYPES, Tensor, is_packed
 
 if TYPE_CHECKING:
     from adaptsurgery.checkpoint.base import Base
@@ -332,7 +332,7 @@ def _refused(tensor: Tensor, key: str, where: str) -> SurgeryError:
     if tensor.dtype in FLOAT_DTYPES:
         return ShapeError(f"`{key}` has no elements", where=where, seen=str(list(tensor.shape)))
     return ValueRefused(
-        f"`{key}` is {tensor.dtype}",
+        f"`{key}` is {tensor.dtype}" + (", packed numbers" if is_packed(tensor.dtype) else ""),
         where=where,
         next=f"adapters are {', '.join(FLOAT_DTYPES)}; dequantise it first",
         code="bad-dtype",

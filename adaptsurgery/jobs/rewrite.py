@@ -213,7 +213,7 @@ def _check_archive(path: Path, where: str) -> None:
 
 def _check_begin(path: Path, where: str) -> None:
     """A .pt2 is a zip archive, and what begins otherwise is no part of one either."""
-    with open(path, "rb") as file:
+    with system.open_file(path) as file:
         first = file.read(16)
     if not first.startswith(b"PK"):
         raise FileError(
@@ -407,7 +407,7 @@ def _write(
     with ExitStack() as stack:
         if out is not None:
             temporary = stack.enter_context(atomic.output(out, overwrite=overwrite))
-            with open(temporary, "wb") as file:
+            with system.new_file(temporary) as file:
                 torch.export.save(program, file)
         if onnx is not None:
             export_onnx(program, onnx, overwrite=overwrite)

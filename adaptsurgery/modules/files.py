@@ -17,6 +17,7 @@ from pathlib import Path
 import torch
 from torch import Tensor, nn
 
+from adaptsurgery.checkpoint import system
 from adaptsurgery.checkpoint.atomic import output
 from adaptsurgery.checkpoint.bridge import from_torch, to_torch
 from adaptsurgery.checkpoint.hub import resolve
@@ -93,13 +94,13 @@ def write_folder(model: AdaptedModel, adapter: str, folder: Path) -> None:
 def _write_both(folder: Path, tensors: Mapping[str, FileTensor], text: str) -> None:
     """Weights and config, both new or, after an error or an interrupt, both as they were."""
     weights, config = folder / WEIGHTS, folder / FILE
-    old = config.read_bytes() if config.is_file() else None
+    old = system.read_file(config) if config.is_file() else None
     was = _file_number(weights)
     try:
         with output(weights, overwrite=True) as path:
             write_safetensors(path, tensors, {"format": "pt"})
             with output(config, overwrite=True) as beside:
-                beside.write_text(text, "utf-8")
+                system.write_text(beside, text)
     except BaseException:
         if _file_number(weights) == was:
             _put_back(config, old)
@@ -110,9 +111,9 @@ def _put_back(config: Path, old: bytes | None) -> None:
     """A config as it was before another was put in its place."""
     if old is None:
         config.unlink(missing_ok=True)
-    elif config.read_bytes() != old:
-        with output(config, overwrite=True) as path:
-            path.write_bytes(old)
+    elif system.read_file(config) != old:
+        with output(config, overwrite=True) as path, system.new_file(path) as file:
+            file.write(old)
 
 
 def _file_number(path: Path) -> int | None:

@@ -8,7 +8,6 @@ known are kept and named. Source: PEFT 0.21, read and run.
 
 from __future__ import annotations
 
-import json
 import math
 import re
 import sys
@@ -17,8 +16,9 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
-from adaptsurgery_formats.errors import FileError, LayoutError
+from adaptsurgery_formats.errors import LayoutError
 from adaptsurgery_formats.patterns import Matcher, exact_pattern, is_targeted
+from adaptsurgery_formats.reading import json_object
 from adaptsurgery_formats.state import (
     ALPHA_OVER_R,
     ALPHA_OVER_SQRT_R,
@@ -86,29 +86,9 @@ def algorithm_of(config: Mapping[str, Any], where: str) -> str:
     return PEFT_TYPES[peft_type.upper()]
 
 
-def parsed_config(text: bytes, where: str) -> dict[str, Any]:
-    """The bytes of an adapter_config.json as an object; raises ``bad-config``: FileError for
-    what is no JSON, LayoutError for another kind of value.
-
-    NaN and infinity are no JSON, whatever Python's own reader takes, and neither is 1e999.
-    """
-    try:
-        config = json.loads(text.decode("utf-8"), parse_constant=_no_constant, parse_float=_finite)
-    except (ValueError, RecursionError) as error:
-        raise FileError(f"it is not JSON: {error}", where=where, code="bad-config") from None
-    if not isinstance(config, dict):
-        raise LayoutError("it is not a JSON object", where=where, code="bad-config")
-    return config
-
-
-def _finite(text: str) -> float:
-    if not math.isfinite(number := float(text)):
-        raise ValueError(f"{text[:40]} is too large a number")
-    return number
-
-
-def _no_constant(name: str) -> float:
-    raise ValueError(f"{name} is no JSON number")
+def parsed_config(data: bytes, where: str) -> dict[str, Any]:
+    """The bytes of an adapter_config.json as an object of finite numbers; FileError ``bad-config``."""
+    return json_object(data, where, "bad-config", finite=True)
 
 
 def check_config(config: Mapping[str, Any], where: str) -> list[str]:

@@ -148,7 +148,7 @@ def test_saving_over_an_older_adapter(tmp_path: Path, monkeypatch: pytest.Monkey
     old, new = adapted(), get_peft_model(Net(), LoKrConfig(target_modules=["2"], r=2))
     old.save_pretrained(tmp_path)
     before = {p.name: p.read_bytes() for p in tmp_path.iterdir()}
-    real = files.output
+    real, fails = files.output, ""
 
     def output(path: Path, **given: Any) -> Any:
         if path.name == fails:
@@ -156,7 +156,8 @@ def test_saving_over_an_older_adapter(tmp_path: Path, monkeypatch: pytest.Monkey
         return real(path, **given)
 
     monkeypatch.setattr(files, "output", output)
-    for fails in (files.WEIGHTS, files.FILE):
+    for name in (files.WEIGHTS, files.FILE):
+        fails = name
         with pytest.raises(KeyboardInterrupt):
             new.save_pretrained(tmp_path)
         assert {p.name: p.read_bytes() for p in tmp_path.iterdir()} == before
@@ -179,14 +180,13 @@ NAMES = [
 
 @pytest.mark.parametrize("name", NAMES, ids=repr)
 def test_names_that_no_adapter_can_have(name: Any, tmp_path: Path) -> None:
-    net, model = Net(), adapted()
+    net, model, folder = Net(), adapted(), folder_of(tmp_path)
     for call in (
         lambda: get_peft_model(net, config(), adapter_name=name),
         lambda: model.add_adapter(name, config()),
         lambda: PeftModel.from_pretrained(net, folder, adapter_name=name),
         lambda: model.load_adapter(folder, name),
     ):
-        folder = folder_of(tmp_path)
         with pytest.raises(SurgeryError) as caught:
             call()
         assert caught.value.code == "bad-name"

@@ -9,6 +9,7 @@ from importlib.util import find_spec
 from pathlib import Path
 from typing import Any
 
+from adaptsurgery.checkpoint import system
 from adaptsurgery.checkpoint.atomic import check_output, output
 from adaptsurgery.jobs.report import Report
 from adaptsurgery_formats.errors import FileError, LayoutError
@@ -45,7 +46,7 @@ def write_report(report: Report, path: Path, overwrite: bool) -> None:
     else:
         text = page(report)
     with output(path, overwrite=overwrite) as place:
-        place.write_text(text, "utf-8")
+        system.write_text(place, text)
 
 
 def page(report: Report) -> str:

@@ -64,7 +64,7 @@ def resize(
     goal = _Goal(rank, energy)
     (loaded,) = lowrank.load_together([source], base=base, to=to, layout=layout)
     target = writable(to or loaded.state.layout)
-    check_paths(loaded.paths, out, target, overwrite)
+    check_paths(loaded.paths, out, target, overwrite, loaded.base_place)
     state = in_naming(loaded.state, loaded.names, target)
     with nonfinite_allowed(allow_nonfinite):
         cuts = [_cut(module, loaded, goal) for module in state.modules]

@@ -18,6 +18,7 @@ from typing import Any
 
 from adaptsurgery_formats.errors import LayoutError
 from adaptsurgery_formats.patterns import Matcher, exact_pattern, is_targeted
+from adaptsurgery_formats.reading import json_object
 from adaptsurgery_formats.state import (
     ALPHA_OVER_R,
     ALPHA_OVER_SQRT_R,
@@ -26,6 +27,7 @@ from adaptsurgery_formats.state import (
     scale_of,
 )
 
+MAX_CONFIG = 64 << 20  # bytes of an adapter_config.json, with patterns for every module
 PEFT_TYPES = {"LORA": "lora", "LOHA": "loha", "LOKR": "lokr", "HRA": "hra"}
 _COMMON = {
     "task_type": None, "peft_type": None, "auto_mapping": None, "peft_version": None,
@@ -82,6 +84,11 @@ def algorithm_of(config: Mapping[str, Any], where: str) -> str:
             code="unsupported-algorithm",
         )
     return PEFT_TYPES[peft_type.upper()]
+
+
+def parsed_config(data: bytes, where: str) -> dict[str, Any]:
+    """The bytes of an adapter_config.json as an object of finite numbers; FileError ``bad-config``."""
+    return json_object(data, where, "bad-config", finite=True)
 
 
 def check_config(config: Mapping[str, Any], where: str) -> list[str]:

@@ -69,8 +69,8 @@ def combine(
         )
     loaded = lowrank.load_together([name for name, _ in named], base=base, to=to)
     target = writable(to or loaded[0].state.layout)
-    for one in loaded:
-        check_paths(one.paths, out, target, overwrite)
+    read = [path for one in loaded for path in one.paths]
+    check_paths(read, out, target, overwrite, loaded[0].base_place)
     notes: list[Note] = []
     with nonfinite_allowed(allow_nonfinite):
         parts = [Part(one, weight, target) for one, (_, weight) in zip(loaded, named)]

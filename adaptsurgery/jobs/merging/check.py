@@ -24,7 +24,7 @@ from adaptsurgery.jobs.inputs import open_base
 from adaptsurgery.jobs.merging.manifest import manifest_path
 from adaptsurgery.jobs.merging.matched import Change
 from adaptsurgery.jobs.merging.options import Options
-from adaptsurgery.jobs.merging.plan import MergePlan, TensorEdit
+from adaptsurgery.jobs.merging.plan import LINKS_LEFT_OUT, MergePlan, TensorEdit
 from adaptsurgery.jobs.merging.planning import Adapters, planned
 from adaptsurgery.jobs.merging.quantised import Scale
 from adaptsurgery.jobs.report import Report, Row
@@ -71,7 +71,7 @@ def _verified(
     options: Options,
     allow_unmatched: bool,
 ) -> Report:
-    plan, states = planned(base, adapters, options, allow_unmatched, False)
+    plan, states = planned(base, adapters, options, allow_unmatched, False, skip_links=True)
     found = _by_key(open_base(merged))
     rows = []
     for component, edit in _tensors(plan):
@@ -263,7 +263,7 @@ def _bias(rows: torch.Tensor, change: Change, update: Update, inverse: bool) -> 
 
 
 def _verdict(rows: list[Row], plan: MergePlan, merged: Path) -> Report:
-    notes = [Note(*n) for n in plan.notes]
+    notes = [Note(*n) for n in plan.notes if n[0] != LINKS_LEFT_OUT]  # nothing is copied here
     path = manifest_path(merged, merged.is_dir())
     if path.is_file():
         notes += _manifest_notes(read_json(path), plan, str(path))

@@ -20,6 +20,7 @@ from adaptsurgery.jobs.adapter import Adapter
 from adaptsurgery.jobs.apart import keep_apart
 from adaptsurgery.jobs.loading import load_state
 from adaptsurgery.jobs.report import Report, Row
+from adaptsurgery.jobs.values import SEEDS, is_whole
 from adaptsurgery_formats import Note
 from adaptsurgery_formats.errors import FileError, LayoutError, nearest
 from adaptsurgery_formats.names import names_of_base

@@ -6,7 +6,7 @@ import io
 import logging
 import os
 import warnings
-from collections.abc import Collection, Iterator, Mapping
+from collections.abc import Collection, Iterable, Iterator, Mapping
 from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass, fields
 from pathlib import Path
@@ -16,6 +16,7 @@ from adaptsurgery.checkpoint import atomic, system
 from adaptsurgery.checkpoint.failures import as_file_error
 from adaptsurgery.checkpoint.programs import check_program
 from adaptsurgery.jobs.adapter import Adapter
+from adaptsurgery.jobs.apart import keep_apart
 from adaptsurgery.jobs.loading import load_state
 from adaptsurgery.jobs.report import Report, Row
 from adaptsurgery_formats import Note
@@ -85,7 +86,7 @@ def rewrite(
     _check_effect(config, listing, {"merge": merge, "mode": mode != "auto", "base": base is not None,
                                     "name": name != "default", "seed": seed is not None})  # fmt: skip
     _check_seed(seed)
-    _check_outputs((source, config, adapter), out, onnx, overwrite)
+    _check_outputs((source, config, adapter, base), out, onnx, overwrite)
     with _torch_to_itself():
         return _rewritten(
             source, out, listing, config, adapter, name, mode, merge, onnx, base, seed, overwrite, dry_run, trust
@@ -220,21 +221,16 @@ def _check_classes(classes: Collection[str], where: str) -> None:
 
 
 def _check_outputs(
-    inputs: tuple[AnyPath | None, ...], out: AnyPath | None, onnx: AnyPath | None, overwrite: bool
+    inputs: Iterable[AnyPath | None], out: AnyPath | None, onnx: AnyPath | None, overwrite: bool
 ) -> None:
-    given = [path for path in inputs if path is not None and os.path.exists(path)]
+    """Refuse outputs that are read, that are one another, or that cannot be written."""
+    beside = None if onnx is None else f"{os.fspath(onnx)}.data"  # where its weights are many
+    keep_apart(map(_here, inputs), (out, onnx, beside), code="output-is-input")
     swapped = ((out, ".onnx", "a .pt2", "--onnx"), (onnx, ".pt2", "ONNX", "-o"))
     for path, ending, meant, other in swapped:
         if path is None:
             continue
         atomic.check_output(Path(path), overwrite=overwrite)
-        if os.path.exists(path) and any(os.path.samefile(path, one) for one in given):
-            raise FileError(
-                "the output is a file that is read",
-                where=os.fspath(path),
-                next="another path",
-                code="output-is-input",
-            )
         if os.fspath(path).endswith(ending):
             raise FileError(
                 f"{meant} is to be written here, and the name ends in {ending}",
@@ -242,8 +238,15 @@ def _check_outputs(
                 next=f"{other} {os.fspath(path)}",
                 code="other-ending",
             )
-    if out is not None and onnx is not None and os.path.abspath(out) == os.path.abspath(onnx):
-        raise FileError("both outputs have one path", where=os.fspath(out), code="output-exists")
+
+
+def _here(spec: AnyPath | None) -> AnyPath | None:
+    """What an input is on this disk: a path, or what the Hub's cache has of a name."""
+    if spec is None or (local := system.local_path(os.fspath(spec))) is not None:
+        return spec if spec is None else local
+    from adaptsurgery.checkpoint.hub import cached_path
+
+    return cached_path(os.fspath(spec))
 
 
 def _chosen(

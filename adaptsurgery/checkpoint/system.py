@@ -326,6 +326,13 @@ def _lock_by_msvcrt(fd: int, wait: bool) -> bool:
 # -- The process
 
 
+def to_nowhere(fd: int) -> None:
+    """Let what is written to a descriptor vanish from now on."""
+    nowhere = os.open(os.devnull, os.O_WRONLY | _PLAIN)
+    os.dup2(nowhere, fd)
+    os.close(nowhere)
+
+
 def peak_memory() -> int:
     """This process's largest resident size in bytes; 0 where the system does not say.
 

@@ -9,10 +9,10 @@ from __future__ import annotations
 
 import gc
 import importlib
-import os
 import signal
 import sys
 from collections.abc import Sequence
+from contextlib import suppress
 from typing import IO, Any, NoReturn
 
 import click
@@ -85,7 +85,11 @@ def group(ctx: click.Context) -> None:
 def main() -> NoReturn:
     """The entry point of the ``adaptsurgery`` script."""
     gc.set_threshold(100_000, 20, 20)  # a short process that allocates much and drops little
-    code = run()
+    code = INTERRUPTED
+    with suppress(KeyboardInterrupt):  # a second one, while the first was being told
+        code = run()
+    with suppress(ValueError):  # not in the main thread
+        signal.signal(signal.SIGINT, signal.SIG_IGN)  # Python's own exit would show a traceback
     gc.freeze()  # nothing is left to collect on the way out
     sys.exit(code)
 
@@ -106,15 +110,16 @@ def _guarded(args: list[str] | None) -> int:
     try:
         result = group.main(args, "adaptsurgery", standalone_mode=False, obj=session)
         return result if isinstance(result, int) else 0
-    except (KeyboardInterrupt, click.Abort):
-        say("interrupted; nothing was left behind")
+    except (KeyboardInterrupt, click.Abort) as interrupt:
+        say(f"interrupted; {session.left(interrupt)}")
         return INTERRUPTED
     except SystemExit as left:  # click's own, where nobody reads stdout any more
         return left.code if isinstance(left.code, int) else FAILED
     except BrokenPipeError:
         return FAILED
     except click.ClickException as error:
-        error.show()
+        if sys.stderr:
+            error.show()
         return error.exit_code
     except Exception as error:
         from adaptsurgery.cli import failures
@@ -159,4 +164,8 @@ def _flushed() -> bool:
 
 
 def _silence() -> None:
-    os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+    """Send stdout nowhere, so that Python's exit does not try its rest again."""
+    from adaptsurgery.checkpoint import system
+
+    with suppress(OSError, ValueError):
+        system.to_nowhere(sys.stdout.fileno())

@@ -31,8 +31,9 @@ def _ranks(ctx: click.Context, param: click.Parameter, value: tuple[str, ...]) -
 @click.argument("base", metavar="BASE")
 @click.argument("tuned", metavar="TUNED")
 @click.option(
-    "-o", "--output", "out", required=True, metavar="OUT", help="A folder for peft, else a file."
-)
+    "-o", "--output", "out", required=True, metavar="OUT", callback=output.writes,
+    help="A folder for peft, else a file.",
+)  # fmt: skip
 @click.option(
     "--algorithm",
     default="lora",
@@ -74,7 +75,7 @@ def _ranks(ctx: click.Context, param: click.Parameter, value: tuple[str, ...]) -
     help="Keep biases, norms, embeddings, heads as they are, as far as the layout can.",
 )
 @click.option("--compare", is_flag=True, help="Measure the other algorithms at the same size.")
-@click.option("--report", metavar="FILE", help="A page to look at, .html, or all figures, .json.")
+@click.option("--report", metavar="FILE", callback=output.writes, help="A page to look at, .html, or all figures, .json.")  # fmt: skip
 @click.option("--allow-empty", is_flag=True, help="Write zeros where nothing differs.")
 @click.option("--overwrite", is_flag=True, help="Replace OUT if it is there.")
 @click.option("--dry-run", is_flag=True, help="Plan and tell, from headers alone.")
@@ -141,5 +142,5 @@ def _print(report: Report, out: str) -> None:
         did = "done already" if facts["complete"] else "this part is done"
     else:
         did = f"dry run: would read {output.size(facts['bytes_read'])}"
-    parts = [report.verdict, did, f"peak RSS {output.size(output.peak_memory())}"]
+    parts = [report.verdict, did, *output.peak()]
     click.echo(output.paint(" · ".join(parts), "green" if report.outputs else "yellow"))

@@ -39,7 +39,8 @@ _COMMON = (
     click.argument("base", metavar="BASE"),
     click.argument("adapters", metavar="ADAPTER[=WEIGHT]...", nargs=-1, required=True),
     click.option(
-        "-o", "--output", "out", required=True, metavar="OUT", help="What BASE is: a file or a folder."
+        "-o", "--output", "out", required=True, metavar="OUT", callback=output.writes,
+        help="What BASE is: a file or a folder.",
     ),
     click.option(
         "--dtype", default="auto", show_default=True,
@@ -153,5 +154,5 @@ def _verdict(report: Report, out: str) -> str:
         did = (
             f"dry run: would write {output.size(report.facts['bytes'])} to {output.printable(out)}"
         )
-    parts = [report.verdict, did, f"peak RSS {output.size(output.peak_memory())}"]
+    parts = [report.verdict, did, *output.peak()]
     return output.paint(" · ".join(parts), "green" if report.outputs else "yellow")

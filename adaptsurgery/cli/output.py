@@ -21,9 +21,38 @@ _SHOWN = 10  # rows in the text; --json has them all
 
 
 class Session:
-    """What the handling of errors has to know of the command line."""
+    """What the handling of errors has to know of the command line.
+
+    ``outputs`` are the paths that it writes, each with what stood there before.
+    """
 
     json = False
+
+    def __init__(self) -> None:
+        self.outputs: dict[str, object] = {}
+
+    def left(self, interrupt: BaseException) -> str:
+        """What an interrupted command has left: outputs that are whole, and what its work notes."""
+        done = [path for path, before in self.outputs.items() if _stamp(path) not in (None, before)]
+        parts = [f"{printable(path)} is written in full" for path in done]
+        parts += map(printable, getattr(interrupt, "__notes__", ()))
+        return "; ".join(parts) or "nothing was left behind"
+
+
+def writes(ctx: click.Context, _: click.Parameter, path: str | None) -> str | None:
+    """An option's callback: the command writes this path."""
+    if path:
+        ctx.ensure_object(Session).outputs[path] = _stamp(path)
+    return path
+
+
+def _stamp(path: str) -> object:
+    """What tells an output from what was there before; None where nothing is."""
+    try:
+        status = os.stat(path)
+    except (OSError, ValueError):
+        return None
+    return status.st_dev, status.st_ino, status.st_mtime_ns
 
 
 def printable(text: str) -> str:
@@ -54,11 +83,17 @@ def json_option(command: _F) -> _F:
 
 def print_json(data: Mapping[str, Any]) -> None:
     """One JSON object; numbers that JSON does not have (an error of infinity) become strings."""
+    plain = not _speaks_utf8(sys.stdout)
     try:
-        text = json.dumps(data, ensure_ascii=False, allow_nan=False)
+        text = json.dumps(data, ensure_ascii=plain, allow_nan=False)
     except ValueError:
-        text = json.dumps(_finite(data), ensure_ascii=False)
+        text = json.dumps(_finite(data), ensure_ascii=plain)
     click.echo(text.encode("utf-8", "backslashreplace"))
+
+
+def _speaks_utf8(stream: Any) -> bool:
+    name = str(getattr(stream, "encoding", "") or "utf-8").lower()
+    return name.replace("_", "-") in ("utf-8", "utf8")
 
 
 def _finite(data: Any) -> Any:
@@ -125,10 +160,16 @@ def peak_memory() -> int:
     return system.peak_memory()
 
 
+def peak() -> list[str]:
+    """``peak RSS 45.1 MB``, as a part of a summary; no part where the system does not say."""
+    count = peak_memory()
+    return [f"peak RSS {size(count)}"] if count else []
+
+
 @contextmanager
 def progress(quiet: bool) -> Iterator[Callable[[int, int], None] | None]:
     """A bar of bytes on stderr, where that is a terminal; else None."""
-    if quiet or not sys.stderr.isatty():
+    if quiet or sys.stderr is None or not sys.stderr.isatty():
         yield None
         return
     from tqdm import tqdm

@@ -81,7 +81,7 @@ def _print(report: Report, base: str | None) -> None:
     parts = [
         report.verdict,
         f"{report.facts['seconds']:.0f} s",
-        f"peak RSS {output.size(output.peak_memory())}",
+        *output.peak(),
     ]
     click.echo()
     click.echo(output.paint(" · ".join(parts), "red" if report.facts["failed"] else "green"))

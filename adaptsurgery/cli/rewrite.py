@@ -14,13 +14,14 @@ if TYPE_CHECKING:
 
 @click.command()
 @click.argument("model", metavar="MODEL.pt2")
-@click.option("-o", "--output", "out", metavar="OUT.pt2", help="The program to write.")
+@click.option("-o", "--output", "out", metavar="OUT.pt2", callback=output.writes, help="The program to write.")  # fmt: skip
 @click.option("--config", metavar="FILE", help="An adapter_config.json: a new adapter.")
 @click.option("--adapter", metavar="FILE", help="An adapter in any layout: a file, a folder, a Hub name.")  # fmt: skip
 @click.option("--merge", is_flag=True, help="Fold the adapter into the weights.")
 @click.option(
-    "--onnx", metavar="OUT.onnx", help="The ONNX to write, each adapter tensor by its name."
-)
+    "--onnx", metavar="OUT.onnx", callback=output.writes,
+    help="The ONNX to write, each adapter tensor by its name.",
+)  # fmt: skip
 @click.option("--name", default="default", show_default=True, help="The adapter's name.")
 @click.option(
     "--mode", type=click.Choice(["auto", "factored", "weight"]), default="auto",
@@ -105,5 +106,5 @@ def _print(report: Report, table: bool, out: str | None, onnx: str | None, merge
         parts += [f"wrote {output.size(facts['bytes'])} to {named}"]
     else:
         parts += [f"dry run: would write {named}" if named else "nothing written: no -o, no --onnx"]
-    parts += [f"peak RSS {output.size(output.peak_memory())}"]
+    parts += output.peak()
     click.echo(output.paint(" · ".join(parts), "green" if report.outputs else "yellow"))

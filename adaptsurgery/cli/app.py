@@ -90,6 +90,7 @@ def main() -> NoReturn:
         code = run()
     with suppress(ValueError):  # not in the main thread
         signal.signal(signal.SIGINT, signal.SIG_IGN)  # Python's own exit would show a traceback
+    exec("")  # and die of the signal where that cut short another exec, as a dataclass is made by
     gc.freeze()  # nothing is left to collect on the way out
     sys.exit(code)
 
@@ -107,6 +108,7 @@ def run(args: Sequence[str] | None = None) -> int:
 
 def _guarded(args: list[str] | None) -> int:
     session = Session()
+    streams = sys.stdout, sys.stderr
     try:
         result = group.main(args, "adaptsurgery", standalone_mode=False, obj=session)
         return result if isinstance(result, int) else 0
@@ -114,6 +116,7 @@ def _guarded(args: list[str] | None) -> int:
         say(f"interrupted; {session.left(interrupt)}")
         return INTERRUPTED
     except SystemExit as left:  # click's own, where nobody reads stdout any more
+        sys.stdout, sys.stderr = streams  # which it has wrapped, closed ones too
         return left.code if isinstance(left.code, int) else FAILED
     except BrokenPipeError:
         return FAILED

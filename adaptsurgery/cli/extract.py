@@ -12,7 +12,6 @@ from adaptsurgery.cli.options import TARGETS
 if TYPE_CHECKING:
     from adaptsurgery.jobs.report import Report
 
-INTERRUPTED = 130
 _ALGORITHMS = ["lora", "loha", "lokr", "hra", "auto"]
 
 
@@ -112,11 +111,7 @@ def command(as_json: bool, quiet: bool, base: str, tuned: str, out: str, **given
     from adaptsurgery.jobs.extract.extract import extract
 
     with output.progress(quiet) as tell:
-        try:
-            report = extract(base, tuned, out, progress=tell, **given)
-        except KeyboardInterrupt:
-            output.say("interrupted; finished layers are kept: the same command goes on from them")
-            raise SystemExit(INTERRUPTED) from None
+        report = extract(base, tuned, out, progress=tell, **given)
     if as_json:
         output.print_json({"ok": True, **report.as_dict(), "peak_memory": output.peak_memory()})
     elif not quiet:

@@ -13,7 +13,6 @@ from adaptsurgery.cli import output
 if TYPE_CHECKING:
     from adaptsurgery.jobs.report import Report
 
-INTERRUPTED = 130
 _F = TypeVar("_F", bound=Callable[..., Any])
 
 
@@ -119,11 +118,7 @@ def _run(job: Callable[..., Report], as_json: bool, quiet: bool, given: dict[str
         raise click.UsageError(f"--shard-index {index} with --num-shards {count}")
     base, adapters, out = given.pop("base"), list(given.pop("adapters")), given.pop("out")
     with output.progress(quiet) as tell:
-        try:
-            report = job(base, adapters, out, progress=tell, **given)
-        except KeyboardInterrupt:
-            output.say("interrupted; finished shards are kept: the same command goes on from them")
-            raise SystemExit(INTERRUPTED) from None
+        report = job(base, adapters, out, progress=tell, **given)
     if as_json:
         output.print_json({"ok": True, **report.as_dict(), "peak_memory": output.peak_memory()})
     elif not quiet:

@@ -37,7 +37,7 @@ def output(
     it holds matches ``replaceable``: relative names or patterns such as "*.safetensors" or
     "unet/config.json", where * stays within one folder.
 
-    Raises FileError: ``output-exists``, ``output-is-symlink``, ``output-not-ours``,
+    Raises FileError: ``bad-name``, ``output-exists``, ``output-is-symlink``, ``output-not-ours``,
     ``is-directory``, ``not-a-directory``, ``no-such-folder``, ``no-space``, ``not-writable``.
     """
     target = Path(path)
@@ -76,6 +76,8 @@ def check_output(
 ) -> None:
     """Everything that ``output`` can refuse before a byte is written, also for a dry run."""
     where = str(target)
+    if why := system.refused_name(target):
+        raise FileError("no file can have such a name", where=where, seen=why, code="bad-name")
     _check_parent(target)
     try:
         mode = os.lstat(target).st_mode

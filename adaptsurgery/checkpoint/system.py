@@ -10,12 +10,14 @@ from __future__ import annotations
 
 import errno
 import os
+import re
 import stat
 import sys
 import threading
 import time
 from contextlib import suppress
 from io import BufferedReader, FileIO
+from pathlib import PureWindowsPath
 from typing import Any, BinaryIO
 
 from adaptsurgery_formats.errors import FileError
@@ -35,6 +37,7 @@ _NO_KERNEL_COPY = {
     for name in ("EXDEV", "EINVAL", "ENOSYS", "EOPNOTSUPP", "EPERM", "EBADF", "ETXTBSY")
 }
 _NO_FILE = {getattr(errno, name, 0) for name in ("ENXIO", "ENODEV", "EOPNOTSUPP")}
+_DEVICE = re.compile(r"(con|prn|aux|nul|conin\$|conout\$|(com|lpt)[0-9¹²³])", re.IGNORECASE)
 _RETRY = 0.05  # seconds between two tries for a lock that cannot be waited for
 _moving = threading.Lock()  # where reading at an offset takes two calls
 
@@ -223,6 +226,43 @@ def share(source: int, target: int) -> bool:
 # -- Names
 
 
+def refused_name(path: Path) -> str:
+    """Why this system has no file of such a name, or another one under it; empty where it has."""
+    return windows_refuses(os.fspath(path)) if os.name == "nt" else ""
+
+
+def windows_refuses(path: str) -> str:
+    """``refused_name`` on Windows: devices' names, endings that are left away, streams, wildcards."""
+    whole = PureWindowsPath(path)
+    for part in whole.parts[bool(whole.anchor) :]:
+        if part == "..":
+            continue
+        if _DEVICE.fullmatch(part.partition(".")[0].rstrip(" ")):
+            return f"`{part}` is a device's name"
+        if part.endswith((".", " ")):
+            return f"`{part}` ends in a dot or a space, which Windows leaves away"
+        if strange := [c for c in part if c in '<>:"|?*' or ord(c) < 32]:
+            return f"`{part}` has a {strange[0]!r} in it"
+    return ""
+
+
+def names_folder(path: Path) -> bool:
+    """Whether a path is written as a folder's, with a separator at its end."""
+    return os.fspath(path).endswith(tuple(filter(None, (os.sep, os.altsep))))
+
+
+def from_here(path: str) -> str:
+    """A path as one would type it from here, where it lies below; else as it is.
+
+    There may be no here any more, and on Windows no way from one drive to another.
+    """
+    try:
+        near = os.path.relpath(path)
+    except (OSError, ValueError):
+        return path
+    return path if near.startswith(os.pardir) else near
+
+
 def exchange(a: Path, b: Path) -> bool:
     """Swap two names in one step; False where the system or the file system cannot."""
     try:
@@ -277,7 +317,10 @@ def free_space(folder: Path) -> int:
     """Bytes that may still be written below a folder."""
     import shutil
 
-    return shutil.disk_usage(folder).free
+    try:
+        return shutil.disk_usage(folder).free
+    except AttributeError:  # neither way here: the disk itself will tell
+        return sys.maxsize
 
 
 # -- Locks, which go with their process

@@ -137,7 +137,7 @@ def check_paths(
     for source in sources:
         _keep_apart(source, out, becomes_part=folder)
     pickled = out.suffix in (".bin", ".pt", ".pth", ".ckpt")
-    if not folder and (pickled or os.fspath(written).endswith(os.sep)):
+    if not folder and (pickled or system.names_folder(written)):
         raise FileError(
             "this layout is one safetensors file",
             where=str(out),

@@ -19,15 +19,10 @@ from adaptsurgery.checkpoint.failures import as_file_error
 from adaptsurgery.checkpoint.finite import BLOCK, cut, first_nonfinite, scanned, whole_numbers
 from adaptsurgery.checkpoint.safetensors import Span, cut_short
 from adaptsurgery_formats.errors import FileError, ShapeError, ValueRefused
-from adaptsurgery_formats.tensors import Part, Tensor, total_bytes
+from adaptsurgery_formats.tensors import DTYPE_BITS, Part, Tensor, total_bytes
 
-# The library sorts by dtype, in this order, then by name.
-_DTYPE_ORDER = (
-    "U64", "I64", "F64", "C64", "F32", "U32", "I32", "BF16", "F16", "U16", "I16",
-    "F8_E5M2FNUZ", "F8_E4M3FNUZ", "F8_E8M0", "F8_E4M3", "F8_E5M2", "I8", "U8", "BOOL",
-)  # fmt: skip
-_RANK = {dtype: rank for rank, dtype in enumerate(_DTYPE_ORDER)}
-
+# The library sorts by dtype, then by name.
+_RANK = {dtype: rank for rank, dtype in enumerate(DTYPE_BITS)}
 _COPY = 1 << 26  # bytes that the kernel copies between two tellings
 
 Progress = Callable[[int], object]

@@ -235,7 +235,7 @@ class AdapterConfig(ABC, metaclass=_Checked):
             said = json.loads(system.read_text(file))
         except OSError as error:
             raise FileError(f"no config: {error.strerror}", where=str(file)) from None
-        except ValueError as error:
+        except (ValueError, RecursionError) as error:
             raise FileError(f"not JSON: {error}", where=str(file)) from None
         if not isinstance(said, dict):
             raise LayoutError("a config is an object", where=str(file), code="bad-config")

@@ -65,7 +65,7 @@ class Partial:
         try:
             noted = json.loads(self.landing.read_text("utf-8"))
             told = os.lstat(path)
-        except (OSError, ValueError):
+        except (OSError, ValueError, RecursionError):
             return False
         return bool(noted == {"device": told.st_dev, "inode": told.st_ino})
 

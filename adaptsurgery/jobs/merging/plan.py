@@ -26,7 +26,7 @@ from adaptsurgery.jobs.merging.options import Options
 from adaptsurgery.jobs.merging.quantised import Quantised, Scale, quantised_of
 from adaptsurgery_formats import AdapterState, Note
 from adaptsurgery_formats.errors import FileError, ValueRefused, nearest
-from adaptsurgery_formats.tensors import DTYPE_BYTES, FLOAT_DTYPES
+from adaptsurgery_formats.tensors import FLOAT_DTYPES, bytes_of
 
 VERSION = 1
 MANIFEST = "adaptsurgery_manifest.json"
@@ -69,7 +69,7 @@ class TensorEdit:
 
     @property
     def nbytes(self) -> int:
-        return math.prod(self.shape) * DTYPE_BYTES[self.dtype]
+        return bytes_of(self.dtype, self.shape)
 
     @property
     def copied(self) -> bool:
@@ -156,7 +156,7 @@ class MergePlan:
                 data[name] = tuple(data[name])
             data["notes"] = tuple((a, b, c) for a, b, c in data["notes"])
             return cls(**data)
-        except (ValueError, TypeError, KeyError) as error:
+        except (ValueError, TypeError, KeyError, AttributeError, RecursionError) as error:
             raise FileError(
                 "this is no merge plan", seen=str(error)[:120], code="bad-plan"
             ) from None

@@ -16,6 +16,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from adaptsurgery.checkpoint import atomic
+from adaptsurgery.checkpoint.base import read_json
 from adaptsurgery.checkpoint.safetensors import read_safetensors
 from adaptsurgery.checkpoint.writer import file_size
 from adaptsurgery.jobs.inputs import Input, check_inputs
@@ -28,6 +29,7 @@ from adaptsurgery.jobs.merging.quantised import Scale
 from adaptsurgery.jobs.partial import GoneError, Partial, busy, replace_json, write_json
 from adaptsurgery_formats import AdapterState
 from adaptsurgery_formats.errors import FileError, SurgeryError
+from adaptsurgery_formats.reading import typed
 from adaptsurgery_formats.tensors import Tensor
 
 if TYPE_CHECKING:
@@ -356,7 +358,7 @@ def _index(plan: MergePlan, component: str, old: Path) -> dict[str, Any]:
     jobs = [j for j in plan.jobs if j.component == component]
     metadata: dict[str, Any] = {}
     if old.is_file():
-        metadata = dict(json.loads(old.read_text("utf-8")).get("metadata") or {})
+        metadata = dict(typed(read_json(old), "metadata", dict) or {})
     metadata["total_size"] = sum(job.nbytes for job in jobs)
     if "total_parameters" in metadata:
         tensors = [t for job in jobs for t in job.tensors]

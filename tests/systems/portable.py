@@ -62,7 +62,7 @@ def remove() -> None:
     os.open, builtins.open = _opening(os.open), _opening(builtins.open)  # type: ignore[assignment]
     os.rename, os.replace = _renaming(os.rename, False), _renaming(os.replace, True)
     os.link = _linking(os.link)  # type: ignore[assignment]
-    ctypes.CDLL.__init__ = _loading(ctypes.CDLL.__init__)  # type: ignore[method-assign]
+    ctypes.CDLL.__getattr__ = _looking(ctypes.CDLL.__getattr__)  # type: ignore[method-assign]
 
 
 _statvfs = os.statvfs
@@ -114,15 +114,13 @@ def _linking(real: Callable[..., Any]) -> Callable[..., Any]:
     return linked
 
 
-def _loading(real: Callable[..., Any]) -> Callable[..., Any]:
-    import ctypes
+def _looking(real: Callable[..., Any]) -> Callable[..., Any]:
+    def looked(self: Any, name: str) -> Any:
+        if name in ("renameat2", "renamex_np"):
+            raise AttributeError(name)
+        return real(self, name)
 
-    def loaded(self: Any, name: Any, *args: Any, **options: Any) -> None:
-        if name is None and type(self) is ctypes.CDLL:
-            raise TypeError("expected str, bytes or os.PathLike object, not NoneType")
-        real(self, name, *args, **options)
-
-    return loaded
+    return looked
 
 
 # -- What is refused
@@ -130,6 +128,9 @@ def _loading(real: Callable[..., Any]) -> Callable[..., Any]:
 
 def hook() -> None:
     """Refuse from now on to rename or remove what is open or mapped in this process."""
+    import tempfile
+
+    tempfile.TemporaryFile = tempfile.NamedTemporaryFile  # type: ignore[assignment]  as there
     sys.addaudithook(_audit)
 
 
@@ -217,12 +218,13 @@ def main(args: list[str]) -> int:
         apply(ways)
         runpy.run_module(rest[1], run_name="__main__", alter_sys=True)
         return 0
-    import _pytest.tmpdir
     import psutil  # noqa: F401  the peers' own, made for this system
+
+    apply(ways)
+    import _pytest.tmpdir
     import pytest
 
     _pytest.tmpdir.get_user_id = lambda: None  # type: ignore[attr-defined]
-    apply(ways)
     return int(pytest.main(rest or FILE_PARTS))
 
 

@@ -37,7 +37,7 @@ def output(
     it holds matches ``replaceable``: relative names or patterns such as "*.safetensors" or
     "unet/config.json", where * stays within one folder.
 
-    Raises FileError: ``bad-name``, ``output-exists``, ``output-is-symlink``, ``output-not-ours``,
+    Raises FileError: ``output-exists``, ``output-is-symlink``, ``output-not-ours``,
     ``is-directory``, ``not-a-directory``, ``no-such-folder``, ``no-space``, ``not-writable``.
     """
     target = Path(path)
@@ -276,7 +276,7 @@ def sync(path: Path) -> None:
 
 
 def sync_folder(path: Path) -> None:
-    """Force a folder's names to disk, where the system can."""
+    """Force a folder's names to disk."""
     system.sync_folder(path)
 
 

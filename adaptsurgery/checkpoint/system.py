@@ -251,18 +251,6 @@ def names_folder(path: Path) -> bool:
     return os.fspath(path).endswith(tuple(filter(None, (os.sep, os.altsep))))
 
 
-def from_here(path: str) -> str:
-    """A path as one would type it from here, where it lies below; else as it is.
-
-    There may be no here any more, and on Windows no way from one drive to another.
-    """
-    try:
-        near = os.path.relpath(path)
-    except (OSError, ValueError):
-        return path
-    return path if near.startswith(os.pardir) else near
-
-
 def exchange(a: Path, b: Path) -> bool:
     """Swap two names in one step; False where the system or the file system cannot."""
     try:

@@ -112,8 +112,8 @@ def _guarded(args: list[str] | None) -> int:
     try:
         result = group.main(args, "adaptsurgery", standalone_mode=False, obj=session)
         return result if isinstance(result, int) else 0
-    except (KeyboardInterrupt, click.Abort) as interrupt:
-        say(f"interrupted; {session.left(interrupt)}")
+    except (KeyboardInterrupt, click.Abort):
+        say("interrupted; nothing was left behind")
         return INTERRUPTED
     except SystemExit as left:  # click's own, where nobody reads stdout any more
         sys.stdout, sys.stderr = streams  # which it has wrapped, closed ones too

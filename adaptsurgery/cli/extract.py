@@ -12,6 +12,7 @@ from adaptsurgery.cli.options import TARGETS
 if TYPE_CHECKING:
     from adaptsurgery.jobs.report import Report
 
+INTERRUPTED = 130
 _ALGORITHMS = ["lora", "loha", "lokr", "hra", "auto"]
 
 
@@ -30,9 +31,8 @@ def _ranks(ctx: click.Context, param: click.Parameter, value: tuple[str, ...]) -
 @click.argument("base", metavar="BASE")
 @click.argument("tuned", metavar="TUNED")
 @click.option(
-    "-o", "--output", "out", required=True, metavar="OUT", callback=output.writes,
-    help="A folder for peft, else a file.",
-)  # fmt: skip
+    "-o", "--output", "out", required=True, metavar="OUT", help="A folder for peft, else a file."
+)
 @click.option(
     "--algorithm",
     default="lora",
@@ -74,7 +74,7 @@ def _ranks(ctx: click.Context, param: click.Parameter, value: tuple[str, ...]) -
     help="Keep biases, norms, embeddings, heads as they are, as far as the layout can.",
 )
 @click.option("--compare", is_flag=True, help="Measure the other algorithms at the same size.")
-@click.option("--report", metavar="FILE", callback=output.writes, help="A page to look at, .html, or all figures, .json.")  # fmt: skip
+@click.option("--report", metavar="FILE", help="A page to look at, .html, or all figures, .json.")
 @click.option("--allow-empty", is_flag=True, help="Write zeros where nothing differs.")
 @click.option("--overwrite", is_flag=True, help="Replace OUT if it is there.")
 @click.option("--dry-run", is_flag=True, help="Plan and tell, from headers alone.")
@@ -111,7 +111,11 @@ def command(as_json: bool, quiet: bool, base: str, tuned: str, out: str, **given
     from adaptsurgery.jobs.extract.extract import extract
 
     with output.progress(quiet) as tell:
-        report = extract(base, tuned, out, progress=tell, **given)
+        try:
+            report = extract(base, tuned, out, progress=tell, **given)
+        except KeyboardInterrupt:
+            output.say("interrupted; finished layers are kept: the same command goes on from them")
+            raise SystemExit(INTERRUPTED) from None
     if as_json:
         output.print_json({"ok": True, **report.as_dict(), "peak_memory": output.peak_memory()})
     elif not quiet:

@@ -13,6 +13,7 @@ from adaptsurgery.cli import output
 if TYPE_CHECKING:
     from adaptsurgery.jobs.report import Report
 
+INTERRUPTED = 130
 _F = TypeVar("_F", bound=Callable[..., Any])
 
 
@@ -38,8 +39,7 @@ _COMMON = (
     click.argument("base", metavar="BASE"),
     click.argument("adapters", metavar="ADAPTER[=WEIGHT]...", nargs=-1, required=True),
     click.option(
-        "-o", "--output", "out", required=True, metavar="OUT", callback=output.writes,
-        help="What BASE is: a file or a folder.",
+        "-o", "--output", "out", required=True, metavar="OUT", help="What BASE is: a file or a folder."
     ),
     click.option(
         "--dtype", default="auto", show_default=True,
@@ -118,7 +118,11 @@ def _run(job: Callable[..., Report], as_json: bool, quiet: bool, given: dict[str
         raise click.UsageError(f"--shard-index {index} with --num-shards {count}")
     base, adapters, out = given.pop("base"), list(given.pop("adapters")), given.pop("out")
     with output.progress(quiet) as tell:
-        report = job(base, adapters, out, progress=tell, **given)
+        try:
+            report = job(base, adapters, out, progress=tell, **given)
+        except KeyboardInterrupt:
+            output.say("interrupted; finished shards are kept: the same command goes on from them")
+            raise SystemExit(INTERRUPTED) from None
     if as_json:
         output.print_json({"ok": True, **report.as_dict(), "peak_memory": output.peak_memory()})
     elif not quiet:

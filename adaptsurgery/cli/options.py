@@ -4,16 +4,13 @@ from __future__ import annotations
 
 import click
 
-from adaptsurgery.cli.output import writes
-
 # The layouts by name, spelled out so that --help need not load them; a test compares.
 LAYOUTS = ("peft", "lycoris", "kohya", "diffusers", "comfyui")
 TARGETS = ("peft", "lycoris", "kohya")
 
 OUT = click.option(
-    "-o", "--output", "out", required=True, metavar="OUT", callback=writes,
-    help="A folder for peft, else a file.",
-)  # fmt: skip
+    "-o", "--output", "out", required=True, metavar="OUT", help="A folder for peft, else a file."
+)
 TO = click.option("--to", type=click.Choice(TARGETS), help="The layout to write; the first's.")
 BASE = click.option(
     "--base",

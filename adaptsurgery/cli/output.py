@@ -21,38 +21,9 @@ _SHOWN = 10  # rows in the text; --json has them all
 
 
 class Session:
-    """What the handling of errors has to know of the command line.
-
-    ``outputs`` are the paths that it writes, each with what stood there before.
-    """
+    """What the handling of errors has to know of the command line."""
 
     json = False
-
-    def __init__(self) -> None:
-        self.outputs: dict[str, object] = {}
-
-    def left(self, interrupt: BaseException) -> str:
-        """What an interrupted command has left: outputs that are whole, and what its work notes."""
-        done = [path for path, before in self.outputs.items() if _stamp(path) not in (None, before)]
-        parts = [f"{printable(path)} is written in full" for path in done]
-        parts += map(printable, getattr(interrupt, "__notes__", ()))
-        return "; ".join(parts) or "nothing was left behind"
-
-
-def writes(ctx: click.Context, _: click.Parameter, path: str | None) -> str | None:
-    """An option's callback: the command writes this path."""
-    if path:
-        ctx.ensure_object(Session).outputs[path] = _stamp(path)
-    return path
-
-
-def _stamp(path: str) -> object:
-    """What tells an output from what was there before; None where nothing is."""
-    try:
-        status = os.stat(path)
-    except (OSError, ValueError):
-        return None
-    return status.st_dev, status.st_ino, status.st_mtime_ns
 
 
 def printable(text: str) -> str:

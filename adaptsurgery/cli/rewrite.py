@@ -14,14 +14,13 @@ if TYPE_CHECKING:
 
 @click.command()
 @click.argument("model", metavar="MODEL.pt2")
-@click.option("-o", "--output", "out", metavar="OUT.pt2", callback=output.writes, help="The program to write.")  # fmt: skip
+@click.option("-o", "--output", "out", metavar="OUT.pt2", help="The program to write.")
 @click.option("--config", metavar="FILE", help="An adapter_config.json: a new adapter.")
 @click.option("--adapter", metavar="FILE", help="An adapter in any layout: a file, a folder, a Hub name.")  # fmt: skip
 @click.option("--merge", is_flag=True, help="Fold the adapter into the weights.")
 @click.option(
-    "--onnx", metavar="OUT.onnx", callback=output.writes,
-    help="The ONNX to write, each adapter tensor by its name.",
-)  # fmt: skip
+    "--onnx", metavar="OUT.onnx", help="The ONNX to write, each adapter tensor by its name."
+)
 @click.option("--name", default="default", show_default=True, help="The adapter's name.")
 @click.option(
     "--mode", type=click.Choice(["auto", "factored", "weight"]), default="auto",

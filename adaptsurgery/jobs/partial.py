@@ -107,8 +107,6 @@ class Partial:
             started = any(p.is_file() for p in self.files.rglob("*"))
             if alone and (hopeless or not started):
                 self.remove()
-            elif isinstance(error, KeyboardInterrupt):
-                error.add_note("finished parts are kept: the same command goes on from them")
             raise
 
     def remove(self) -> None:

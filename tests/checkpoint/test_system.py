@@ -259,16 +259,6 @@ def test_an_output_of_such_a_name_is_refused_there(
     assert caught.value.code == "bad-name"
 
 
-def test_a_path_as_typed_from_here(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.chdir(tmp_path)
-    inside, outside = str(tmp_path / "a" / "b"), str(tmp_path.parent / "c")
-    assert system.from_here(inside) == os.path.join("a", "b")
-    assert system.from_here(outside) == outside
-    for error in (ValueError, FileNotFoundError):  # another drive; a folder that was removed
-        monkeypatch.setattr(os.path, "relpath", _raising(error))
-        assert system.from_here(inside) == inside
-
-
 def test_a_folder_by_its_separator(monkeypatch: pytest.MonkeyPatch) -> None:
     assert system.names_folder("out/")
     assert not system.names_folder("out")

@@ -7,7 +7,6 @@ import os
 from collections.abc import Iterable, Sequence
 from pathlib import Path
 
-from adaptsurgery.checkpoint import system
 from adaptsurgery.jobs.inputs import check_part
 from adaptsurgery.jobs.merging.check import distance
 from adaptsurgery.jobs.merging.manifest import manifest_path
@@ -155,7 +154,8 @@ def _run(
 
 def _shown(plan: MergePlan) -> str:
     """The base's path as a person would type it from here; the plan holds it in full."""
-    return system.from_here(plan.base) if os.path.isabs(plan.base) else plan.base
+    near = os.path.relpath(plan.base) if os.path.isabs(plan.base) else plan.base
+    return plan.base if near.startswith("..") else near
 
 
 def _report(plan: MergePlan, states: Sequence[AdapterState], workers: int) -> Report:

@@ -72,6 +72,11 @@ def _check_regular(mode: int, path: Path) -> None:
         raise not_a_file(path)
 
 
+def is_there(path: Path) -> bool:
+    """Whether a file is there, or what is none and will be refused when it is opened; no folder."""
+    return os.path.exists(path) and not os.path.isdir(path)
+
+
 def open_file(path: Path) -> BufferedReader:
     """A regular file, open to read its bytes; raises as ``open_input``."""
     return BufferedReader(FileIO(open_input(path), "rb"))

@@ -7,6 +7,7 @@ so that neither torch nor numpy is paid for unless numbers are needed.
 
 from __future__ import annotations
 
+import codecs
 import gc
 import importlib
 import signal
@@ -121,8 +122,9 @@ def _guarded(args: list[str] | None) -> int:
     except BrokenPipeError:
         return FAILED
     except click.ClickException as error:
-        if sys.stderr:
-            error.show()
+        with suppress(OSError):
+            if sys.stderr:
+                error.show()
         return error.exit_code
     except Exception as error:
         from adaptsurgery.cli import failures
@@ -135,7 +137,28 @@ def _never_fail_to_print(*streams: IO[str] | None) -> None:
     for stream in streams:
         reconfigure: Any = getattr(stream, "reconfigure", None)
         if reconfigure:
-            reconfigure(errors="backslashreplace")
+            plain = (getattr(stream, "encoding", "") or "").lower() in (
+                "ascii",
+                "us-ascii",
+                "ansi_x3.4-1968",
+            )
+            reconfigure(encoding=_PLAIN if plain else None, errors="backslashreplace")
+
+
+_PLAIN = "plain-ascii"  # by its own name: click writes UTF-8 to what says that it is ASCII
+
+
+def _plain_ascii(name: str) -> codecs.CodecInfo | None:
+    if name.replace("_", "-") != _PLAIN:
+        return None
+    ascii = codecs.lookup("ascii")
+    return codecs.CodecInfo(
+        ascii.encode, ascii.decode, name=_PLAIN,
+        incrementalencoder=ascii.incrementalencoder, incrementaldecoder=ascii.incrementaldecoder,
+    )  # fmt: skip
+
+
+codecs.register(_plain_ascii)
 
 
 def _terminate_as_interrupt() -> Any:

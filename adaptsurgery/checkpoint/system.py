@@ -10,7 +10,6 @@ from __future__ import annotations
 
 import errno
 import os
-import re
 import stat
 import sys
 import threading
@@ -21,6 +20,7 @@ from pathlib import PureWindowsPath
 from typing import Any, BinaryIO
 
 from adaptsurgery_formats.errors import FileError
+from adaptsurgery_formats.paths import is_device
 
 Path = str | os.PathLike[str]
 Buffer = bytes | bytearray | memoryview
@@ -37,7 +37,6 @@ _NO_KERNEL_COPY = {
     for name in ("EXDEV", "EINVAL", "ENOSYS", "EOPNOTSUPP", "EPERM", "EBADF", "ETXTBSY")
 }
 _NO_FILE = {getattr(errno, name, 0) for name in ("ENXIO", "ENODEV", "EOPNOTSUPP")}
-_DEVICE = re.compile(r"(con|prn|aux|nul|conin\$|conout\$|(com|lpt)[0-9¹²³])", re.IGNORECASE)
 _RETRY = 0.05  # seconds between two tries for a lock that cannot be waited for
 _moving = threading.Lock()  # where reading at an offset takes two calls
 
@@ -231,6 +230,14 @@ def share(source: int, target: int) -> bool:
 # -- Names
 
 
+def local_path(spec: str) -> str | None:
+    """The path that a name has where it is there: below the home that its ``~`` means, or so called."""
+    for path in (os.path.expanduser(spec), spec):
+        if path and os.path.lexists(path):
+            return path
+    return None
+
+
 def refused_name(path: Path) -> str:
     """Why this system has no file of such a name, or another one under it; empty where it has."""
     return windows_refuses(os.fspath(path)) if os.name == "nt" else ""
@@ -242,7 +249,7 @@ def windows_refuses(path: str) -> str:
     for part in whole.parts[bool(whole.anchor) :]:
         if part == "..":
             continue
-        if _DEVICE.fullmatch(part.partition(".")[0].rstrip(" ")):
+        if is_device(part):
             return f"`{part}` is a device's name"
         if part.endswith((".", " ")):
             return f"`{part}` ends in a dot or a space, which Windows leaves away"

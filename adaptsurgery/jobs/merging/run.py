@@ -19,9 +19,11 @@ from adaptsurgery.checkpoint import atomic
 from adaptsurgery.checkpoint.base import read_json
 from adaptsurgery.checkpoint.safetensors import read_safetensors
 from adaptsurgery.checkpoint.writer import file_size
+from adaptsurgery.jobs.apart import is_within, keep_apart, overlap
 from adaptsurgery.jobs.inputs import Input, check_inputs
 from adaptsurgery.jobs.merging.adapters import parse_adapter
 from adaptsurgery.jobs.merging.configs import patched
+from adaptsurgery.jobs.merging.copies import check_copies
 from adaptsurgery.jobs.merging.manifest import manifest_of, manifest_path
 from adaptsurgery.jobs.merging.matched import Change
 from adaptsurgery.jobs.merging.plan import MANIFEST, MergePlan, ShardJob, TensorEdit, stem_of
@@ -50,9 +52,11 @@ def check_plan(
 
     With several ``parts`` an output of this very plan is no obstacle: the others have made it.
 
-    Raises FileError: what ``atomic.check_output`` raises, ``output-is-base``, ``output-is-input``.
+    Raises FileError: what ``atomic.check_output`` and ``check_copies`` raise, ``output-is-base``,
+    ``output-is-input``.
     """
     _check_apart(plan, out)
+    check_copies(plan.home, plan.copies)
     if not plan.folder:
         _check_manifest(manifest_path(out, False))
     if _Place(plan, out).landed(out) or (parts > 1 and _made(plan, out) is not None):
@@ -338,8 +342,7 @@ def _check_sizes(plan: MergePlan, place: _Place) -> None:
 
 def _complete(plan: MergePlan, content: Path) -> None:
     """What a folder holds besides its weights."""
-    base = Path(plan.base)
-    base = base if base.is_dir() else base.parent
+    base = plan.home
     for name in plan.copies:
         target = content / name
         target.parent.mkdir(parents=True, exist_ok=True)
@@ -358,7 +361,8 @@ def _index(plan: MergePlan, component: str, old: Path) -> dict[str, Any]:
     jobs = [j for j in plan.jobs if j.component == component]
     metadata: dict[str, Any] = {}
     if old.is_file():
-        metadata = dict(typed(read_json(old), "metadata", dict) or {})
+        index = read_json(old)
+        metadata = dict(typed(index, "metadata", dict) or {}) if index.get("metadata") else {}
     metadata["total_size"] = sum(job.nbytes for job in jobs)
     if "total_parameters" in metadata:
         tensors = [t for job in jobs for t in job.tensors]
@@ -404,19 +408,13 @@ def _inputs(plan: MergePlan) -> list[Input]:
 
 def _check_apart(plan: MergePlan, out: Path) -> None:
     """Refuse an output that is an input, holds one, or lies within the base's folder."""
-    target = Path(os.path.realpath(out))
-    base = Path(os.path.realpath(plan.base))
-    base = base if not plan.folder or base.is_dir() else base.parent
-    inputs = [Path(given.path) for given in _inputs(plan)]
-    if target == base or (plan.folder and target.is_relative_to(base)):
-        _refuse_output(out, str(base), "the output is the base, or lies in it", "output-is-base")
-    for path in inputs:
-        if path == target or path.is_relative_to(target):
-            _refuse_output(out, str(path), "the output would replace an input", "output-is-input")
-
-
-def _refuse_output(out: Path, seen: str, what: str, code: str) -> None:
-    raise FileError(what, where=str(out), seen=seen, next="-o another path", code=code)
+    base = plan.home if plan.folder else Path(plan.base)
+    if is_within(out, base):
+        raise overlap(out, base, "output-is-base")
+    along = [base / name for name in (*plan.copies, *plan.indexes)] if plan.folder else []
+    inputs = [given.path for given in _inputs(plan)]
+    writes = [out] if plan.folder else [out, manifest_path(out, False)]
+    keep_apart([base, *along, *inputs], writes, code="output-is-input")
 
 
 def _replaceable(plan: MergePlan, out: Path) -> list[str]:

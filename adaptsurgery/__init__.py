@@ -11,11 +11,13 @@ Importing this package is cheap: torch comes in with the first call that needs n
 from __future__ import annotations
 
 import importlib
-from collections.abc import Callable
-from types import ModuleType
-from typing import TYPE_CHECKING, Any
 
+TYPE_CHECKING = False  # typing's own, without its import: Ctrl-C is answered only after this file
 if TYPE_CHECKING:
+    from collections.abc import Callable
+    from types import ModuleType
+    from typing import Any
+
     from adaptsurgery.algorithms.hra import HRAConfig
     from adaptsurgery.algorithms.loha import LoHaConfig
     from adaptsurgery.algorithms.lokr import LoKrConfig

@@ -140,5 +140,5 @@ def _print(report: Report, out: str) -> None:
         did = "done already" if facts["complete"] else "this part is done"
     else:
         did = f"dry run: would read {output.size(facts['bytes_read'])}"
-    parts = [report.verdict, did, f"peak RSS {output.size(output.peak_memory())}"]
+    parts = [report.verdict, did, *output.peak()]
     click.echo(output.paint(" · ".join(parts), "green" if report.outputs else "yellow"))

@@ -139,7 +139,7 @@ def read_adapter(
     A flat name is looked up in ``base``, by default in the live model's own modules.
     """
     place = resolve(str(path), kind="adapter")
-    if place.is_dir() and (place / FILE).is_file():
+    if place.is_dir() and system.is_there(place / FILE):
         return AdapterConfig.from_pretrained(place), _tensors(place)
     _check_one_model(place)
     with tempfile.TemporaryDirectory() as folder:
@@ -167,9 +167,9 @@ def _check_one_model(place: Path) -> None:
 
 
 def _tensors(folder: Path) -> dict[str, Tensor]:
-    if (folder / WEIGHTS).is_file():
+    if system.is_there(folder / WEIGHTS):
         found = read_safetensors(folder / WEIGHTS).tensors
-    elif (folder / "adapter_model.bin").is_file():
+    elif system.is_there(folder / "adapter_model.bin"):
         found = read_pickle(folder / "adapter_model.bin")
     else:
         raise FileError(f"there is no {WEIGHTS} in it", where=str(folder), code="no-such-file")

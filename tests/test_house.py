@@ -33,8 +33,10 @@ MAY_IMPORT = {
     "core": {"formats"},
     "formats": set(),
 }
-# Of the formats, the algebra may know the errors alone, and the configs what a config file says.
+# Of the formats, the algebra may know the errors and the table of algorithms alone, and the configs
+# what a config file says.
 ERRORS_ONLY = ("core", "algorithms")
+LEAVES = ("adaptsurgery_formats.errors", "adaptsurgery_formats.traits")
 CONFIG_FACTS = {
     "config.py": ("adaptsurgery_formats", "adaptsurgery_formats.peft_config"),
     "lokr.py": ("adaptsurgery_formats.kronecker",),
@@ -111,8 +113,52 @@ def test_nothing_imports_upward(path: Path) -> None:
         if room == "modules" and target == "jobs":
             assert module.rpartition(".")[0] in JOBS_FOR_MODULES, f"{path.name} imports {module}"
         if room in ERRORS_ONLY and target == "formats":
-            allowed_facts = ("adaptsurgery_formats.errors", *CONFIG_FACTS.get(path.name, ()))
+            allowed_facts = (*LEAVES, *CONFIG_FACTS.get(path.name, ()))
             assert module.rpartition(".")[0] in allowed_facts, f"{path.name}: {module}"
+
+
+# What stands in the module of that name alone: the calls that only some systems have, and those that
+# open in text mode, in another encoding, or wait for a pipe.
+SOME_SYSTEMS = set(
+    "open fdopen pread preadv pwrite pwritev copy_file_range sendfile fsync fdatasync statvfs link "
+    "ftruncate truncate mkfifo fork getuid fchmod fchown sysconf uname sched_getaffinity "
+    "posix_fadvise posix_fallocate".split()
+)
+SOME_MODULES = set("fcntl resource msvcrt ctypes mmap pwd grp termios tty pty syslog".split())
+READS = {"read_text", "read_bytes", "write_text", "write_bytes"}
+
+
+def _of_some_systems(node: ast.AST) -> str:
+    """What a piece of code uses that belongs into the one module; empty for nothing."""
+    match node:
+        case ast.Import(names=names) if found := {a.name for a in names} & SOME_MODULES:
+            return f"imports {found}"
+        case ast.ImportFrom(module=str(module)) if module in SOME_MODULES:
+            return f"imports {module}"
+        case ast.Attribute(value=ast.Name(id="os"), attr=name):
+            return f"os.{name}" if name in SOME_SYSTEMS or name.startswith("O_") else ""
+        case ast.Call(func=ast.Name(id="open")):
+            return "open()"
+        case ast.Call(func=ast.Attribute(value=value, attr=name)) if name in READS:
+            return "" if isinstance(value, ast.Name) and value.id == "system" else f".{name}()"
+        case ast.Call(func=ast.Attribute(value=ast.Name(id="shutil"), attr=name)):
+            return f"shutil.{name}()" if name.startswith("copy") else ""
+        case ast.Constant(value=str(text)) if text.startswith(("/proc", "/dev/")):
+            return repr(text)
+    return ""
+
+
+def test_what_only_some_systems_have_stands_in_one_module() -> None:
+    """So does every open, of inputs and of outputs; the leaf reads nothing but its own tables."""
+    own = {PACKAGE / "checkpoint" / "system.py", LEAF / "names" / "tables.py"}
+    uses = [
+        f"{path.name}:{node.lineno} {use}"  # type: ignore[attr-defined]
+        for path in (*sources(), PACKAGE / "__main__.py", PACKAGE / "__init__.py")
+        if path not in own
+        for node in ast.walk(ast.parse(path.read_text("utf-8")))
+        if (use := _of_some_systems(node))
+    ]
+    assert uses == []
 
 
 def test_the_folders_of_jobs_stand_above_the_files() -> None:

@@ -76,6 +76,8 @@ def check_output(
 ) -> None:
     """Everything that ``output`` can refuse before a byte is written, also for a dry run."""
     where = str(target)
+    if why := system.refused_name(target):
+        raise FileError("no file can have such a name", where=where, seen=why, code="bad-name")
     _check_parent(target)
     try:
         mode = os.lstat(target).st_mode
@@ -264,27 +266,18 @@ def _exchange(a: Path, b: Path) -> bool:
 def sync(path: Path) -> None:
     """Force a file, or all that a folder holds, to disk."""
     if not path.is_dir():
-        _sync_file(path)
+        system.sync_file(path)
         return
     for root, _, files in os.walk(path):
         for name in files:
             if not (Path(root) / name).is_symlink():
-                _sync_file(Path(root) / name)
+                system.sync_file(Path(root) / name)
         sync_folder(Path(root))
-
-
-def _sync_file(path: Path) -> None:
-    fd = os.open(path, os.O_RDONLY | os.O_CLOEXEC)
-    try:
-        os.fsync(fd)
-    finally:
-        os.close(fd)
 
 
 def sync_folder(path: Path) -> None:
     """Force a folder's names to disk."""
-    with suppress(OSError):  # some file systems cannot; the rename is done all the same
-        _sync_file(path)
+    system.sync_folder(path)
 
 
 def _remove_folder(path: Path) -> None:

@@ -317,7 +317,7 @@ def _is_training_state(name: str) -> bool:
 
 
 def _config(place: Path) -> Mapping[str, Any]:
-    return read_json(place / "config.json") if (place / "config.json").is_file() else {}
+    return read_json(place / "config.json") if system.is_there(place / "config.json") else {}
 
 
 def _class_of(config: Mapping[str, Any]) -> str:

@@ -16,10 +16,12 @@ import threading
 import time
 from contextlib import suppress
 from io import BufferedReader, FileIO
+from pathlib import PureWindowsPath
 from typing import Any, BinaryIO
 
 from adaptsurgery.checkpoint.watched import note
 from adaptsurgery_formats.errors import FileError
+from adaptsurgery_formats.paths import is_device
 
 Path = str | os.PathLike[str]
 Buffer = bytes | bytearray | memoryview
@@ -70,6 +72,11 @@ def _check_regular(mode: int, path: Path) -> None:
         raise IsADirectoryError(errno.EISDIR, os.strerror(errno.EISDIR), os.fspath(path))
     if not stat.S_ISREG(mode):
         raise not_a_file(path)
+
+
+def is_there(path: Path) -> bool:
+    """Whether a file is there, or what is none and will be refused when it is opened; no folder."""
+    return os.path.exists(path) and not os.path.isdir(path)
 
 
 def open_file(path: Path) -> BufferedReader:
@@ -234,6 +241,31 @@ def local_path(spec: str) -> str | None:
     return None
 
 
+def refused_name(path: Path) -> str:
+    """Why this system has no file of such a name, or another one under it; empty where it has."""
+    return windows_refuses(os.fspath(path)) if os.name == "nt" else ""
+
+
+def windows_refuses(path: str) -> str:
+    """``refused_name`` on Windows: devices' names, endings that are left away, streams, wildcards."""
+    whole = PureWindowsPath(path)
+    for part in whole.parts[bool(whole.anchor) :]:
+        if part == "..":
+            continue
+        if is_device(part):
+            return f"`{part}` is a device's name"
+        if part.endswith((".", " ")):
+            return f"`{part}` ends in a dot or a space, which Windows leaves away"
+        if strange := [c for c in part if c in '<>:"|?*' or ord(c) < 32]:
+            return f"`{part}` has a {strange[0]!r} in it"
+    return ""
+
+
+def names_folder(path: Path) -> bool:
+    """Whether a path is written as a folder's, with a separator at its end."""
+    return os.fspath(path).endswith(tuple(filter(None, (os.sep, os.altsep))))
+
+
 def exchange(a: Path, b: Path) -> bool:
     """Swap two names in one step; False where the system or the file system cannot."""
     try:
@@ -288,7 +320,10 @@ def free_space(folder: Path) -> int:
     """Bytes that may still be written below a folder."""
     import shutil
 
-    return shutil.disk_usage(folder).free
+    try:
+        return shutil.disk_usage(folder).free
+    except AttributeError:  # neither way here: the disk itself will tell
+        return sys.maxsize
 
 
 # -- Locks, which go with their process
@@ -335,6 +370,13 @@ def _lock_by_msvcrt(fd: int, wait: bool) -> bool:
 
 
 # -- The process
+
+
+def to_nowhere(fd: int) -> None:
+    """Let what is written to a descriptor vanish from now on."""
+    nowhere = os.open(os.devnull, os.O_WRONLY | _PLAIN)
+    os.dup2(nowhere, fd)
+    os.close(nowhere)
 
 
 def peak_memory() -> int:

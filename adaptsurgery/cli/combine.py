@@ -148,6 +148,6 @@ def _tell(report: Report, out: str, as_json: bool, quiet: bool) -> None:
     parts = [
         report.verdict,
         f"{written} {output.size(facts['bytes'])} to {output.printable(out)}",
-        f"peak RSS {output.size(output.peak_memory())}",
+        *output.peak(),
     ]
     click.echo(output.paint(" · ".join(parts), "green" if report.outputs else "yellow"))

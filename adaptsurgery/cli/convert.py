@@ -127,6 +127,6 @@ def _verdict(report: Report, out: str) -> str:
         report.verdict,
         "0 unused keys",  # a key that no module takes is an error
         f"{written} {output.size(report.facts['bytes'])} to {output.printable(out)}",
-        f"peak RSS {output.size(output.peak_memory())}",
+        *output.peak(),
     ]
     return output.paint(" · ".join(parts), "green" if report.outputs else "yellow")

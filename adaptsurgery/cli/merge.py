@@ -164,5 +164,5 @@ def _verdict(report: Report, out: str) -> str:
         did = (
             f"dry run: would write {output.size(report.facts['bytes'])} to {output.printable(out)}"
         )
-    parts = [report.verdict, did, f"peak RSS {output.size(output.peak_memory())}"]
+    parts = [report.verdict, did, *output.peak()]
     return output.paint(" · ".join(parts), "green" if report.outputs else "yellow")

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 import shlex
 from typing import TYPE_CHECKING, Any
 
@@ -81,7 +82,7 @@ def _print(report: Report, base: str | None) -> None:
     parts = [
         report.verdict,
         f"{report.facts['seconds']:.0f} s",
-        f"peak RSS {output.size(output.peak_memory())}",
+        *output.peak(),
     ]
     click.echo()
     click.echo(output.paint(" · ".join(parts), "red" if report.facts["failed"] else "green"))
@@ -112,7 +113,7 @@ def _print_next(report: Report, base: str | None) -> None:
     if folder is None:
         click.echo("The files are gone; `adaptsurgery quickstart DIR` keeps them.")
         return
-    home = folder.rstrip("/") + "/"
+    home = os.path.join(folder, "")
     model = base if base is not None else home + "model.safetensors"
     commands = [
         ["inspect", home + "loha"],

@@ -117,5 +117,5 @@ def _print(report: Report, table: bool, out: str | None, onnx: str | None, merge
         parts += [f"wrote {output.size(facts['bytes'])} to {named}"]
     else:
         parts += [f"dry run: would write {named}" if named else "nothing written: no -o, no --onnx"]
-    parts += [f"peak RSS {output.size(output.peak_memory())}"]
+    parts += output.peak()
     click.echo(output.paint(" · ".join(parts), "green" if report.outputs else "yellow"))

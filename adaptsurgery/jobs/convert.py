@@ -155,7 +155,7 @@ def check_paths(
     keep_apart(sources, [out], guard=_guard(target))
     keep_apart([base], [out], guard="folder")
     pickled = out.suffix in (".bin", ".pt", ".pth", ".ckpt")
-    if not folder and (pickled or os.fspath(written).endswith(os.sep)):
+    if not folder and (pickled or system.names_folder(written)):
         raise FileError(
             "this layout is one safetensors file",
             where=str(out),

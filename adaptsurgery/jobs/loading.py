@@ -208,13 +208,13 @@ def read_files(path: Path) -> list[AdapterFile]:
     if path.is_dir():
         return _read_folder(path)
     config = None
-    if path.stem == "adapter_model" and (path.parent / CONFIG).is_file():
+    if path.stem == "adapter_model" and system.is_there(path.parent / CONFIG):
         config = read_config(path.parent / CONFIG)
     return [_read_file(path, config)]
 
 
 def _read_folder(folder: Path) -> list[AdapterFile]:
-    if (folder / CONFIG).is_file():
+    if system.is_there(folder / CONFIG):
         return [_read_peft(folder, "")]
     parts = sorted(p.parent for p in folder.glob(f"*/{CONFIG}"))
     if any(not _COMPONENT.fullmatch(part.name) for part in parts):
@@ -243,7 +243,7 @@ def _read_peft(folder: Path, component: str) -> AdapterFile:
     if not component.isprintable():  # it goes into names and metadata
         raise FileError("the folder's name is no plain text", where=str(folder), code="bad-name")
     config = read_config(folder / CONFIG)
-    found = [p for p in (folder / WEIGHTS, folder / "adapter_model.bin") if p.is_file()]
+    found = [p for p in (folder / WEIGHTS, folder / "adapter_model.bin") if system.is_there(p)]
     if not found:
         raise FileError(f"there is no {WEIGHTS} in it", where=str(folder), code="no-such-file")
     file = _read_file(found[0], config)

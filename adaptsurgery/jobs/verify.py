@@ -13,7 +13,6 @@ from adaptsurgery.checkpoint.finite import count_nonfinite
 from adaptsurgery.checkpoint.watched import unchanged
 from adaptsurgery.jobs.change import EXACT
 from adaptsurgery.jobs.loading import Loaded, load_state
-from adaptsurgery.jobs.lowrank import LOW_RANK
 from adaptsurgery.jobs.renaming import comparable, uncut
 from adaptsurgery.jobs.report import Report, Row
 from adaptsurgery.jobs.updates import (
@@ -25,7 +24,9 @@ from adaptsurgery.jobs.updates import (
 )
 from adaptsurgery_formats import AdapterState, ModuleState
 from adaptsurgery_formats.errors import LayoutError, NameLookupError, SurgeryError
+from adaptsurgery_formats.state import options_of
 from adaptsurgery_formats.tensors import same_bytes
+from adaptsurgery_formats.traits import traits_of
 
 if TYPE_CHECKING:
     import torch
@@ -166,9 +167,10 @@ def _adds_nothing(module: ModuleState) -> bool:
     if nonfinite_of(module):
         return False
     zero = {slot: not to_torch(t).any() for slot, t in module.tensors.items()}
-    if module.algorithm in ("full", "norm"):
+    row = traits_of(module.algorithm)
+    if row.dense:
         return all(zero.values())
-    if module.algorithm not in LOW_RANK or "magnitude" in zero:
+    if not row.low_rank or "magnitude" in zero:
         return False
     return module.scale == 0 or (zero.pop("up_bias", True) and any(zero.values()))
 
@@ -211,7 +213,7 @@ def identical(a: ModuleState, b: ModuleState) -> bool:
         a.algorithm == b.algorithm
         and a.tensors.keys() == b.tensors.keys()
         and a.scale == b.scale
-        and a.options.get("apply_gs", False) == b.options.get("apply_gs", False)
+        and options_of(a) == options_of(b)
         and all(same_bytes(t, b.tensors[slot]) for slot, t in a.tensors.items())
     )
 
@@ -323,13 +325,11 @@ def _bias_distance(
 
 
 def _bias(modules: list[ModuleState], loaded: Loaded) -> torch.Tensor | None:
-    from adaptsurgery.core.update import Delta, Renorm
+    from adaptsurgery.core.update import Delta
 
     found = None
     for module in modules:
-        update = update_of(module, loaded.names, loaded.state.where)
-        if isinstance(update, Renorm):
-            update = update.inner
+        update = update_of(module, loaded.names, loaded.state.where).plain
         if isinstance(update, Delta) and (shift := update.bias_delta()) is not None:
             part = update.scale * shift.double()
             found = part if found is None else found + part

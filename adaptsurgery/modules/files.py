@@ -32,6 +32,7 @@ from adaptsurgery.jobs.report import Report
 from adaptsurgery.modules import slots
 from adaptsurgery.modules.layer import AdaptedLayer
 from adaptsurgery.modules.model import AdaptedModel
+from adaptsurgery_formats import Tensor as LazyTensor
 from adaptsurgery_formats.errors import FileError, KeyRefused, ShapeError, ValueRefused
 from adaptsurgery_formats.peft import PREFIX
 from adaptsurgery_formats.tensors import Tensor as FileTensor
@@ -140,7 +141,7 @@ def read_adapter(
     A flat name is looked up in ``base``, by default in the live model's own modules.
     """
     place = resolve(str(path), kind="adapter")
-    if place.is_dir() and (place / FILE).is_file():
+    if place.is_dir() and system.is_there(place / FILE):
         return AdapterConfig.from_pretrained(place), _tensors(place)
     _check_one_model(place)
     with tempfile.TemporaryDirectory() as folder:
@@ -169,13 +170,15 @@ def _check_one_model(place: Path) -> None:
 
 def _tensors(folder: Path) -> dict[str, Tensor]:
     with unchanged():
-        if (folder / WEIGHTS).is_file():
-            found = read_safetensors(folder / WEIGHTS).tensors
-        elif (folder / "adapter_model.bin").is_file():
-            found = read_pickle(folder / "adapter_model.bin")
-        else:
-            raise FileError(f"there is no {WEIGHTS} in it", where=str(folder), code="no-such-file")
-        return {key: to_torch(tensor) for key, tensor in found.items()}
+        return {key: to_torch(tensor) for key, tensor in _read(folder).items()}
+
+
+def _read(folder: Path) -> Mapping[str, LazyTensor]:
+    if system.is_there(folder / WEIGHTS):
+        return read_safetensors(folder / WEIGHTS).tensors
+    if system.is_there(folder / "adapter_model.bin"):
+        return read_pickle(folder / "adapter_model.bin")
+    raise FileError(f"there is no {WEIGHTS} in it", where=str(folder), code="no-such-file")
 
 
 def shapes_of(model: nn.Module) -> dict[str, tuple[int, ...]]:

@@ -7,8 +7,8 @@ import os
 from adaptsurgery_formats.errors import FileError
 
 LONGEST = 255  # bytes of a name, on every common file system
-_OTHERS = {"com", "lpt"}  # com1 … lpt9
-_DEVICES = {"con", "prn", "aux", "nul", *(f"{port}{n}" for port in _OTHERS for n in range(1, 10))}
+_DEVICES = {"con", "prn", "aux", "nul", "conin$", "conout$"}
+_DEVICES |= {f"{port}{n}" for port in ("com", "lpt") for n in "0123456789¹²³"}
 
 
 def leads_out(name: str) -> bool:
@@ -24,9 +24,14 @@ def misnamed(name: str) -> str:
         return "it has control characters"
     if name.endswith((".", " ")):
         return "it ends in a dot or a space, which Windows leaves away"
-    if name.partition(".")[0].rstrip().lower() in _DEVICES:
+    if is_device(name):
         return "it is a device's name on Windows"
     return f"it is longer than {LONGEST} bytes" if _too_long(name) else ""
+
+
+def is_device(name: str) -> bool:
+    """Whether a name is a device's on Windows, whatever follows its first dot."""
+    return name.partition(".")[0].rstrip().lower() in _DEVICES
 
 
 def check_name(name: str, where: str, next: str = "") -> None:

@@ -13,6 +13,7 @@ from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
+from unix import needs
 
 from adaptsurgery.checkpoint import atomic
 from adaptsurgery.checkpoint.atomic import check_output, output
@@ -171,6 +172,7 @@ def test_a_folder_with_other_things_is_refused(tmp_path: Path, foreign: str) -> 
     assert (folder / "config.json").exists()
 
 
+@needs("os.mkfifo")
 def test_links_and_wrong_kinds_are_refused(tmp_path: Path) -> None:
     (tmp_path / "file").write_text("x")
     (tmp_path / "folder").mkdir()
@@ -222,7 +224,9 @@ def test_a_full_disk_is_seen_beforehand(tmp_path: Path) -> None:
     ("number", "code"),
     [(errno.ENOSPC, "no-space"), (errno.EDQUOT, "no-space"), (errno.EROFS, "not-writable")],
 )
-@pytest.mark.parametrize("call", ["write", "copy_file_range"])
+@pytest.mark.parametrize(
+    "call", ["write", pytest.param("copy_file_range", marks=needs("os.copy_file_range"))]
+)
 def test_a_write_that_fails_leaves_nothing(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, number: int, code: str, call: str
 ) -> None:
@@ -243,7 +247,7 @@ def test_a_write_that_fails_leaves_nothing(
         def no_copy(*_: object) -> int:
             raise OSError(errno.EXDEV, "")
 
-        monkeypatch.setattr(os, "copy_file_range", no_copy)
+        monkeypatch.setattr(os, "copy_file_range", no_copy, raising=False)
     monkeypatch.setattr(os, call, fail)
     with pytest.raises(FileError) as e, output(tmp_path / "a", needed=77) as path:
         write_safetensors(path, tensors)

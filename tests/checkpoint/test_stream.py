@@ -11,6 +11,7 @@ from pathlib import Path
 import pytest
 import torch
 from safetensors.torch import load_file, save_file
+from unix import needs
 
 from adaptsurgery.algorithms import HRA, LoRA, build
 from adaptsurgery.checkpoint import stream
@@ -60,6 +61,7 @@ def test_a_copy_is_the_file_byte_for_byte(
     assert sum(seen) == (tmp_path / "out").stat().st_size
 
 
+@needs("os.copy_file_range")
 def test_without_the_kernels_help_too(
     source: dict[str, Tensor], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -209,6 +211,7 @@ print(peak() - before)
 """
 
 
+@needs("/proc/self/status")
 @pytest.mark.slow
 def test_memory_is_a_few_megabytes_whatever_the_tensor(tmp_path: Path) -> None:
     """A tensor of 524 MB, edited whole: more than torch's own memory by less than 40 MB."""

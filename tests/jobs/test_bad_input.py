@@ -34,6 +34,7 @@ from corpus import (
     unpack,
     write,
 )
+from unix import needs
 
 import adaptsurgery
 from adaptsurgery import SurgeryError
@@ -716,6 +717,7 @@ def test_inputs_of_the_wrong_kind(desk: Desk) -> None:
     desk.refused("config-missing", desk.input / "loose.safetensors")
 
 
+@needs("os.mkfifo")
 def test_a_pipe_is_not_waited_for(desk: Desk) -> None:
     os.mkfifo(desk.input / "pipe.safetensors")
     os.mkfifo(desk.input / "pipe.bin")

@@ -31,6 +31,7 @@ from adaptsurgery.jobs.updates import is_nonfinite_allowed, nonfinite_allowed, n
 from adaptsurgery.jobs.values import is_whole
 from adaptsurgery_formats import Format, ModuleState, Note
 from adaptsurgery_formats.errors import InexactError, ShapeError, ValueRefused
+from adaptsurgery_formats.traits import traits_of
 
 
 def combine(
@@ -105,8 +106,6 @@ def _cut(result: Loaded, rank: int | None, notes: list[Note]) -> Loaded:
     for module in result.state.modules:
         if "magnitude" in module.tensors and (module.rank or 0) > rank:
             whole.add("dora")
-        elif module.algorithm in ("loha", "lokr", "full", "hra"):
-            whole.add(module.algorithm)
         elif is_nonfinite_allowed() and nonfinite_of(module):
             notes.append(Note("not-cut", module.label, "it holds NaN or infinity: it has no rank"))
         elif module.algorithm == "lora" and (module.rank or 0) > rank:
@@ -115,6 +114,8 @@ def _cut(result: Loaded, rank: int | None, notes: list[Note]) -> Loaded:
             low = lora_module([module], found.up, found.down, form.shape, module.scale)
             bias = module.tensors.get("up_bias")
             module = low.with_tensors(up_bias=bias) if bias else low
+        elif module.algorithm != "lora" and not traits_of(module.algorithm).vector:
+            whole.add(module.algorithm)
         modules.append(module)
     if whole:
         text = f"modules that are {', '.join(sorted(whole))} alone stay so, whatever the rank"

@@ -300,7 +300,7 @@ def adapter_input(path: Path, weight: float, layout: str) -> AdapterInput:
     if path.is_dir():
         names = [p for p in path.rglob("*") if p.suffix in (".safetensors", ".json", ".bin")]
     else:
-        names = [path, *(p for p in [path.parent / "adapter_config.json"] if p.is_file())]
+        names = [path, *(p for p in [path.parent / "adapter_config.json"] if system.is_there(p))]
     return AdapterInput(str(path.resolve()), weight, layout, tuple(map(_hashed, sorted(names))))
 
 

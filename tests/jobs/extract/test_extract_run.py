@@ -16,6 +16,7 @@ from typing import Any
 import models
 import pytest
 import torch
+from unix import needs
 
 from adaptsurgery.jobs.extract import fitting
 from adaptsurgery.jobs.extract.extract import extract
@@ -152,6 +153,7 @@ print(json.dumps({"used": peak_memory() - before, "error": report.facts["error"]
 """
 
 
+@needs("resource", "/proc/self/status")
 @pytest.mark.slow
 def test_a_pair_larger_than_the_memory_allowed(tmp_path: Path) -> None:
     """RLIMIT_AS: beyond what torch has taken, the process gets less than either checkpoint.

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import fcntl
 import json
 import os
 import signal
@@ -15,6 +14,7 @@ from typing import Any
 import pytest
 import torch
 from safetensors.torch import load_file, save_file
+from unix import needs
 
 from adaptsurgery.jobs.merging import run
 from adaptsurgery.jobs.merging.check import verify_merge
@@ -297,6 +297,7 @@ def test_a_kill_while_the_rest_is_removed_keeps_the_manifest(
     assert Path(f"{out}.manifest.json").read_bytes() == wanted and not left_behind(tmp_path)
 
 
+@needs("fcntl")
 def test_what_other_merges_left_is_named(inputs: tuple[Path, Path], tmp_path: Path) -> None:
     base, adapter = inputs
     merge(base, f"{adapter}=2", tmp_path / "out", shard_index=0, num_shards=3)
@@ -304,6 +305,8 @@ def test_what_other_merges_left_is_named(inputs: tuple[Path, Path], tmp_path: Pa
     report = merge(base, adapter, tmp_path / "out")
     assert [n.where for n in report.notes if n.code == "abandoned"] == [str(tmp_path / partial)]
     with open(tmp_path / partial / "locks" / "0", "rb") as file:
+        import fcntl
+
         fcntl.flock(file, fcntl.LOCK_EX)  # somebody works on it
         report = merge(base, adapter, tmp_path / "out", overwrite=True)
     assert not report.notes
@@ -472,6 +475,7 @@ def test_a_result_that_is_not_finite(tmp_path: Path) -> None:
     assert not (tmp_path / "out").exists() and not left_behind(tmp_path)
 
 
+@needs("resource")
 def test_a_full_disk_leaves_nothing_half_done(inputs: tuple[Path, Path], tmp_path: Path) -> None:
     base, adapter = inputs
     code = (

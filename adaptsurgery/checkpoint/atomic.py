@@ -61,9 +61,7 @@ def output(
     check_output(
         target, overwrite=overwrite, directory=directory, replaceable=replaceable, needed=needed
     )
-    room = Room(target)
-    try:
-        room.enter()
+    with _room(target, needed) as room:
         if directory:
             os.mkdir(room.content)
         yield room.content
@@ -73,6 +71,44 @@ def output(
             put(room.content, target, overwrite)
             sync_folder(target.parent)
             room.leave()
+
+
+@contextmanager
+def outputs(
+    path: str | os.PathLike[str],
+    *,
+    overwrite: bool = False,
+    beside: Collection[str] = (),
+    inputs: Iterable[str | os.PathLike[str]] = (),
+) -> Iterator[Path]:
+    """A temporary folder for a file and others that stand beside it; each lands under its own name.
+
+    The file of ``path``'s name comes last. ``beside`` are the endings that the others' names may
+    have after the file's. As ``output`` otherwise.
+    """
+    target, sources = Path(path), list(inputs)
+    check_output(target, overwrite=overwrite, beside=beside)
+    with _room(target, 0) as room:
+        os.mkdir(room.content)
+        yield room.content
+        files = sorted(room.content.iterdir(), key=lambda file: file.name == target.name)
+        for file in files:
+            privacy.narrow(file, (*sources, *_old(target.with_name(file.name))))
+            sync(file)
+        with locks.alone(target), locks.unbroken():
+            for file in files:
+                put(file, target.with_name(file.name), overwrite)
+            sync_folder(target.parent)
+            room.leave()
+
+
+@contextmanager
+def _room(target: Path, needed: int) -> Iterator[Room]:
+    """A hidden folder while the block lasts; what goes wrong there is said of the target."""
+    room = Room(target)
+    try:
+        room.enter()
+        yield room
     except OSError as error:
         raise _said(error, room.path, target, needed) from error
     except SurgeryError as error:
@@ -204,7 +240,9 @@ def _check_names(target: Path, beside: Collection[str], inner: Collection[str]) 
     longest, limit = max(names, key=_length), _limit(target.parent, "PC_NAME_MAX", 255)
     if _length(longest) > limit:
         _refuse_name(target, longest, limit)
-    path = str(locks.hidden(target, "-0123456789ab.partial/files/")) + max(inner, key=len, default="")
+    path = str(locks.hidden(target, "-0123456789ab.partial/files/")) + max(
+        inner, key=len, default=""
+    )
     if _length(path) > (limit := _limit(target.parent, "PC_PATH_MAX", 1 << 15)):
         _refuse_name(target, path, limit)
 

@@ -126,7 +126,7 @@ def unbroken() -> Iterator[None]:
                 signal.signal(number, later)
         yield
     finally:
-        for number, handler in before.items():
-            signal.signal(number, handler)
+        for caught, handler in before.items():
+            signal.signal(caught, handler)
         if came:
             signal.raise_signal(came[0])

@@ -55,6 +55,7 @@ class Partial:
         self.content = self.files
         self.sign = self.root / "locks" / f"run-{os.urandom(6).hex()}"
         self._held = -1
+        self._ours = False
         self._known: dict[int, Any] = {}
 
     # -- Coming and going
@@ -73,13 +74,15 @@ class Partial:
         try:
             with locks.alone(self.out):
                 self._check_ours()
+                self._ours = True
                 self.make(self.out)
                 self._held = system.open_lock(self.sign)
                 system.lock(self._held, wait=False)
             yield
         except BaseException as error:
-            with locks.unbroken():
-                self._tidy(error, alone)
+            if self._ours:
+                with locks.unbroken():
+                    self._tidy(error, alone)
             raise
         finally:
             self._sign_off()

@@ -8,13 +8,13 @@ import os
 import re
 import warnings
 import zipfile
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass, fields
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from adaptsurgery.checkpoint import atomic
+from adaptsurgery.checkpoint import atomic, privacy
 from adaptsurgery.checkpoint.failures import as_file_error, missing_file
 from adaptsurgery.jobs.adapter import Adapter
 from adaptsurgery.jobs.loading import load_state
@@ -138,7 +138,8 @@ def _rewritten(
     changed = _changed(program, chosen, name, mode, merge, seed)
     report.facts["parameters"] = _parameters(program, changed, name, merge)
     if not dry_run:
-        report.outputs = _write(changed, out, onnx, overwrite)
+        inputs = _inputs(source, config, adapter, base)
+        report.outputs = _write(changed, out, onnx, overwrite, inputs)
         report.facts["bytes"] = sum(os.path.getsize(path) for path in report.outputs)
     return report
 
@@ -393,8 +394,18 @@ def _parameters(
     }
 
 
+def _inputs(*given: AnyPath | None) -> list[AnyPath]:
+    """The files that were named, and of folders all files that may have been read."""
+    named = [path for path in given if path is not None and os.path.exists(path)]
+    return [each for path in named for each in privacy.below(Path(path))]
+
+
 def _write(
-    program: ExportedProgram, out: AnyPath | None, onnx: AnyPath | None, overwrite: bool
+    program: ExportedProgram,
+    out: AnyPath | None,
+    onnx: AnyPath | None,
+    overwrite: bool,
+    inputs: Sequence[AnyPath],
 ) -> list[str]:
     """The files that were written. ONNX comes first, since it may fail."""
     import torch
@@ -403,11 +414,13 @@ def _write(
 
     with ExitStack() as stack:
         if out is not None:
-            temporary = stack.enter_context(atomic.output(out, overwrite=overwrite))
+            temporary = stack.enter_context(atomic.output(out, overwrite=overwrite, inputs=inputs))
             with open(temporary, "wb") as file:
                 torch.export.save(program, file)
         if onnx is not None:
-            export_onnx(program, onnx, overwrite=overwrite)
+            landing = atomic.outputs(onnx, overwrite=overwrite, beside=[".data"], inputs=inputs)
+            with landing as folder:
+                export_onnx(program, folder / Path(onnx).name)
     more = files_of(program, onnx) if onnx is not None else []
     return [os.fspath(path) for path in (*([out] if out is not None else []), *more)]
 

@@ -105,10 +105,9 @@ class Runner:
             self.progress(self.told, self.plan.nbytes)
 
     @property
-    def inputs(self) -> list[str]:
-        """The files that are read, and the folders that they lie in where those were named."""
-        files = [given.path for given in (*self.plan.base_files, *self.plan.tuned_files)]
-        return files + [str(m.folder) for m in self.models.values() if m.folder is not None]
+    def inputs(self) -> list[Path]:
+        """The files of both models, and their folders where those were named."""
+        return [path for model in self.models.values() for path in model.inputs]
 
     def read(self, side: str, pair: Pair) -> Tensor:
         at = pair.base if side == "base" else pair.tuned

@@ -82,8 +82,8 @@ def _check_copies(plan: MergePlan) -> None:
         if not stat.S_ISREG(mode):
             raise system.not_a_file(path)
         if not os.access(path, os.R_OK):
-            error = PermissionError(errno.EACCES, os.strerror(errno.EACCES), str(path))
-            raise as_file_error(error, path, writing=False)
+            denied = PermissionError(errno.EACCES, os.strerror(errno.EACCES), str(path))
+            raise as_file_error(denied, path, writing=False)
 
 
 def _copied(plan: MergePlan) -> list[Path]:

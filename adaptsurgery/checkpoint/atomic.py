@@ -229,7 +229,7 @@ def check_output(
         raise as_file_error(error, where, writing=True) from error
     if mode is not None:
         _check_existing(target, mode, overwrite, directory, replaceable)
-    if needed > _free(target.parent):
+    if needed > system.free_space(target.parent):
         raise _no_space(target, needed)
 
 
@@ -274,14 +274,10 @@ def _no_space(target: Path, needed: int) -> FileError:
     return FileError(
         "there is no room to write it",
         where=str(target),
-        seen=f"{wanted}{_free(target.parent)} free",
+        seen=f"{wanted}{system.free_space(target.parent)} free",
         next="free some space, or write to another disk",
         code="no-space",
     )
-
-
-def _free(folder: Path) -> int:
-    return system.free_space(folder)
 
 
 def _check_parent(target: Path) -> None:
@@ -472,7 +468,7 @@ def _swap(temporary: Path, target: Path) -> None:
         _remove_folder(temporary)
         return
     old, note = temporary.with_name(temporary.name + ".old"), temporary.with_name(_SWAP)
-    note.write_text(json.dumps(identity(target)), "utf-8")
+    system.write_text(note, json.dumps(identity(target)))
     sync(note)
     try:
         _move_away(target, old)

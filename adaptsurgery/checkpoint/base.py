@@ -14,7 +14,6 @@ Torch pickles are read where there is no safetensors file.
 
 from __future__ import annotations
 
-import json
 import os
 import re
 from collections.abc import Iterable, Mapping
@@ -22,9 +21,11 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
+from adaptsurgery.checkpoint import system
 from adaptsurgery.checkpoint.failures import as_file_error, missing_file
 from adaptsurgery.checkpoint.safetensors import read_safetensors
 from adaptsurgery_formats.errors import FileError, NameLookupError, nearest
+from adaptsurgery_formats.reading import MAX_JSON, JsonObject, json_object, typed
 from adaptsurgery_formats.tensors import Tensor
 
 PICKLES = (".bin", ".pt", ".pth", ".ckpt")
@@ -325,7 +326,10 @@ def _config(place: Path) -> Mapping[str, Any]:
 
 
 def _class_of(config: Mapping[str, Any]) -> str:
-    named = config.get("_class_name") or (config.get("architectures") or [""])[0]
+    """The model class that a config names; "" for whatever else it says."""
+    classes = config.get("architectures")
+    first = classes[0] if isinstance(classes, list) and classes else ""
+    named = config.get("_class_name") or first
     return named if isinstance(named, str) else ""
 
 
@@ -364,6 +368,7 @@ def _read_index(index: Path, root: Path, component: str) -> list[BaseFile]:
 
 def parse_index(index: Mapping[str, Any], where: Path) -> dict[str, set[str]]:
     """Shard name → the keys it should hold; raises FileError ``bad-index``, ``path-escapes``."""
+    typed(index, "metadata", dict, str(where))
     weight_map = index.get("weight_map")
     if not isinstance(weight_map, dict) or not weight_map:
         raise FileError("the index has no weight_map", where=str(where), code="bad-index")
@@ -411,19 +416,12 @@ def _some(names: set[str], count: int = 3) -> str:
     return ", ".join(f"`{n}`" for n in sorted(names)[:count]) + more
 
 
-def read_json(path: Path) -> dict[str, Any]:
-    """A JSON object from a file; raises FileError ``bad-json``."""
+def read_json(path: Path) -> JsonObject:
+    """A JSON object from a file; raises FileError ``bad-json``, ``absurd-size``, ``not-a-file``."""
     try:
-        found = json.loads(path.read_bytes().decode("utf-8"))
+        return json_object(system.read_file(path, MAX_JSON), str(path))
     except OSError as error:
         raise as_file_error(error, path, writing=False) from error
-    except (ValueError, RecursionError) as error:
-        raise FileError(
-            "it is not JSON", where=str(path), seen=str(error), code="bad-json"
-        ) from error
-    if not isinstance(found, dict):
-        raise FileError("it holds no JSON object", where=str(path), code="bad-json")
-    return found
 
 
 # -- Names -----------------------------------------------------------------------------------------

@@ -2,13 +2,12 @@
 
 from __future__ import annotations
 
-import math
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
 from adaptsurgery_formats.errors import ShapeError, ValueRefused
-from adaptsurgery_formats.tensors import DTYPE_BYTES, Literal, Part, Tensor
+from adaptsurgery_formats.tensors import Literal, Part, Tensor, bytes_of
 
 if TYPE_CHECKING:
     import torch
@@ -102,8 +101,7 @@ def computed(dtype: str, shape: tuple[int, ...], thunk: Callable[[], torch.Tenso
 
     ``thunk`` must give a tensor of its own: ``to_torch`` hands it on without a copy.
     """
-    nbytes = math.prod(shape) * DTYPE_BYTES[dtype]
-    return Tensor(dtype, shape, (Computed(nbytes, thunk),))
+    return Tensor(dtype, shape, (Computed(bytes_of(dtype, shape), thunk),))
 
 
 def _strided() -> torch.layout:

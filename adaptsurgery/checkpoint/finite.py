@@ -12,7 +12,7 @@ from __future__ import annotations
 from collections.abc import Iterator
 
 from adaptsurgery.checkpoint.safetensors import Span
-from adaptsurgery_formats.tensors import Literal, Part, Tensor
+from adaptsurgery_formats.tensors import Literal, Part, Tensor, is_packed
 
 BLOCK = 256 * 1024  # stays in a core's cache; measured best between 128 KiB and 1 MiB
 
@@ -82,7 +82,7 @@ def find_nonfinite(tensor: Tensor) -> int | None:
 
 def whole_numbers(tensor: Tensor) -> tuple[Part, ...]:
     """A tensor's parts, or all its bytes in one where a part ends within a number."""
-    if len(tensor.parts) > 1 and tensor.numel:
+    if len(tensor.parts) > 1 and tensor.numel and not is_packed(tensor.dtype):
         width = tensor.nbytes // tensor.numel
         if any(part.nbytes % width for part in tensor.parts):
             return (Literal(tensor.read()),)

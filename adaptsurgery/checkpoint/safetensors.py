@@ -11,20 +11,19 @@ code may trust what it is handed. Only the header is read; tensors are spans of 
 
 from __future__ import annotations
 
-import json
 import math
 import os
 from dataclasses import dataclass
-from typing import Any, NoReturn
 
+from adaptsurgery.checkpoint import system
 from adaptsurgery.checkpoint.failures import as_file_error
+from adaptsurgery.checkpoint.header import Entry, bad_header, duplicate_key, header_members, short
 from adaptsurgery_formats.errors import FileError
-from adaptsurgery_formats.tensors import DTYPE_BYTES, Tensor
+from adaptsurgery_formats.tensors import DTYPE_BITS, Tensor
 
 MAX_HEADER = 100_000_000  # the safetensors library's own limit
 _MAX_ELEMENTS = 1 << 60
-_FIELDS = {"dtype", "shape", "data_offsets"}
-_INT = {int}
+_LARGE = 8 << 20  # a header's bytes from which on it is gone through before anything is kept
 
 
 @dataclass(frozen=True, slots=True)
@@ -41,7 +40,7 @@ class Span:
     def read(self) -> bytes:
         """The bytes; raises FileError if the file is gone or has become shorter."""
         try:
-            fd = os.open(self.path, os.O_RDONLY | os.O_CLOEXEC)
+            fd = system.open_input(self.path)
             try:
                 return _pread(fd, self.nbytes, self.offset, self.path)
             finally:
@@ -51,9 +50,9 @@ class Span:
 
 
 def _pread(fd: int, count: int, offset: int, where: str) -> bytes:
-    data = os.pread(fd, count, offset)
+    data = system.read_at(fd, count, offset)
     while len(data) < count:
-        more = os.pread(fd, count - len(data), offset + len(data))
+        more = system.read_at(fd, count - len(data), offset + len(data))
         if not more:
             raise cut_short(where, offset + count, offset + len(data))
         data += more
@@ -85,16 +84,16 @@ class SafetensorsFile:
 def read_safetensors(path: str | os.PathLike[str]) -> SafetensorsFile:
     """The header of a safetensors file, with every tensor as a lazy span.
 
-    Raises FileError: ``no-such-file``, ``is-directory``, ``not-readable``, ``truncated-file``,
+    Raises FileError: ``no-such-file``, ``is-directory``, ``not-a-file``, ``not-readable``, ``truncated-file``,
     ``absurd-size``, ``bad-header``, ``duplicate-key``, ``overlapping-tensors``, ``gap-in-data``,
     ``trailing-bytes``.
     """
     where = os.fspath(path)
     try:
-        fd = os.open(where, os.O_RDONLY | os.O_CLOEXEC | os.O_NONBLOCK)  # no waiting for a pipe
+        fd = system.open_input(where)
         try:
             size = os.fstat(fd).st_size
-            length = _header_length(os.pread(fd, 8, 0), size, where)
+            length = _header_length(system.read_at(fd, 8, 0), size, where)
             raw = _pread(fd, length, 8, where)
         finally:
             os.close(fd)
@@ -104,20 +103,53 @@ def read_safetensors(path: str | os.PathLike[str]) -> SafetensorsFile:
 
 
 def parse_header(raw: bytes, where: str, size: int) -> SafetensorsFile:
-    """The parsed and checked header ``raw`` of a file ``where`` of ``size`` bytes in all."""
-    entries = _json_object(raw, where)
-    metadata = _metadata(entries.pop("__metadata__", {}), where)
+    """The parsed and checked header ``raw`` of a file ``where`` of ``size`` bytes in all.
+
+    A large header is gone through once before anything of it is kept, so that one that is no
+    header costs little more than its own bytes.
+    """
     start = 8 + len(raw)
+    if len(raw) > _LARGE:
+        for key, value in header_members(raw, where):
+            if isinstance(value, Entry):
+                _span(key, value, where)
+    metadata: dict[str, str] = {}
     tensors: dict[str, Tensor] = {}
     ends: list[tuple[int, int, str]] = []
-    for key, entry in entries.items():
-        if not key:
-            _bad("a tensor has an empty name", where, seen=_short(entry))
-        tensor, begin, end = _entry(key, entry, where, start)
-        tensors[key] = tensor
-        ends.append((begin, end, key))
+    for key, value in header_members(raw, where):
+        if key in (tensors if isinstance(value, Entry) else metadata):
+            raise duplicate_key(key, where)
+        if isinstance(value, Entry):
+            begin, end = _span(key, value, where)
+            span = Span(where, start + begin, end - begin)
+            tensors[key] = Tensor(value.dtype, value.shape, (span,))
+            ends.append((begin, end, key))
+        else:
+            metadata[key] = value
     _check_cover(ends, size - start, where)
     return SafetensorsFile(where, tensors, metadata, start, size)
+
+
+def _span(key: str, entry: Entry, where: str) -> tuple[int, int]:
+    """[begin, end) of a tensor in the data, which its dtype and shape must fill."""
+    begin, end = entry.begin, entry.end
+    numel = math.prod(entry.shape)
+    bits = numel * DTYPE_BITS[entry.dtype]
+    if (end - begin) * 8 != bits:
+        need = f"{short(bits // 8)}" if bits % 8 == 0 else f"{short(bits)} bits, no whole number"
+        bad_header(
+            f"`{short(key)}` has {end - begin} bytes, but its shape and dtype need {need}",
+            where,
+            seen=f"{entry.dtype} {short(list(entry.shape))} at {[begin, end]}",
+        )
+    if numel == 0 and math.prod(d or 1 for d in entry.shape) >= _MAX_ELEMENTS:
+        raise FileError(
+            f"`{short(key)}` has an absurd shape",
+            where=where,
+            seen=short(list(entry.shape)),
+            code="absurd-size",
+        )
+    return begin, end
 
 
 def _header_length(first: bytes, size: int, where: str) -> int:
@@ -133,7 +165,7 @@ def _header_length(first: bytes, size: int, where: str) -> int:
             code="absurd-size",
         )
     if length == 0:
-        _bad("the header is empty", where, seen="a header length of 0")
+        bad_header("the header is empty", where, seen="a header length of 0")
     if 8 + length > size:
         raise cut_short(where, 8 + length, size)
     return length
@@ -150,114 +182,20 @@ def _looks_like(first: bytes) -> str:
     return "fetch the file again"
 
 
-def _json_object(raw: bytes, where: str) -> dict[str, Any]:
-    try:
-        text = raw.decode("utf-8")
-    except UnicodeDecodeError as error:
-        _bad("the header is not UTF-8", where, seen=str(error))
-    if not text.startswith("{"):
-        _bad("the header is no JSON object", where, seen=_short(text))
-    whole = _positive_int if "-0" in text else None
-    try:
-        parsed = json.loads(text, object_pairs_hook=_unique, parse_int=whole)
-        if "\\u" in text:  # an escape can spell half a surrogate pair, which is no text
-            json.dumps(parsed, ensure_ascii=False).encode("utf-8")
-    except _DuplicateKey as error:
-        raise FileError(
-            f"the header names `{error}` twice",
-            where=where,
-            next="the file was not written by the safetensors library; ask its author",
-            code="duplicate-key",
-        ) from None
-    except UnicodeEncodeError as error:
-        _bad("a name in the header is no text", where, seen=str(error))
-    except ValueError as error:
-        _bad("the header is not JSON", where, seen=str(error))
-    except RecursionError:
-        _bad("the header is nested too deeply", where)
-    assert isinstance(parsed, dict)
-    return parsed
-
-
-class _DuplicateKey(Exception):
-    pass
-
-
-def _unique(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
-    found = dict(pairs)
-    if len(found) != len(pairs):
-        names = [name for name, _ in pairs]
-        raise _DuplicateKey(next(n for n in names if names.count(n) > 1))
-    return found
-
-
-def _positive_int(text: str) -> int:
-    """int, but "-0" stays negative, so that the checks below see it."""
-    return int(text) if text != "-0" else -1
-
-
-def _metadata(found: object, where: str) -> dict[str, str]:
-    if not isinstance(found, dict):
-        _bad("__metadata__ is no object", where, seen=_short(found))
-    for key, value in found.items():
-        if not isinstance(value, str):
-            _bad(f"__metadata__ `{key}` is not text", where, seen=_short(value))
-    return found
-
-
-def _entry(key: str, entry: object, where: str, start: int) -> tuple[Tensor, int, int]:
-    """One tensor of the header and its [begin, end) in the data."""
-    if not isinstance(entry, dict) or entry.keys() != _FIELDS:
-        _bad(
-            f"`{key}` is not described by dtype, shape and data_offsets", where, seen=_short(entry)
-        )
-    dtype, shape, offsets = entry["dtype"], entry["shape"], entry["data_offsets"]
-    if not isinstance(dtype, str) or dtype not in DTYPE_BYTES:
-        _bad(f"`{key}` has an unknown dtype", where, seen=_short(dtype))
-    if not _counts(shape):
-        _bad(f"`{key}` has a shape that is none", where, seen=_short(shape))
-    if not _counts(offsets) or len(offsets) != 2:
-        _bad(f"`{key}` has data_offsets that are none", where, seen=_short(offsets))
-    begin, end = offsets
-    numel = math.prod(shape)
-    if end - begin != numel * DTYPE_BYTES[dtype]:
-        _bad(
-            f"`{key}` has {end - begin} bytes, but its shape and dtype need "
-            f"{_short(numel * DTYPE_BYTES[dtype])}",
-            where,
-            seen=f"{dtype} {_short(shape)} at {_short(offsets)}",
-        )
-    if numel == 0 and math.prod(d or 1 for d in shape) >= _MAX_ELEMENTS:
-        raise FileError(
-            f"`{key}` has an absurd shape", where=where, seen=_short(shape), code="absurd-size"
-        )
-    span = Span(where, start + begin, end - begin)
-    return Tensor(dtype, tuple(shape), (span,)), begin, end
-
-
-def _counts(found: object) -> bool:
-    """Whether this is a list of whole numbers, none negative (a bool is no number)."""
-    if type(found) is not list:
-        return False
-    if not found:
-        return True
-    return set(map(type, found)) == _INT and min(found) >= 0 and max(found) < 1 << 64
-
-
 def _check_cover(ends: list[tuple[int, int, str]], total: int, where: str) -> None:
     """Every byte of the data in exactly one tensor, from the first to the last."""
     at, before = 0, ""
     for begin, end, key in sorted(ends):
         if begin < at:
             raise FileError(
-                f"`{key}` and `{before}` share bytes",
+                f"`{short(key)}` and `{short(before)}` share bytes",
                 where=where,
-                seen=f"`{before}` ends at {at}, `{key}` begins at {begin}",
+                seen=f"`{short(before)}` ends at {at}, `{short(key)}` begins at {begin}",
                 code="overlapping-tensors",
             )
         if begin > at:
             raise FileError(
-                f"{begin - at} bytes before `{key}` belong to no tensor",
+                f"{begin - at} bytes before `{short(key)}` belong to no tensor",
                 where=where,
                 seen=f"data from {at} to {begin}",
                 code="gap-in-data",
@@ -272,22 +210,3 @@ def _check_cover(ends: list[tuple[int, int, str]], total: int, where: str) -> No
             seen=f"{total} bytes of data, {at} of them named by the header",
             code="trailing-bytes",
         )
-
-
-def _short(found: object) -> str:
-    """A value as an error shows it: never longer than a line."""
-    try:
-        text = repr(found)
-    except (ValueError, RecursionError):  # numbers of more digits than Python will print
-        return "a number of thousands of digits"
-    return text if len(text) <= 120 else text[:117] + "…"
-
-
-def _bad(what: str, where: str, seen: str = "") -> NoReturn:
-    raise FileError(
-        what,
-        where=where,
-        seen=seen,
-        next="the file is damaged or is no safetensors file; fetch it again",
-        code="bad-header",
-    )

@@ -406,7 +406,7 @@ class _Target:
 
     def sync(self) -> None:
         try:
-            os.fsync(self.fd)
+            system.sync(self.fd)
         except OSError as error:
             raise as_file_error(error, self.where, writing=True) from error
 

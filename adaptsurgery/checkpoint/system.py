@@ -15,13 +15,17 @@ import sys
 import threading
 import time
 from contextlib import suppress
-from typing import Any
+from io import BufferedReader, FileIO
+from typing import Any, BinaryIO
 
 from adaptsurgery_formats.errors import FileError
 
 Path = str | os.PathLike[str]
 Buffer = bytes | bytearray | memoryview
 
+LARGEST_TEXT = 1 << 28  # bytes: more than the index of any model has
+_STEP, _COPY = 1 << 20, 1 << 26  # bytes read, and bytes that the kernel moves, at a time
+_MOST = 1 << 30  # bytes in one call: macOS and Windows refuse 2 GiB
 _PLAIN = getattr(os, "O_BINARY", 0) | getattr(os, "O_CLOEXEC", 0) | getattr(os, "O_NOINHERIT", 0)
 _NO_WAIT = getattr(os, "O_NONBLOCK", 0)
 _NO_LINK = getattr(os, "O_NOFOLLOW", 0)
@@ -31,6 +35,7 @@ _NO_KERNEL_COPY = {
     getattr(errno, name, 0)
     for name in ("EXDEV", "EINVAL", "ENOSYS", "EOPNOTSUPP", "EPERM", "EBADF", "ETXTBSY")
 }
+_NO_FILE = {getattr(errno, name, 0) for name in ("ENXIO", "ENODEV", "EOPNOTSUPP")}
 _RETRY = 0.05  # seconds between two tries for a lock that cannot be waited for
 _moving = threading.Lock()  # where reading at an offset takes two calls
 
@@ -42,14 +47,32 @@ def open_input(path: Path) -> int:
 
     Raises FileError "not-a-file", and OSError as os.open does; IsADirectoryError for a folder.
     """
-    fd = os.open(path, os.O_RDONLY | _PLAIN | _NO_WAIT)
-    mode = os.fstat(fd).st_mode
-    if stat.S_ISREG(mode):
-        return fd
-    os.close(fd)
+    if not _NO_WAIT:  # then opening a pipe would wait for its writer
+        _check_regular(os.stat(path).st_mode, path)
+    try:
+        fd = os.open(path, os.O_RDONLY | _PLAIN | _NO_WAIT)
+    except OSError as error:
+        if error.errno in _NO_FILE:  # a socket, a device without a driver
+            raise not_a_file(path) from error
+        raise
+    try:
+        _check_regular(os.fstat(fd).st_mode, path)
+    except BaseException:
+        os.close(fd)
+        raise
+    return fd
+
+
+def _check_regular(mode: int, path: Path) -> None:
     if stat.S_ISDIR(mode):
         raise IsADirectoryError(errno.EISDIR, os.strerror(errno.EISDIR), os.fspath(path))
-    raise not_a_file(path)
+    if not stat.S_ISREG(mode):
+        raise not_a_file(path)
+
+
+def open_file(path: Path) -> BufferedReader:
+    """A regular file, open to read its bytes; raises as ``open_input``."""
+    return BufferedReader(FileIO(open_input(path), "rb"))
 
 
 def not_a_file(path: Path) -> FileError:
@@ -68,16 +91,22 @@ def open_new(path: Path, mode: int = 0o666) -> int:
     return os.open(path, os.O_RDWR | os.O_CREAT | os.O_EXCL | _PLAIN, mode)
 
 
+def new_file(path: Path) -> BinaryIO:
+    """A new file, open to be written; FileExistsError where the name is taken."""
+    return os.fdopen(open_new(path), "wb")
+
+
 def open_lock(path: Path, *, make: bool = True) -> int:
     """A descriptor of a file that serves as a lock, made where it is missing; no link is followed."""
     return os.open(path, os.O_RDWR | (os.O_CREAT if make else 0) | _NO_LINK | _PLAIN, 0o666)
 
 
-def read_file(path: Path, limit: int) -> bytes:
+def read_file(path: Path, limit: int = LARGEST_TEXT) -> bytes:
     """All bytes of a regular file of at most ``limit`` bytes; FileError "absurd-size" beyond."""
-    fd = open_input(path)
-    with os.fdopen(fd, "rb") as file:
-        data = file.read(limit + 1)
+    data = bytearray()
+    with open_file(path) as file:
+        while len(data) <= limit and (more := file.read(min(_STEP, limit + 1 - len(data)))):
+            data += more
     if len(data) > limit:
         raise FileError(
             "it is larger than such a file can be",
@@ -85,14 +114,52 @@ def read_file(path: Path, limit: int) -> bytes:
             seen=f"more than {limit} bytes",
             code="absurd-size",
         )
-    return data
+    return bytes(data)
+
+
+def read_text(path: Path, limit: int = LARGEST_TEXT) -> str:
+    """A regular file's text, which is UTF-8 whatever the system's own encoding is.
+
+    Raises UnicodeDecodeError, and as ``read_file``.
+    """
+    return read_file(path, limit).decode("utf-8")
+
+
+def write_text(path: Path, text: str) -> None:
+    """Write a file's text as UTF-8, with its newlines as they are."""
+    fd = os.open(path, os.O_WRONLY | os.O_CREAT | os.O_TRUNC | _PLAIN, 0o666)
+    with os.fdopen(fd, "wb") as file:
+        file.write(text.encode("utf-8"))
+
+
+def copy_file(source: Path, target: Path) -> None:
+    """A new file with another's bytes: shared where the file system can, else copied; on disk.
+
+    Raises FileError "not-a-file", and OSError; FileExistsError where the target is there.
+    """
+    with open_file(source) as a, new_file(target) as b:
+        if not share(a.fileno(), b.fileno()):
+            _copy(a.fileno(), b.fileno())
+        os.fsync(b.fileno())
+
+
+def _copy(source: int, target: int) -> None:
+    at = 0
+    while moved := kernel_copy(source, target, _COPY, at, at):
+        at += moved
+    while data := read_at(source, _STEP, at):
+        left = memoryview(data)
+        while left:
+            done = write_at(target, left, at)
+            at, left = at + done, left[done:]
 
 
 # -- Reading and writing at an offset, by several threads on one descriptor
 
 
 def read_at(fd: int, count: int, offset: int) -> bytes:
-    """At most ``count`` bytes from ``offset``; fewer only at the end of the file."""
+    """At most ``count`` bytes from ``offset``; none only at the end of the file."""
+    count = min(count, _MOST)
     if hasattr(os, "pread"):
         return os.pread(fd, count, offset)
     with _moving:
@@ -102,6 +169,7 @@ def read_at(fd: int, count: int, offset: int) -> bytes:
 
 def read_into(fd: int, buffer: memoryview, offset: int) -> int:
     """Read into ``buffer`` from ``offset``; the number of bytes read, 0 at the end of the file."""
+    buffer = buffer[:_MOST]
     if hasattr(os, "preadv"):
         return os.preadv(fd, [buffer], offset)
     data = read_at(fd, len(buffer), offset)
@@ -111,21 +179,20 @@ def read_into(fd: int, buffer: memoryview, offset: int) -> int:
 
 def write_at(fd: int, data: Buffer, offset: int) -> int:
     """Write at ``offset``; the number of bytes written, which may be fewer than there are."""
+    some = memoryview(data)[:_MOST]
     if hasattr(os, "pwrite"):
-        return os.pwrite(fd, data, offset)
+        return os.pwrite(fd, some, offset)
     with _moving:
         os.lseek(fd, offset, os.SEEK_SET)
-        return os.write(fd, data)
+        return os.write(fd, some)
 
 
 def resize(fd: int, size: int) -> None:
-    """Give a file its final size."""
+    """Give a new file its final size."""
     if hasattr(os, "ftruncate"):
         os.ftruncate(fd, size)
-    else:
-        with _moving:
-            os.lseek(fd, max(size - 1, 0), os.SEEK_SET)
-            os.write(fd, b"\0"[:size])
+    elif size:
+        write_at(fd, b"\0", size - 1)
 
 
 def kernel_copy(source: int, target: int, count: int, start: int, at: int) -> int:
@@ -136,7 +203,7 @@ def kernel_copy(source: int, target: int, count: int, start: int, at: int) -> in
     if not hasattr(os, "copy_file_range"):
         return 0
     try:
-        return os.copy_file_range(source, target, count, start, at)
+        return os.copy_file_range(source, target, min(count, _MOST), start, at)
     except OSError as error:
         if error.errno in _NO_KERNEL_COPY:
             return 0
@@ -185,6 +252,11 @@ def rename_new(source: Path, target: Path) -> None:
         os.rename(source, target)
     else:
         os.unlink(source)
+
+
+def sync(fd: int) -> None:
+    """Force what was written through a descriptor to disk."""
+    os.fsync(fd)
 
 
 def sync_file(path: Path) -> None:

@@ -7,7 +7,6 @@ at a time, so that memory holds one tensor at most.
 
 from __future__ import annotations
 
-import errno
 import json
 import os
 from collections.abc import Callable, Iterator, Mapping
@@ -15,19 +14,16 @@ from dataclasses import dataclass
 from queue import Queue
 from threading import Thread
 
+from adaptsurgery.checkpoint import system
 from adaptsurgery.checkpoint.failures import as_file_error
 from adaptsurgery.checkpoint.finite import BLOCK, cut, first_nonfinite, scanned, whole_numbers
 from adaptsurgery.checkpoint.safetensors import Span, cut_short
 from adaptsurgery_formats.errors import FileError, ShapeError, ValueRefused
-from adaptsurgery_formats.tensors import Part, Tensor, total_bytes
+from adaptsurgery_formats.tensors import DTYPE_BITS, Part, Tensor, total_bytes
 
-# The library sorts by dtype, in this order, then by name.
-_DTYPE_ORDER = (
-    "U64", "I64", "F64", "C64", "F32", "U32", "I32", "BF16", "F16", "U16", "I16",
-    "F8_E5M2FNUZ", "F8_E4M3FNUZ", "F8_E8M0", "F8_E4M3", "F8_E5M2", "I8", "U8", "BOOL",
-)  # fmt: skip
-_RANK = {dtype: rank for rank, dtype in enumerate(_DTYPE_ORDER)}
-_NO_KERNEL_COPY = (errno.EXDEV, errno.EINVAL, errno.ENOSYS, errno.EOPNOTSUPP, errno.EPERM)
+# The library sorts by dtype, then by name.
+_RANK = {dtype: rank for rank, dtype in enumerate(DTYPE_BITS)}
+_COPY = 1 << 26  # bytes that the kernel copies between two tellings
 
 Progress = Callable[[int], object]
 
@@ -78,7 +74,7 @@ def write_safetensors(
     _check_parts(tensors)
     tell = progress or (lambda _: None)
     try:
-        fd = os.open(where, os.O_WRONLY | os.O_CREAT | os.O_EXCL | os.O_CLOEXEC, 0o666)
+        fd = system.open_new(where)
     except FileExistsError:
         raise FileError("it exists already", where=where, code="output-exists") from None
     except OSError as error:
@@ -178,8 +174,7 @@ def _span_blocks(
     source = sources.open(span.path)
     at, end = span.offset, span.offset + span.nbytes
     if not run.dtype:
-        behind.finish()
-        at += _kernel_copy(behind.fd, source, span, behind.where, tell)
+        at += behind.take(source, span, tell)
     while at < end:
         buffer = behind.buffer(min(BLOCK, end - at))
         _fill(source, buffer, at, span)
@@ -189,34 +184,15 @@ def _span_blocks(
 
 def _fill(source: int, buffer: bytearray, at: int, span: Span) -> None:
     """Read a full buffer from the offset ``at``."""
+    left = memoryview(buffer)
     try:
-        got = os.preadv(source, [buffer], at)
-        while got < len(buffer):
-            more = os.preadv(source, [memoryview(buffer)[got:]], at + got)
-            if not more:
-                raise cut_short(span.path, span.offset + span.nbytes, at + got)
-            got += more
+        while left:
+            got = system.read_into(source, left, at)
+            if not got:
+                raise cut_short(span.path, span.offset + span.nbytes, at)
+            at, left = at + got, left[got:]
     except OSError as error:
         raise as_file_error(error, span.path, writing=False) from error
-
-
-def _kernel_copy(fd: int, source: int, span: Span, where: str, tell: Progress) -> int:
-    """Let the kernel copy a span; returns how many bytes it took before it would not go on."""
-    done = 0
-    while done < span.nbytes:
-        try:
-            moved = os.copy_file_range(
-                source, fd, min(span.nbytes - done, 1 << 26), span.offset + done
-            )
-        except OSError as error:
-            if error.errno in _NO_KERNEL_COPY:
-                return done
-            raise as_file_error(error, where, writing=True) from error
-        if not moved:  # the end of the file, or a file system that moves nothing: read() will tell
-            return done
-        done += moved
-        tell(moved)
-    return done
 
 
 class _Behind:
@@ -261,6 +237,23 @@ class _Behind:
         self.waiting.join()
         self._check()
 
+    def take(self, source: int, span: Span, tell: Progress) -> int:
+        """Let the kernel copy a span, once all before it is written; returns how many bytes it took."""
+        self.finish()
+        at, done = os.lseek(self.fd, 0, os.SEEK_CUR), 0
+        try:
+            while done < span.nbytes:
+                count = min(span.nbytes - done, _COPY)
+                moved = system.kernel_copy(source, self.fd, count, span.offset + done, at + done)
+                if not moved:  # the end of the file, or nothing that moves here: reading will tell
+                    break
+                done += moved
+                tell(moved)
+            os.lseek(self.fd, at + done, os.SEEK_SET)
+        except OSError as error:
+            raise as_file_error(error, self.where, writing=True) from error
+        return done
+
     def _check(self) -> None:
         if self.error is not None:
             raise self.error
@@ -269,21 +262,20 @@ class _Behind:
         while (block := self.waiting.get()) is not None:
             try:
                 if self.error is None:
-                    _write_all(self.fd, block, self.where)
+                    self._write(block)
             except BaseException as error:
                 self.error = error
             if isinstance(block, bytearray):
                 self.free.append(block)
             self.waiting.task_done()
 
-
-def _write_all(fd: int, data: bytes | bytearray, where: str) -> None:
-    try:
-        done = os.write(fd, data)
-        while done < len(data):
-            done += os.write(fd, memoryview(data)[done:])
-    except OSError as error:
-        raise as_file_error(error, where, writing=True) from error
+    def _write(self, block: bytes | bytearray) -> None:
+        left = memoryview(block)
+        try:
+            while left:
+                left = left[os.write(self.fd, left) :]
+        except OSError as error:
+            raise as_file_error(error, self.where, writing=True) from error
 
 
 def _non_finite(tensors: Mapping[str, Tensor], position: int, where: str) -> ValueRefused:
@@ -334,7 +326,7 @@ class _Sources:
         if len(self.files) >= self.limit:
             os.close(self.files.pop(next(iter(self.files))))
         try:
-            fd = os.open(path, os.O_RDONLY | os.O_CLOEXEC)
+            fd = system.open_input(path)
         except OSError as error:
             raise as_file_error(error, path, writing=False) from error
         self.files[path] = fd

@@ -137,21 +137,10 @@ def size(count: int) -> str:
 
 
 def peak_memory() -> int:
-    """This process's largest resident size in bytes.
+    """This process's largest resident size in bytes; 0 where the system does not say."""
+    from adaptsurgery.checkpoint import system
 
-    Linux's own figure first: getrusage's also counts the process that started this one.
-    """
-    try:
-        with open("/proc/self/status", encoding="ascii", errors="replace") as file:
-            for entry in file:
-                if entry.startswith("VmHWM:"):
-                    return int(entry.split()[1]) * 1024
-    except (OSError, ValueError, IndexError):
-        pass
-    import resource
-
-    largest = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
-    return largest if sys.platform == "darwin" else largest * 1024
+    return system.peak_memory()
 
 
 @contextmanager

@@ -20,6 +20,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from adaptsurgery.checkpoint import system
 from adaptsurgery.core.exporting import plain_operations
 from adaptsurgery.core.geometry import KERNEL_DIMS
 from adaptsurgery.core.update import Update
@@ -231,10 +232,10 @@ class AdapterConfig(ABC, metaclass=_Checked):
         """The config of a local folder with an adapter_config.json, or of that file itself."""
         file = Path(path) / FILE if Path(path).is_dir() else Path(path)
         try:
-            said = json.loads(file.read_text("utf-8"))
+            said = json.loads(system.read_text(file))
         except OSError as error:
             raise FileError(f"no config: {error.strerror}", where=str(file)) from None
-        except ValueError as error:
+        except (ValueError, RecursionError) as error:
             raise FileError(f"not JSON: {error}", where=str(file)) from None
         if not isinstance(said, dict):
             raise LayoutError("a config is an object", where=str(file), code="bad-config")
@@ -244,7 +245,7 @@ class AdapterConfig(ABC, metaclass=_Checked):
         """Write adapter_config.json into ``folder`` as PEFT spells it: sorted, indented by two."""
         Path(folder).mkdir(parents=True, exist_ok=True)
         text = json.dumps(self.to_dict(), indent=2, sort_keys=True)
-        (Path(folder) / FILE).write_text(text, "utf-8")
+        system.write_text(Path(folder) / FILE, text)
 
     # --- the tensors -----------------------------------------------------------------------------
 

@@ -19,7 +19,7 @@ from adaptsurgery.jobs.updates import base_weight, update_of
 from adaptsurgery_formats import AdapterState, ModuleState
 from adaptsurgery_formats.errors import InexactError, LayoutError
 from adaptsurgery_formats.state import UNSCALED
-from adaptsurgery_formats.tensors import DTYPE_BYTES
+from adaptsurgery_formats.tensors import DTYPE_BITS
 
 if TYPE_CHECKING:
     from adaptsurgery.algorithms import LoHa, LoKr, LoRA
@@ -153,9 +153,7 @@ def _note_dtypes(loaded: Loaded, grown: Counter[tuple[str, str]]) -> None:
 def _grown(before: ModuleState, after: ModuleState) -> list[tuple[str, str]]:
     """The widest dtypes of a module's factors before and after, if the latter is wider."""
     was, now = (
-        max(
-            (t.dtype for s, t in m.tensors.items() if s != "magnitude"), key=DTYPE_BYTES.__getitem__
-        )
+        max((t.dtype for s, t in m.tensors.items() if s != "magnitude"), key=DTYPE_BITS.__getitem__)
         for m in (before, after)
     )
-    return [(was, now)] if DTYPE_BYTES[now] > DTYPE_BYTES[was] else []
+    return [(was, now)] if DTYPE_BITS[now] > DTYPE_BITS[was] else []

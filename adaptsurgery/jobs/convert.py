@@ -4,12 +4,12 @@ from __future__ import annotations
 
 import json
 import os
-import shutil
 from collections.abc import Callable, Sequence
 from dataclasses import replace
 from functools import partial
 from pathlib import Path
 
+from adaptsurgery.checkpoint import system
 from adaptsurgery.checkpoint.atomic import check_output, output
 from adaptsurgery.checkpoint.writer import layout, order, write_safetensors
 from adaptsurgery.jobs.change import EXACT, as_lora
@@ -298,10 +298,10 @@ def _write(
             write_safetensors(at, file.tensors, file.metadata, progress=tell)
             card = out / file.component / CARD
             if folder and card.is_file():  # the output's own model card stays
-                shutil.copy2(card, at.parent / CARD)
+                system.copy_file(card, at.parent / CARD)
             if file.config is not None:
                 text = json.dumps(file.config, indent=2, sort_keys=True)
-                (at.parent / CONFIG).write_text(text, "utf-8")
+                system.write_text(at.parent / CONFIG, text)
     if not folder:
         return [str(out)]
     return [str(out / f.component / name) for f in files for name in (CONFIG, WEIGHTS)]

@@ -8,6 +8,7 @@ from collections.abc import Iterable
 from dataclasses import dataclass
 from pathlib import Path
 
+from adaptsurgery.checkpoint import system
 from adaptsurgery.checkpoint.base import PICKLES, Base, BaseFile, find_weights, read_base
 from adaptsurgery.checkpoint.failures import as_file_error
 from adaptsurgery.checkpoint.hub import base_headers, resolve
@@ -65,7 +66,7 @@ def base_input(base: Base, file: BaseFile) -> Input:
     path = file_path(base, file)
     if not base.local:
         return Input(path, 0, "", 0)
-    with open(path, "rb") as stream:
+    with system.open_file(path) as stream:
         length = stream.read(8)
         header = stream.read(int.from_bytes(length, "little"))
         told = os.fstat(stream.fileno())

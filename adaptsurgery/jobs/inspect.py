@@ -219,10 +219,11 @@ def sha256_of(path: str) -> str:
     """The sha256 of a file's bytes; raises FileError if they cannot be read."""
     import hashlib
 
+    from adaptsurgery.checkpoint import system
     from adaptsurgery.checkpoint.failures import as_file_error
 
     try:
-        with open(path, "rb") as file:
+        with system.open_file(path) as file:
             return hashlib.file_digest(file, "sha256").hexdigest()
     except OSError as error:
         raise as_file_error(error, path, writing=False) from error

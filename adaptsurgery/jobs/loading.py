@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-import json
-import math
 import os
 import re
 from collections.abc import Iterable, Mapping, Sequence
@@ -11,6 +9,7 @@ from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from adaptsurgery.checkpoint import system
 from adaptsurgery.checkpoint.safetensors import read_safetensors
 from adaptsurgery_formats import FORMATS, AdapterFile, AdapterState, Format, ModuleState
 from adaptsurgery_formats.detect import detect
@@ -25,13 +24,14 @@ from adaptsurgery_formats.errors import (
 )
 from adaptsurgery_formats.files import META_OURS, META_PREFIX
 from adaptsurgery_formats.names import TABLES, Names, names_of_base, table
+from adaptsurgery_formats.reading import json_object
 from adaptsurgery_formats.resolve import (
     refuse_twice,
     require_resolved,
     resolve,
     resolve_by_tables,
 )
-from adaptsurgery_formats.tensors import FLOAT_DTYPES, Tensor
+from adaptsurgery_formats.tensors import FLOAT_DTYPES, Tensor, is_packed
 
 if TYPE_CHECKING:
     from adaptsurgery.checkpoint.base import Base
@@ -256,25 +256,11 @@ def read_config(path: Path) -> dict[str, Any]:
     try:
         if path.stat().st_size > _MAX_CONFIG:
             raise FileError("it is too large for a config", where=str(path), code="bad-config")
-        text = path.read_text("utf-8")
-        found = json.loads(text, parse_constant=_no_constant, parse_float=_finite)
+        return json_object(
+            system.read_file(path, _MAX_CONFIG), str(path), "bad-config", finite=True
+        )
     except OSError as error:
         raise FileError(f"it cannot be read: {error.strerror}", where=str(path)) from None
-    except (ValueError, RecursionError) as error:
-        raise FileError(f"it is not JSON: {error}", where=str(path), code="bad-config") from None
-    if not isinstance(found, dict):
-        raise FileError("it is not a JSON object", where=str(path), code="bad-config")
-    return found
-
-
-def _finite(text: str) -> float:
-    if not math.isfinite(number := float(text)):
-        raise ValueError(f"{text[:40]} is too large a number")
-    return number
-
-
-def _no_constant(name: str) -> float:
-    raise ValueError(f"{name} is no JSON number")
 
 
 def parse_files(files: list[AdapterFile], layout: str | None = None) -> AdapterState:
@@ -354,7 +340,7 @@ def _refused(tensor: Tensor, key: str, where: str) -> SurgeryError:
     if tensor.dtype in FLOAT_DTYPES:
         return ShapeError(f"`{key}` has no elements", where=where, seen=str(list(tensor.shape)))
     return ValueRefused(
-        f"`{key}` is {tensor.dtype}",
+        f"`{key}` is {tensor.dtype}" + (", packed numbers" if is_packed(tensor.dtype) else ""),
         where=where,
         next=f"adapters are {', '.join(FLOAT_DTYPES)}; dequantise it first",
         code="bad-dtype",

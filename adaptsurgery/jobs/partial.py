@@ -280,7 +280,7 @@ def _contents(folder: Path) -> Iterator[str]:
 
 
 def write_json(path: Path, data: Mapping[str, Any]) -> None:
-    path.write_text(json.dumps(data, indent=2) + "\n", "utf-8")
+    system.write_text(path, json.dumps(data, indent=2) + "\n")
 
 
 def replace_json(path: Path, data: Mapping[str, Any]) -> None:

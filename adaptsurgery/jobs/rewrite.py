@@ -14,7 +14,7 @@ from dataclasses import dataclass, fields
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from adaptsurgery.checkpoint import atomic, privacy
+from adaptsurgery.checkpoint import atomic, privacy, system
 from adaptsurgery.checkpoint.failures import as_file_error, missing_file
 from adaptsurgery.jobs.adapter import Adapter
 from adaptsurgery.jobs.loading import load_state
@@ -213,7 +213,7 @@ def _check_archive(path: Path, where: str) -> None:
 
 def _check_begin(path: Path, where: str) -> None:
     """A .pt2 is a zip archive, and what begins otherwise is no part of one either."""
-    with open(path, "rb") as file:
+    with system.open_file(path) as file:
         first = file.read(16)
     if not first.startswith(b"PK"):
         raise FileError(
@@ -415,7 +415,7 @@ def _write(
     with ExitStack() as stack:
         if out is not None:
             temporary = stack.enter_context(atomic.output(out, overwrite=overwrite, inputs=inputs))
-            with open(temporary, "wb") as file:
+            with system.new_file(temporary) as file:
                 torch.export.save(program, file)
         if onnx is not None:
             landing = atomic.outputs(onnx, overwrite=overwrite, beside=[".data"], inputs=inputs)

@@ -17,6 +17,7 @@ from pathlib import Path
 import torch
 from torch import Tensor, nn
 
+from adaptsurgery.checkpoint import system
 from adaptsurgery.checkpoint.atomic import output
 from adaptsurgery.checkpoint.bridge import from_torch, to_torch
 from adaptsurgery.checkpoint.hub import resolve
@@ -89,7 +90,7 @@ def write_folder(model: AdaptedModel, adapter: str, folder: Path) -> None:
     with output(folder / WEIGHTS, overwrite=True) as path:
         write_safetensors(path, tensors, {"format": "pt"})
     with output(folder / FILE, overwrite=True) as path:
-        path.write_text(json.dumps(said, indent=2, sort_keys=True), "utf-8")
+        system.write_text(path, json.dumps(said, indent=2, sort_keys=True))
 
 
 def write_layout(

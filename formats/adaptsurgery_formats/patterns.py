@@ -1,9 +1,10 @@
 """PEFT's patterns: which entry of rank_pattern or alpha_pattern speaks for a module, what
 target_modules takes in, and a guard against regexes that would run for minutes.
 
-``re`` backtracks, and a pattern from a stranger's adapter_config.json may be made to hang it.
-Plain names, escaped names and patterns that can only do so much work are matched here; anything
-that could explode runs in a child process, and all of a config's together get a few seconds.
+``re`` backtracks, and a pattern from a stranger's adapter_config.json may be made to hang it, when
+it is matched and when it is compiled. Plain names, escaped names and patterns that can only do so
+much work are compiled and matched here; anything that could explode is so in a child process of
+bounded memory, and all of a config's patterns together get a few seconds.
 """
 
 from __future__ import annotations
@@ -19,6 +20,9 @@ from adaptsurgery_formats.errors import LayoutError
 TIMEOUT_SECONDS = 5.0
 _MOST_STEPS = 1e8  # about two seconds of matching
 _LONGEST = 1 << 20
+_LONGEST_HERE = 1 << 14  # characters of a regex that is compiled in this process
+_LONGEST_NAME = 1 << 12  # of a name that a repeated group is tried on here: each turn takes memory
+_MOST_MEMORY = 1 << 30  # of the child process, where the system can bound it
 _REPEAT = re.compile(r"\\.|\[(?:\\.|[^\]\\])*\]|(\)?)([*+]|\{\d*,?\d*\})")
 
 
@@ -34,6 +38,22 @@ _ANY_LAYER = r".*?\.[^.]*\.(?P<idx>\d+)\."
 
 # Flags (verbose mode hides what is repeated), look-arounds, comments, back-references.
 _UNUSUAL = re.compile(r"\(\?(?!:)|\\\d")
+
+
+# What writes a character that is not ASCII: a class of many is slow to compile.
+_CODED = re.compile(r"\\[xuUN0-7]")
+_NAMES_ALONE = re.compile(r"[\w|-]+")
+_ESCAPE = re.compile(r"\\([^\w|])")
+
+
+def _is_exact(pattern: str) -> bool:
+    """Whether a regex is names alone, each escaped, and ``|`` between them."""
+    return _NAMES_ALONE.fullmatch(_ESCAPE.sub("", pattern)) is not None
+
+
+def _compiles_fast(pattern: str) -> bool:
+    """Whether compiling takes milliseconds: a short regex whose classes hold ASCII alone."""
+    return len(pattern) <= _LONGEST_HERE and pattern.isascii() and not _CODED.search(pattern)
 
 
 def _steps(pattern: str, names: Sequence[str]) -> float:
@@ -82,6 +102,7 @@ class Matcher:
 
     def __init__(self, names: Iterable[str], where: str) -> None:
         self.names = sorted(set(names))
+        self.longest = max(self.names, key=len, default="")
         self.where = where
         self._full: dict[str, frozenset[str]] = {}
         self._lists: dict[int, tuple[object, dict[str, str]]] = {}
@@ -140,7 +161,7 @@ class Matcher:
         Keys without repetition, which are nearly all, match a name's dotted tail of just their
         own length: the tail they spell, and, since their dots are wildcards, tails with fewer dots.
         """
-        if not _LITERAL.match(key):
+        if len(key) > _LONGEST_HERE or not _LITERAL.match(key):
             return self._run(rf"(.*\.)?({key})$", key, "match")
         anchored, body = key.startswith("^"), key.removeprefix("^")
         spelled = re.sub(r"\\(.)", r"\1", body)
@@ -160,18 +181,18 @@ class Matcher:
 
     def _run(self, regex: str, shown: str, how: str) -> dict[str, str]:
         """The names that a regex matches, with what its group ``idx`` holds, where it has one."""
+        if len(shown) > _LONGEST:
+            raise self._no_regex(shown, f"it has {len(shown)} characters")
+        if how == "fullmatch" and regex == shown and _is_exact(shown):
+            spelled = {_ESCAPE.sub(r"\1", name) for name in shown.split("|")}
+            return {name: "" for name in self.names if name in spelled}
+        if self._seconds <= 0 or not _compiles_fast(regex) or len(self.longest) > _LONGEST_NAME:
+            return self._run_apart(regex, shown, how)
         started = time.monotonic()
         try:
-            if len(shown) > _LONGEST:
-                raise OverflowError(f"it has {len(shown)} characters")
             compiled = re.compile(regex)
         except (re.error, RecursionError, OverflowError) as error:
-            raise LayoutError(
-                f"`{shown[:200]}` is not a regex: {error}",
-                where=self.where,
-                next="escape it, or name the module in full",
-                code="bad-pattern",
-            ) from None
+            raise self._no_regex(shown, error) from None
         self._seconds -= time.monotonic() - started
         steps = 0.0 if not shown or _PLAIN.match(shown) else _steps(shown, self.names)
         if steps > self._steps:
@@ -182,39 +203,64 @@ class Matcher:
         return {n: m.groupdict().get("idx") or "" for n, m in hits}
 
     def _run_apart(self, regex: str, shown: str, how: str) -> dict[str, str]:
+        """The same in a child process, which is stopped when the config's seconds are over."""
         import json
         import subprocess
         import sys
 
-        script = (
-            "import json,re,sys\n"
-            "regex,how,names=json.load(sys.stdin)\n"
-            "match=getattr(re.compile(regex),how)\n"
-            "hits=((n,match(n)) for n in names)\n"
-            "json.dump({n:m.groupdict().get('idx') or '' for n,m in hits if m},sys.stdout)"
-        )
-        job = json.dumps([regex, how, self.names])
+        job = json.dumps([regex, how, self.names, _MOST_MEMORY])
         started = time.monotonic()
         try:
             done = subprocess.run(
-                [sys.executable, "-I", "-S", "-c", script],
+                [sys.executable, "-I", "-S", "-c", _CHILD],
                 input=job, capture_output=True, text=True, timeout=max(0.0, self._seconds),
                 check=True,
             )  # fmt: skip
         except (subprocess.TimeoutExpired, subprocess.CalledProcessError) as error:
-            how_long = (
-                f"the config's patterns take over {TIMEOUT_SECONDS:g} s, {len(self.names)} names"
-            )
-            raise LayoutError(
-                f"the pattern `{shown[:200]}` does not come to an end",
-                where=self.where,
-                seen=how_long if isinstance(error, subprocess.TimeoutExpired) else str(error),
-                next="write it without nested repetitions, or list the modules' names",
-                code="slow-pattern",
-            ) from None
+            late = isinstance(error, subprocess.TimeoutExpired)
+            raise self._endless(shown, late) from None
         self._seconds -= time.monotonic() - started
-        found: dict[str, str] = json.loads(done.stdout)
-        return found
+        answer: dict[str, str] | str = json.loads(done.stdout)
+        if isinstance(answer, str):
+            raise self._no_regex(shown, answer)
+        return answer
+
+    def _no_regex(self, shown: str, reason: object) -> LayoutError:
+        return LayoutError(
+            f"`{shown[:200]}` is not a regex: {reason}",
+            where=self.where,
+            next="escape it, or name the module in full",
+            code="bad-pattern",
+        )
+
+    def _endless(self, shown: str, late: bool) -> LayoutError:
+        seconds = f"the config's patterns take over {TIMEOUT_SECONDS:g} s"
+        return LayoutError(
+            f"the pattern `{shown[:200]}` does not come to an end",
+            where=self.where,
+            seen=f"{seconds}, {len(self.names)} names" if late else "it takes too much memory",
+            next="write it without nested repetitions, or list the modules' names",
+            code="slow-pattern",
+        )
+
+
+_CHILD = """
+import json, re, sys
+regex, how, names, most = json.load(sys.stdin)
+try:
+    import resource
+    resource.setrlimit(resource.RLIMIT_AS, (most, most))
+except (ImportError, AttributeError, OSError, ValueError):
+    pass
+try:
+    match = getattr(re.compile(regex), how)
+except (re.error, RecursionError, OverflowError) as error:
+    answer = str(error)[:200]
+else:
+    hits = ((n, match(n)) for n in names)
+    answer = {n: m.groupdict().get("idx") or "" for n, m in hits if m}
+json.dump(answer, sys.stdout)
+"""
 
 
 def is_targeted(name: str, config: Mapping[str, Any], matcher: Matcher) -> bool | None:

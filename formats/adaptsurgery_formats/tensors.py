@@ -14,18 +14,28 @@ from typing import Protocol, runtime_checkable
 
 from adaptsurgery_formats.errors import ShapeError, ValueRefused
 
-# safetensors' dtype names and their sizes in bytes.
-DTYPE_BYTES = {
-    "F64": 8, "F32": 4, "F16": 2, "BF16": 2,
-    "I64": 8, "I32": 4, "I16": 2, "I8": 1,
-    "U64": 8, "U32": 4, "U16": 2, "U8": 1, "BOOL": 1,
-    "F8_E4M3": 1, "F8_E5M2": 1, "F8_E8M0": 1, "F8_E4M3FNUZ": 1, "F8_E5M2FNUZ": 1, "C64": 8,
+# safetensors' dtype names and the bits of an element, in the order in which the library writes them.
+DTYPE_BITS = {
+    "U64": 64, "I64": 64, "F64": 64, "C64": 64, "F32": 32, "U32": 32, "I32": 32,
+    "BF16": 16, "F16": 16, "U16": 16, "I16": 16,
+    "F8_E5M2FNUZ": 8, "F8_E4M3FNUZ": 8, "F8_E8M0": 8, "F8_E4M3": 8, "F8_E5M2": 8, "I8": 8, "U8": 8,
+    "F6_E3M2": 6, "F6_E2M3": 6, "F4": 4, "BOOL": 8,
 }  # fmt: skip
 FLOAT_DTYPES = ("F64", "F32", "F16", "BF16")
 _STRUCT = {
     "F64": "<d", "F32": "<f", "F16": "<e", "I64": "<q", "I32": "<i", "I16": "<h", "I8": "<b",
     "U64": "<Q", "U32": "<I", "U16": "<H", "U8": "<B",
 }  # fmt: skip
+
+
+def bytes_of(dtype: str, shape: Iterable[int]) -> int:
+    """The bytes of a tensor: ∏ shape elements, several of which share a byte in F4 and F6."""
+    return math.prod(shape) * DTYPE_BITS[dtype] // 8
+
+
+def is_packed(dtype: str) -> bool:
+    """Whether elements are smaller than a byte, so that a row may end within one."""
+    return DTYPE_BITS[dtype] % 8 != 0
 
 
 @runtime_checkable
@@ -73,7 +83,7 @@ class Tensor:
 
     @property
     def nbytes(self) -> int:
-        return self.numel * DTYPE_BYTES[self.dtype]
+        return bytes_of(self.dtype, self.shape)
 
     def read(self) -> bytes:
         return b"".join(p.read() for p in self.parts)
@@ -88,7 +98,9 @@ class Tensor:
         """Rows [start, stop) of the first dimension: shape (stop − start, …)."""
         if not 0 <= start <= stop <= self.shape[0]:
             raise ShapeError(f"rows {start}:{stop} of a tensor of shape {list(self.shape)}")
-        row = self.nbytes // self.shape[0] if self.shape[0] else 0
+        row = bytes_of(self.dtype, self.shape[1:])
+        if row * self.shape[0] != self.nbytes:
+            raise ShapeError(f"a row of {self.dtype} {list(self.shape)} ends within a byte")
         kept: list[Part] = []
         at, low, high = 0, start * row, stop * row
         for part in self.parts:

@@ -20,6 +20,7 @@ from adaptsurgery.jobs.extract.run import METADATA, Place, Results, Runner
 from adaptsurgery.jobs.extract.selection import Dense
 from adaptsurgery_formats import AdapterState, ModuleState
 from adaptsurgery_formats.errors import InexactError, ValueRefused
+from adaptsurgery_formats.reading import texts, typed
 from adaptsurgery_formats.tensors import Tensor
 
 _Kind = tuple[str, int | None]  # algorithm and factor
@@ -354,13 +355,14 @@ def _heads_table(one: Dense, runner: Runner) -> bool:
         next(iter(configs.values())) if len(configs) == 1 else {}
     )
     headed = any(
-        kind in str(name)
-        for name in config.get("architectures") or ()
+        kind in name
+        for name in texts(config, "architectures")
         for kind in ("LMHead", "ForCausalLM", "ForMaskedLM", "ForConditionalGeneration", "ForPreTraining")
     )  # fmt: skip
     rows = config.get("vocab_size")
     held = [p for of in tuned.parameters.values() for p in of.values() if p.shape == shape]
-    tied = config.get("tie_word_embeddings", len(held) == 1)
+    flag = typed(config, "tie_word_embeddings", bool)
+    tied = flag if "tie_word_embeddings" in config else len(held) == 1
     return one.kind == "embedding" and bool(tied) and headed and shape[:1] == (rows,)
 
 

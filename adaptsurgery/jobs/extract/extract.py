@@ -10,7 +10,7 @@ from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
-from adaptsurgery.checkpoint import atomic, locks, privacy
+from adaptsurgery.checkpoint import atomic, locks, privacy, system
 from adaptsurgery.checkpoint.atomic import check_output
 from adaptsurgery.checkpoint.base import Base
 from adaptsurgery.jobs.convert import CARD, check_paths, writable, write_adapter
@@ -290,7 +290,7 @@ def _write_page(report: Report, place: Place, page: Path, runner: Runner) -> Non
     from adaptsurgery.jobs.extract.page import text_of
 
     shown = replace(report, outputs=[*report.outputs, str(page)])
-    place.report.write_text(text_of(shown, page.suffix), "utf-8")
+    system.write_text(place.report, text_of(shown, page.suffix))
     old = [page] if page.exists() else []
     privacy.narrow(place.report, [*runner.inputs, *old])
     atomic.sync(place.report)

@@ -19,7 +19,7 @@ from adaptsurgery.jobs.extract.pairs import Pair, Paired
 from adaptsurgery.jobs.extract.selection import Chosen, Dense, Selection, select
 from adaptsurgery.jobs.inputs import Input, base_input
 from adaptsurgery_formats.errors import ShapeError, ValueRefused
-from adaptsurgery_formats.tensors import DTYPE_BYTES, FLOAT_DTYPES
+from adaptsurgery_formats.tensors import FLOAT_DTYPES, bytes_of
 
 VERSION = 1
 CURVES = 3  # layers whose error is told for several numbers of parameters
@@ -95,7 +95,7 @@ class ExtractPlan:
             d.pair for group in self.dense for d in group
         ]
         sides = [side for pair in pairs for side in (pair.base, pair.tuned)]
-        return sum(math.prod(s.shape) * DTYPE_BYTES[s.dtype] for s in sides)
+        return sum(bytes_of(s.dtype, s.shape) for s in sides)
 
     def peak_memory(self, workers: int) -> int:
         """Bytes that carrying it out should hold at most, torch included: some ten largest layers.

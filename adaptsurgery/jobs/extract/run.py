@@ -23,7 +23,7 @@ from adaptsurgery.jobs.extract.selection import Dense
 from adaptsurgery.jobs.inputs import check_inputs
 from adaptsurgery.jobs.partial import Partial
 from adaptsurgery_formats.errors import FileError
-from adaptsurgery_formats.tensors import DTYPE_BYTES, Tensor
+from adaptsurgery_formats.tensors import Tensor, bytes_of
 
 Progress = Callable[[int, int], object]
 Results = list[dict[str, Any]]
@@ -140,7 +140,7 @@ class Runner:
 def _nbytes(job: Layer | tuple[Dense, ...]) -> int:
     pairs = [job.pair] if isinstance(job, Layer) else [d.pair for d in job]
     sides = [side for pair in pairs for side in (pair.base, pair.tuned)]
-    return sum(Tensor(s.dtype, s.shape, ()).numel * DTYPE_BYTES[s.dtype] for s in sides)
+    return sum(bytes_of(s.dtype, s.shape) for s in sides)
 
 
 def results(plan: ExtractPlan, place: Place) -> Results | None:

@@ -26,6 +26,7 @@ from adaptsurgery.jobs.extract.pairs import Pair, Paired
 from adaptsurgery_formats import Note
 from adaptsurgery_formats.errors import InexactError, NameLookupError, nearest
 from adaptsurgery_formats.patterns import Matcher
+from adaptsurgery_formats.reading import texts, typed
 from adaptsurgery_formats.tensors import FLOAT_DTYPES
 
 WEIGHTS = (*LAYERS, "embedding", "head")
@@ -88,6 +89,8 @@ def select(base: Base, tuned: Base, paired: Paired, options: Options) -> Selecti
     ("nothing-held") where the target can hold an adapter of none of the layers.
     """
     found = Selection()
+    for config in tuned.configs.values():
+        texts(config, "architectures")  # which tell at the end whether a head is tied
     kinds = [(pair, _kind(pair, base, tuned)) for pair in (*paired.pairs, *paired.only_tuned)]
     tied = set(_tied(kinds, tuned))
     if tied:
@@ -124,7 +127,7 @@ def _tied(kinds: Sequence[tuple[Pair, Kind]], tuned: Base) -> Iterator[Pair]:
     """Heads that are their embedding, where the fine-tuned model's config says so."""
     for pair, kind in kinds:
         component = pair.component if pair.component in tuned.configs else ""
-        flag = tuned.configs.get(component, {}).get("tie_word_embeddings")
+        flag = typed(tuned.configs.get(component, {}), "tie_word_embeddings", bool)
         if kind.name == "head" and flag and pair.name.endswith("lm_head.weight"):
             shapes = {
                 p.tuned.shape

@@ -11,6 +11,7 @@ from typing import TYPE_CHECKING, Any
 
 from adaptsurgery.checkpoint.base import Base
 from adaptsurgery_formats import AdapterState
+from adaptsurgery_formats.reading import typed
 
 if TYPE_CHECKING:
     from adaptsurgery.jobs.merging.matched import Matched
@@ -34,7 +35,8 @@ def config_changes(
     changes = {}
     for component, config in base.configs.items():
         rows = dict(_grown(base, found, adapters, component))
-        change = _patch(config, lambda c: _change(c, component in untied, rows, options))  # noqa: B023
+        where = getattr(config, "where", "")
+        change = _patch(config, lambda c: _change(c, component in untied, rows, options, where))  # noqa: B023
         if component in untied:
             change[FLAG] = False
         if change:
@@ -57,19 +59,24 @@ def patched(config: Config, change: Config) -> dict[str, Any]:
 
 def may_tie(config: Config) -> bool:
     """Whether neither a config nor those in it deny that the head is the embedding."""
-    return all(c.get(FLAG) is not False for c in _nested(config))
+    return all(typed(c, FLAG, bool) is not False for c in nested(config))
 
 
 def is_text_of(config: Config) -> bool:
     """Whether a language model is a part of this one."""
-    return isinstance(config.get("text_config"), Mapping)
+    return text_config(config) is not None
 
 
-def _nested(config: Config) -> Iterator[Config]:
+def text_config(config: Config) -> Config | None:
+    """The config of the language model in this one; FileError "bad-config" where it is none."""
+    return typed(config, "text_config", dict)
+
+
+def nested(config: Config) -> Iterator[Config]:
     """A config, and the text model's in it."""
     yield config
-    if is_text_of(config):
-        yield config["text_config"]
+    if (text := text_config(config)) is not None:
+        yield text
 
 
 def _patch(config: Config, change: Callable[[Config], dict[str, Any]]) -> dict[str, Any]:
@@ -82,13 +89,13 @@ def _patch(config: Config, change: Callable[[Config], dict[str, Any]]) -> dict[s
 
 
 def _change(
-    config: Config, untied: bool, rows: Mapping[int, int], options: Options
+    config: Config, untied: bool, rows: Mapping[int, int], options: Options, where: str
 ) -> dict[str, Any]:
     out: dict[str, Any] = {}
     if untied and FLAG in config:
         out[FLAG] = False
-    if config.get("vocab_size") in rows:
-        out["vocab_size"] = rows[config["vocab_size"]]
+    if rows and (size := typed(config, "vocab_size", int, where) or 0) in rows:
+        out["vocab_size"] = rows[size]
     if options.dequantize:
         out |= dict.fromkeys(k for k in _QUANTISED if k in config)
     if options.dtype != "auto":

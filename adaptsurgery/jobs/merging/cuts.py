@@ -6,7 +6,9 @@ from collections.abc import Mapping
 from typing import Any
 
 from adaptsurgery.checkpoint.base import Base
+from adaptsurgery.jobs.merging.configs import text_config
 from adaptsurgery_formats.errors import ShapeError
+from adaptsurgery_formats.reading import typed
 
 
 def cut_of(base: Base, component: str, name: str, known: Mapping[int, int]) -> tuple[int, int, int]:
@@ -48,10 +50,10 @@ def _three(total: int, known: Mapping[int, int]) -> tuple[int, int, int] | None:
 
 def _heads(config: Mapping[str, Any]) -> tuple[int, int, int] | None:
     """Rows of q, k, v from a config's head counts."""
-    config = config.get("text_config") or config
+    config = text_config(config) or config
     heads, hidden = config.get("num_attention_heads"), config.get("hidden_size")
     if not isinstance(heads, int) or not isinstance(hidden, int) or heads <= 0:
         return None
-    width = config.get("head_dim") or hidden // heads
-    kv = config.get("num_key_value_heads") or heads
+    width = typed(config, "head_dim", int) or hidden // heads
+    kv = typed(config, "num_key_value_heads", int) or heads
     return heads * width, kv * width, kv * width

@@ -17,6 +17,7 @@ from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
+from adaptsurgery.checkpoint import system
 from adaptsurgery.checkpoint.base import PICKLES, Base, BaseFile
 from adaptsurgery.jobs.inputs import Input, base_input, refuse_pickles
 from adaptsurgery.jobs.loading import CONFIG, read_files
@@ -26,7 +27,7 @@ from adaptsurgery.jobs.merging.options import Options
 from adaptsurgery.jobs.merging.quantised import Quantised, Scale, quantised_of
 from adaptsurgery_formats import AdapterState, Note
 from adaptsurgery_formats.errors import FileError, ValueRefused, nearest
-from adaptsurgery_formats.tensors import DTYPE_BYTES, FLOAT_DTYPES
+from adaptsurgery_formats.tensors import FLOAT_DTYPES, bytes_of
 
 VERSION = 1
 MANIFEST = "adaptsurgery_manifest.json"
@@ -69,7 +70,7 @@ class TensorEdit:
 
     @property
     def nbytes(self) -> int:
-        return math.prod(self.shape) * DTYPE_BYTES[self.dtype]
+        return bytes_of(self.dtype, self.shape)
 
     @property
     def copied(self) -> bool:
@@ -156,7 +157,7 @@ class MergePlan:
                 data[name] = tuple(data[name])
             data["notes"] = tuple((a, b, c) for a, b, c in data["notes"])
             return cls(**data)
-        except (ValueError, TypeError, KeyError) as error:
+        except (ValueError, TypeError, KeyError, AttributeError, RecursionError) as error:
             raise FileError(
                 "this is no merge plan", seen=str(error)[:120], code="bad-plan"
             ) from None
@@ -256,7 +257,7 @@ def adapter_input(path: Path, weight: float, layout: str) -> AdapterInput:
 
 
 def _hashed(path: Path) -> Input:
-    with open(path, "rb") as stream:
+    with system.open_file(path) as stream:
         digest = hashlib.file_digest(stream, "sha256").hexdigest()
         told = os.fstat(stream.fileno())
     return Input(str(path.resolve()), told.st_size, digest, told.st_mtime_ns)

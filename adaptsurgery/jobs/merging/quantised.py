@@ -20,7 +20,8 @@ from typing import Any
 
 from adaptsurgery.checkpoint.base import Base, Located
 from adaptsurgery_formats.errors import ShapeError, ValueRefused
-from adaptsurgery_formats.tensors import FLOAT_DTYPES
+from adaptsurgery_formats.reading import typed
+from adaptsurgery_formats.tensors import FLOAT_DTYPES, is_packed
 
 READABLE = ("F8_E4M3", "F8_E5M2", "I8")
 _PACKED = (".qweight", ".weight_packed", ".weight.absmax", ".weight.quant_map")
@@ -62,7 +63,7 @@ def quantised_of(base: Base) -> Quantised:
     out = Quantised()
     for component, parameters in base.parameters.items():
         config = base.configs.get(component, {})
-        packed = next((n for n in parameters if n.endswith(_PACKED)), "")
+        packed = next((n for n, at in parameters.items() if _is_packed(n, at)), "")
         if packed:
             raise _packed_error(packed, parameters[packed], base.where)
         for name, at in parameters.items():
@@ -91,21 +92,25 @@ def _is_quantised(name: str, at: Located, parameters: Mapping[str, Located]) -> 
     return at.dtype in READABLE and not _is_marker(name)
 
 
+def _is_packed(name: str, at: Located) -> bool:
+    return name.endswith(_PACKED) or is_packed(at.dtype)
+
+
 def _is_marker(name: str) -> bool:
     return name.rpartition(".")[2] == _MARKER
 
 
 def plain_dtype(config: Mapping[str, Any]) -> str:
     """What a config says that the model computes in; bfloat16 where it says nothing."""
-    said = config.get("dtype") or config.get("torch_dtype") or ""
-    return _STORED.get(str(said), "BF16")
+    named = typed(config, "dtype", str) or typed(config, "torch_dtype", str) or ""
+    return _STORED.get(named, "BF16")
 
 
 def quantised_error(name: str, at: Located, where: str) -> ValueRefused:
     """The refusal of a change of a quantised weight."""
-    way = "merge into the base in bf16 or fp16 and quantise the result again"
+    way = "dequantise it first: merge into the base in bf16 or fp16 and quantise the result again"
     return ValueRefused(
-        f"`{name}` is quantised ({at.dtype})",
+        f"`{name}` is {'packed' if is_packed(at.dtype) else 'quantised'} ({at.dtype})",
         where=where,
         seen=f"{at.dtype} {list(at.shape)}",
         next=f"--dequantize writes OUT in plain numbers; or {way}" if at.dtype in READABLE else way,
@@ -200,13 +205,9 @@ def _block(
     shape: tuple[int, ...], told: tuple[int, ...], config: Mapping[str, Any]
 ) -> tuple[int, int] | None:
     """The size of blocks: as the config says, else 128 where that fits, else what divides evenly."""
-    said = (config.get("quantization_config") or {}).get("weight_block_size")
-    if (
-        isinstance(said, list)
-        and len(said) == 2
-        and all(isinstance(n, int) and n > 0 for n in said)
-    ):
-        return said[0], said[1]
+    block = typed(typed(config, "quantization_config", dict) or {}, "weight_block_size", list) or []
+    if len(block) == 2 and all(isinstance(n, int) and n > 0 for n in block):
+        return block[0], block[1]
     if told == tuple(-(-n // 128) for n in shape):
         return 128, 128
     if all(p and n % p == 0 for n, p in zip(shape, told)):

@@ -20,6 +20,7 @@ from typing import TYPE_CHECKING, Any
 
 from adaptsurgery.checkpoint import atomic, locks, privacy, system
 from adaptsurgery.checkpoint.failures import as_file_error
+from adaptsurgery.checkpoint.base import read_json
 from adaptsurgery.checkpoint.safetensors import read_safetensors
 from adaptsurgery.checkpoint.writer import file_size
 from adaptsurgery.jobs.inputs import Input, check_inputs
@@ -29,9 +30,10 @@ from adaptsurgery.jobs.merging.manifest import manifest_of, manifest_path
 from adaptsurgery.jobs.merging.matched import Change
 from adaptsurgery.jobs.merging.plan import MANIFEST, MergePlan, ShardJob, TensorEdit, stem_of
 from adaptsurgery.jobs.merging.quantised import Scale
-from adaptsurgery.jobs.partial import GoneError, Partial, replace_json
+from adaptsurgery.jobs.partial import GoneError, Partial, replace_json, write_json
 from adaptsurgery_formats import AdapterState
 from adaptsurgery_formats.errors import FileError, SurgeryError
+from adaptsurgery_formats.reading import typed
 from adaptsurgery_formats.tensors import Tensor
 
 if TYPE_CHECKING:
@@ -42,7 +44,6 @@ if TYPE_CHECKING:
 
 Progress = Callable[[int, int], object]
 Norms = dict[str, dict[str, float]]
-_COPY = 1 << 26  # bytes that are copied at once
 
 
 def check_plan(
@@ -247,7 +248,7 @@ class _Runner:
 
     def _write(self, job: ShardJob, work: Path) -> Norms:
         if job.clone >= 0:
-            _clone(self.plan.files[job.clone].path, work)
+            system.copy_file(self.plan.files[job.clone].path, work)
             self._tell(job.nbytes)
             return {}
         import torch  # noqa: F401  before the workers start, who would all import it at once
@@ -372,7 +373,7 @@ def _read(plan: MergePlan) -> Iterator[str]:
 
 def _write_new(path: Path, data: Mapping[str, Any]) -> None:
     path.unlink(missing_ok=True)
-    path.write_text(json.dumps(data, indent=2) + "\n", "utf-8")
+    write_json(path, data)
 
 
 def _close(plan: MergePlan, place: _Place, out: Path) -> Norms:
@@ -427,7 +428,7 @@ def _complete(plan: MergePlan, content: Path) -> None:
         target = content / name
         target.parent.mkdir(parents=True, exist_ok=True)
         target.unlink(missing_ok=True)
-        _clone(str(base / name), target)
+        system.copy_file(base / name, target)
     for component, changes in plan.configs.items():
         path = content / component / "config.json"
         _write_new(path, patched(_object(path, base / component / "config.json"), changes))
@@ -438,7 +439,7 @@ def _complete(plan: MergePlan, content: Path) -> None:
 def _object(path: Path, source: Path) -> dict[str, Any]:
     """A JSON object that was one when the plan was made."""
     try:
-        data = json.loads(path.read_bytes())
+        data = json.loads(system.read_text(path))
     except (ValueError, RecursionError):
         data = None
     if not isinstance(data, dict):
@@ -454,37 +455,15 @@ def _object(path: Path, source: Path) -> dict[str, Any]:
 def _index(plan: MergePlan, component: str, old: Path) -> dict[str, Any]:
     """The index of a component's shards, with the old one's metadata brought up to date."""
     jobs = [j for j in plan.jobs if j.component == component]
-    metadata = _object(old, old).get("metadata") if old.is_file() else {}
-    metadata = dict(metadata) if isinstance(metadata, dict) else {}
+    metadata: dict[str, Any] = {}
+    if old.is_file():
+        metadata = dict(typed(read_json(old), "metadata", dict) or {})
     metadata["total_size"] = sum(job.nbytes for job in jobs)
     if "total_parameters" in metadata:
         tensors = [t for job in jobs for t in job.tensors]
         metadata["total_parameters"] = sum(Tensor(t.dtype, t.shape, ()).numel for t in tensors)
     weight_map = {t.key: job.name.rpartition("/")[2] for job in jobs for t in job.tensors}
     return {"metadata": metadata, "weight_map": dict(sorted(weight_map.items()))}
-
-
-def _clone(source: str, target: Path) -> None:
-    """A file's bytes under another name: shared where the file system can, else copied."""
-    with ExitStack() as opened:
-        a, b = system.open_input(source), system.open_new(target)
-        opened.callback(os.close, a)
-        opened.callback(os.close, b)
-        if not system.share(a, b):
-            _copy(a, b, os.fstat(a).st_size, source)
-        os.fsync(b)
-
-
-def _copy(source: int, target: int, size: int, where: str) -> None:
-    at = 0
-    while at < size:
-        moved = system.kernel_copy(source, target, min(size - at, _COPY), at, at)
-        if not moved:
-            data = system.read_at(source, min(size - at, 1 << 22), at)
-            if not data:
-                raise FileError("it ended early", where=where, code="truncated-file")
-            moved = system.write_at(target, data, at)
-        at += moved
 
 
 # -- What is refused

@@ -11,7 +11,7 @@ from collections.abc import Mapping
 from typing import Any
 
 from adaptsurgery.checkpoint.base import Base, Located
-from adaptsurgery.jobs.merging.configs import FLAG, is_text_of, may_tie
+from adaptsurgery.jobs.merging.configs import FLAG, is_text_of, may_tie, nested
 from adaptsurgery.jobs.merging.matched import Change, Matched, Target
 from adaptsurgery.jobs.merging.sites import (
     EMBEDDINGS,
@@ -23,7 +23,8 @@ from adaptsurgery.jobs.merging.sites import (
 )
 from adaptsurgery_formats import AdapterState, ModuleState, Note
 from adaptsurgery_formats.errors import LayoutError
-from adaptsurgery_formats.tensors import DTYPE_BYTES, Tensor, same_bytes
+from adaptsurgery_formats.reading import texts, typed
+from adaptsurgery_formats.tensors import Tensor, bytes_of, same_bytes
 
 # Classes whose head is called lm_head; others (Whisper's proj_out) are not untied by themselves.
 _WITH_HEAD = ("ForCausalLM", "LMHeadModel")
@@ -78,15 +79,14 @@ def _said(embedding: str, head: str, has_config: bool) -> str:
 
 def _is_tied(config: Mapping[str, Any]) -> bool:
     """Whether a config without a stored head has a head at all, and does not deny the tie."""
-    named = config.get("architectures") or [""]
-    composite = str(named[0]).endswith("ForConditionalGeneration") and is_text_of(config)
-    return (str(named[0]).endswith(_WITH_HEAD) or composite) and may_tie(config)
+    named = (texts(config, "architectures") or [""])[0]
+    composite = named.endswith("ForConditionalGeneration") and is_text_of(config)
+    return (named.endswith(_WITH_HEAD) or composite) and may_tie(config)
 
 
 def any_tied(config: Mapping[str, Any]) -> bool:
     """Whether a config says in so many words that the head is the embedding."""
-    text = config.get("text_config")
-    return bool(config.get(FLAG) or (isinstance(text, Mapping) and text.get(FLAG)))
+    return any(typed(c, FLAG, bool) for c in nested(config))
 
 
 def _head_apart(base: Base, found: Matched, component: str) -> bool:
@@ -197,7 +197,7 @@ def _is_transpose(a: Tensor, b: Tensor) -> bool:
 def _numbers(tensor: Tensor) -> memoryview[int]:
     """A tensor's elements as whole numbers of their size: enough to tell whether they are equal."""
     data = memoryview(tensor.read())
-    size = DTYPE_BYTES[tensor.dtype]
+    size = bytes_of(tensor.dtype, ())
     if size == 8:
         return data.cast("Q")
     return data.cast("I") if size == 4 else data.cast("H") if size == 2 else data.cast("B")

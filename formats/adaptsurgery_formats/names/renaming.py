@@ -35,7 +35,7 @@ from adaptsurgery_formats.state import (
     lokr_shapes,
     magnitude_axis,
 )
-from adaptsurgery_formats.tensors import DTYPE_BYTES, Part, Tensor, concat_rows, same_bytes
+from adaptsurgery_formats.tensors import Part, Tensor, bytes_of, concat_rows, same_bytes
 
 AS_LORA = "pass `--as lora`: a LoRA can be cut and stacked anywhere"
 
@@ -331,7 +331,7 @@ def _widened(part: ModuleState, groups: Sequence[Sequence[ModuleState]], at: int
     downs = [group[0].tensors["down"] for group in groups]
     ranks = [down.shape[0] for down in downs]
     up, rank = part.tensors["up"], sum(ranks)
-    size = DTYPE_BYTES[up.dtype]
+    size = bytes_of(up.dtype, ())
     padded = PaddedRows(
         up.parts, ranks[at] * size, sum(ranks[:at]) * size, sum(ranks[at + 1 :]) * size
     )

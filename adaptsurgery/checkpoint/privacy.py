@@ -41,10 +41,13 @@ def narrow(path: Path, inputs: Iterable[AnyPath]) -> None:
 
     Windows has other permissions, which a file takes from its folder.
     """
-    if os.name == "nt":
-        return
-    bits = shared_bits(inputs, os.lstat(path).st_gid)
-    if bits == 0o777:
+    if os.name != "nt":
+        narrow_to(path, shared_bits(inputs, os.lstat(path).st_gid))
+
+
+def narrow_to(path: Path, bits: int) -> None:
+    """Take all other permission bits from a file, or a folder and all in it, where there are some."""
+    if os.name == "nt" or bits == 0o777:
         return
     for each in below(path):
         mode = stat.S_IMODE(os.lstat(each).st_mode)

@@ -185,6 +185,8 @@ def _worked(
         error.where = error.where.replace(str(place.root / "work"), str(out))
         raise
     except OSError as error:
+        if isinstance(error, FileNotFoundError) and made(plan, out):
+            return _made_already(plan, out, workers)
         raise place.said(error, out) from error
     except SurgeryError as error:
         error.where = error.where.replace(str(place.root / "work"), str(out))

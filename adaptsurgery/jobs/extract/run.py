@@ -97,7 +97,6 @@ class Runner:
         with self.place.lock(str(number)):
             if not self.place.done(number):
                 file = self.place.tensors(number)
-                file.unlink(missing_ok=True)  # one that is not what its record says
                 result = self._layer(number, job) if isinstance(job, Layer) else self._dense(job)
                 self.place.record(number, result, file if file.exists() else None)
         self.told += _nbytes(job)
@@ -124,10 +123,12 @@ class Runner:
             try:
                 write_safetensors(work, tensors)
                 atomic.sync(work)
-                os.rename(work, self.place.tensors(number))
+                os.replace(work, self.place.tensors(number))
             except BaseException:
                 work.unlink(missing_ok=True)
                 raise
+        else:
+            self.place.tensors(number).unlink(missing_ok=True)
         return measured.as_dict()
 
     def _dense(self, group: tuple[Dense, ...]) -> dict[str, Any]:

@@ -19,8 +19,8 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from adaptsurgery.checkpoint import atomic, locks, privacy, system
-from adaptsurgery.checkpoint.failures import as_file_error
 from adaptsurgery.checkpoint.base import read_json
+from adaptsurgery.checkpoint.failures import as_file_error
 from adaptsurgery.checkpoint.safetensors import read_safetensors
 from adaptsurgery.checkpoint.writer import file_size
 from adaptsurgery.jobs.inputs import Input, check_inputs
@@ -152,7 +152,10 @@ def run_plan(
             raise
         return True, made
     except OSError as error:
-        raise place.said(error, out) from error
+        made = _made(plan, out) if isinstance(error, FileNotFoundError) else None
+        if made is None:
+            raise place.said(error, out) from error
+        return True, made
     except SurgeryError as error:
         error.where = error.where.replace(str(place.root / "work"), str(out))
         raise
@@ -214,6 +217,7 @@ class _Runner:
         self.parsed = list(states) if states is not None else None
         self.bases: dict[int, Mapping[str, Tensor]] = {}
         self.done = 0
+        self.bits: int | None = None
 
     @property
     def states(self) -> list[AdapterState]:
@@ -228,8 +232,6 @@ class _Runner:
             if self.place.done(number):
                 self._tell(job.nbytes)
                 return
-            target = self.place.shard(number)
-            target.unlink(missing_ok=True)  # one that is not what its record says
             work = self.place.root / "work" / str(number)
             work.unlink(missing_ok=True)
             try:
@@ -237,9 +239,22 @@ class _Runner:
             except BaseException:
                 work.unlink(missing_ok=True)
                 raise
-            target.parent.mkdir(parents=True, exist_ok=True)
-            os.rename(work, target)
+            target = self.place.shard(number)
+            self._make_parents(target)
+            self._narrow(work)
+            os.replace(work, target)  # over one that is not what its record says
             self.place.record(number, norms, target)
+
+    def _make_parents(self, target: Path) -> None:
+        """The folders of a shard below ``files``, which is not made again where it has landed."""
+        for folder in list(target.relative_to(self.place.files).parents)[-2::-1]:
+            (self.place.files / folder).mkdir(exist_ok=True)
+
+    def _narrow(self, work: Path) -> None:
+        """Before it is recorded: a later change of its mode would make another file of it."""
+        if self.bits is None:
+            self.bits = privacy.shared_bits(_sources(self.plan, self.place.out), _group(work))
+        privacy.narrow_to(work, self.bits)
 
     def _tell(self, count: int) -> None:
         self.done += count
@@ -351,7 +366,7 @@ def _finish(runner: _Runner, out: Path, overwrite: bool) -> tuple[bool, Norms]:
 
 def _make_ready(plan: MergePlan, place: _Place, out: Path, norms: Norms) -> None:
     """All that lands besides the shards, on disk, and none of it open to more people than an input."""
-    sources = [*_read(plan), *(privacy.below(out) if os.path.lexists(out) else ())]
+    sources = list(_sources(plan, out))
     if plan.folder:
         _complete(plan, place.files)
         _write_new(place.files / MANIFEST, manifest_of(plan, norms))
@@ -362,6 +377,17 @@ def _make_ready(plan: MergePlan, place: _Place, out: Path, norms: Norms) -> None
         atomic.sync(place.manifest)
     privacy.narrow(place.content, sources)
     atomic.sync(place.content)
+
+
+def _sources(plan: MergePlan, out: Path) -> Iterator[str]:
+    """Whose privacy the output keeps: what it is made of, and the one that it replaces."""
+    yield from _read(plan)
+    if os.path.lexists(out):
+        yield from privacy.below(out)
+
+
+def _group(path: Path) -> int:
+    return os.lstat(path).st_gid
 
 
 def _read(plan: MergePlan) -> Iterator[str]:

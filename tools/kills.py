@@ -280,7 +280,7 @@ class Trial:
 class Bench:
     """The inputs, and what each command makes of them when nobody disturbs it."""
 
-    def __init__(self, home: Path, width: int) -> None:
+    def __init__(self, home: Path, width: int, only: Sequence[str] = ()) -> None:
         self.inputs, self.room, self.scratch = home / "in", home / "room", home / "scratch"
         for folder in (self.inputs, self.room, self.scratch):
             folder.mkdir()
@@ -289,9 +289,10 @@ class Bench:
         self.commands = {command.name: command for command in commands(self.inputs)}
         self.made: dict[str, dict[str, Tree]] = {}
         self.seconds: dict[str, float] = {}
-        for command in self.commands.values():
-            self._measure(command)
-        self.olds = {name: home / f"old {name}" for name in self.commands}
+        chosen = [self.commands[name] for name in only or self.commands]
+        for name in dict.fromkeys(each for c in chosen for each in (c.name, c.other)):
+            self._measure(self.commands[name])
+        self.olds = {command.name: home / f"old {command.name}" for command in chosen}
         for name, old in self.olds.items():
             self._write_old(self.commands[name], old)
 
@@ -425,6 +426,7 @@ def main() -> None:
     parser.add_argument("--tries", type=int, default=200)
     parser.add_argument("--seed", type=int, default=0)
     parser.add_argument("--first", type=int, default=0, help="the number of the first try")
+    parser.add_argument("--minutes", type=float, default=float("inf"), help="begin no try after")
     parser.add_argument("--width", type=int, default=96)
     parser.add_argument("--only", nargs="*", default=[], help="commands by their names")
     parser.add_argument("--kinds", nargs="*", default=KINDS, choices=KINDS)
@@ -432,12 +434,10 @@ def main() -> None:
     preload()
     print(f"seed {given.seed}", flush=True)
     with tempfile.TemporaryDirectory() as folder:
-        bench = Bench(Path(folder), given.width)
-        names = given.only or list(bench.commands)
-        cells = [(name, kind) for kind in given.kinds for name in names]
-        counts, failed = tried(
-            bench, cells, range(given.first, given.first + given.tries), given.seed
-        )
+        bench = Bench(Path(folder), given.width, given.only)
+        cells = [(name, kind) for kind in given.kinds for name in given.only or bench.commands]
+        numbers = range(given.first, given.first + given.tries)
+        counts, failed = tried(bench, cells, numbers, given.seed, 60 * given.minutes)
     for (name, kind), states in sorted(counts.items()):
         shown = ", ".join(f"{state} {n}" for state, n in sorted(states.items()))
         print(f"{states.total():5}  {name:15} {kind:8} {shown}")
@@ -446,19 +446,18 @@ def main() -> None:
 
 
 def tried(
-    bench: Bench, cells: Sequence[tuple[str, str]], numbers: range, seed: int
+    bench: Bench, cells: Sequence[tuple[str, str]], numbers: range, seed: int, seconds: float
 ) -> tuple[dict[tuple[str, str], Counter[str]], int]:
     """Each try's own numbers follow from the seed and its number alone."""
     counts: dict[tuple[str, str], Counter[str]] = {}
-    failed = 0
+    failed, started = 0, time.monotonic()
     for number in numbers:
         dice = random.Random(f"{seed}/{number}")
         name, kind = cells[number % len(cells)]
         trial = Trial(bench.commands[name], kind, dice.random() < 0.5, dice)
-        try:
-            state = bench.race(trial) if kind in ("same", "other") else bench.kill(trial)
-        except KeyboardInterrupt:  # enough: tell of those that were done
+        if time.monotonic() - started > seconds:
             break
+        state = bench.race(trial) if kind in ("same", "other") else bench.kill(trial)
         counts.setdefault((name, kind), Counter())[state] += 1
         if trial.wrong:
             failed += 1

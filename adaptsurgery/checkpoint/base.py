@@ -25,9 +25,11 @@ from adaptsurgery.checkpoint import system
 from adaptsurgery.checkpoint.failures import as_file_error, missing_file
 from adaptsurgery.checkpoint.safetensors import read_safetensors
 from adaptsurgery_formats.errors import FileError, NameLookupError, nearest
+from adaptsurgery_formats.paths import check_name
 from adaptsurgery_formats.reading import MAX_JSON, JsonObject, json_object, typed
 from adaptsurgery_formats.tensors import Tensor
 
+UNTRUSTED = "do not trust this model; its index was tampered with"
 PICKLES = (".bin", ".pt", ".pth", ".ckpt")
 # The weights' names within a folder, best first; each may have an .index.json instead.
 STEMS = ("model", "diffusion_pytorch_model", "pytorch_model")
@@ -227,7 +229,7 @@ def _read_pipeline(folder: Path) -> Base:
     for component, value in index.items():
         if component.startswith("_") or not isinstance(value, list):
             continue
-        check_name(component, folder / "model_index.json")
+        check_name(component, str(folder / "model_index.json"), UNTRUSTED)
         place = folder / component
         if not place.is_dir() or not find_weights(os.listdir(place)):
             continue
@@ -368,7 +370,8 @@ def _read_index(index: Path, root: Path, component: str) -> list[BaseFile]:
 
 def parse_index(index: Mapping[str, Any], where: Path) -> dict[str, set[str]]:
     """Shard name → the keys it should hold; raises FileError ``bad-index``, ``path-escapes``."""
-    typed(index, "metadata", dict, str(where))
+    if index.get("metadata"):
+        typed(index, "metadata", dict, str(where))
     weight_map = index.get("weight_map")
     if not isinstance(weight_map, dict) or not weight_map:
         raise FileError("the index has no weight_map", where=str(where), code="bad-index")
@@ -380,21 +383,9 @@ def parse_index(index: Mapping[str, Any], where: Path) -> dict[str, set[str]]:
                 code="bad-index",
             )  # fmt: skip
         if name not in shards:
-            check_name(name, where)
+            check_name(name, str(where), UNTRUSTED)
         shards.setdefault(name, set()).add(key)
     return dict(sorted(shards.items()))
-
-
-def check_name(name: str, where: Path) -> None:
-    """Refuse a name that would lead out of its folder (FileError ``path-escapes``)."""
-    if name in ("", ".", "..") or any(c in name for c in "/\\\0:"):
-        raise FileError(
-            "a file name leads out of the folder",
-            where=str(where),
-            seen=repr(name),
-            next="do not trust this model; its index was tampered with",
-            code="path-escapes",
-        )
 
 
 def _check_shard(file: BaseFile, keys: set[str], index: Path) -> None:

@@ -224,6 +224,14 @@ def share(source: int, target: int) -> bool:
 # -- Names
 
 
+def local_path(spec: str) -> str | None:
+    """The path that a name has where it is there: below the home that its ``~`` means, or so called."""
+    for path in (os.path.expanduser(spec), spec):
+        if path and os.path.lexists(path):
+            return path
+    return None
+
+
 def exchange(a: Path, b: Path) -> bool:
     """Swap two names in one step; False where the system or the file system cannot."""
     try:

@@ -52,6 +52,10 @@ _COMMON = (
     click.option("--device", default="cpu", show_default=True, help="Where to fold."),
     click.option("--max-shard-size", callback=_size, metavar="SIZE", help="Deal the shards anew: 5GB."),
     click.option("--allow-unmatched", is_flag=True, help="Leave out modules that BASE lacks."),
+    click.option(
+        "--skip-links", is_flag=True,
+        help="Leave out files of BASE that are links to places outside of it.",
+    ),
     click.option("--overwrite", is_flag=True, help="Replace OUT if it is there."),
     click.option("--dry-run", is_flag=True, help="Plan and tell, from headers alone."),
     click.option(

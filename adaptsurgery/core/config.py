@@ -25,7 +25,8 @@ from adaptsurgery.core.exporting import plain_operations
 from adaptsurgery.core.geometry import KERNEL_DIMS
 from adaptsurgery.core.update import Update
 from adaptsurgery_formats import peft_config
-from adaptsurgery_formats.errors import FileError, LayoutError, ShapeError, ValueRefused, nearest
+from adaptsurgery_formats.errors import FileError, ShapeError, ValueRefused, nearest
+from adaptsurgery_formats.traits import traits_of
 
 FILE = "adapter_config.json"
 TASKS = (
@@ -169,11 +170,16 @@ class AdapterConfig(ABC, metaclass=_Checked):
 
     @classmethod
     def _type(cls) -> str:
-        return next(t for t, a in peft_config.PEFT_TYPES.items() if a == cls.algorithm)
+        return traits_of(cls.algorithm).peft_type
 
     @property
     def _init_field(self) -> str:
         return "init_weights"
+
+    @property
+    def options(self) -> dict[str, Any]:
+        """What an Update of this config takes beside its tensors and scale."""
+        return {}
 
     @property
     def unknown(self) -> list[str]:
@@ -229,16 +235,16 @@ class AdapterConfig(ABC, metaclass=_Checked):
 
     @classmethod
     def from_pretrained(cls, path: str | Path) -> Self:
-        """The config of a local folder with an adapter_config.json, or of that file itself."""
+        """The config of a local folder with an adapter_config.json, or of that file itself.
+
+        Raises FileError for what is no regular file, too large, or no JSON object of finite numbers.
+        """
         file = Path(path) / FILE if Path(path).is_dir() else Path(path)
         try:
-            said = json.loads(system.read_text(file))
+            text = system.read_file(file, peft_config.MAX_CONFIG)
         except OSError as error:
             raise FileError(f"no config: {error.strerror}", where=str(file)) from None
-        except (ValueError, RecursionError) as error:
-            raise FileError(f"not JSON: {error}", where=str(file)) from None
-        if not isinstance(said, dict):
-            raise LayoutError("a config is an object", where=str(file), code="bad-config")
+        said = peft_config.parsed_config(text, str(file))
         return cls.from_dict(said, str(file))
 
     def save_pretrained(self, folder: str | Path) -> None:
@@ -392,9 +398,7 @@ def _kept(shape: tuple[int, ...], dropped: float, like: Tensor) -> Tensor:
 
 def tensors_of(update: Update) -> dict[str, Tensor]:
     """The tensors of an update by slot."""
-    inner = getattr(update, "inner", None)
-    held = tensors_of(inner) if isinstance(inner, Update) else {}
-    return held | {name: value for name, value in vars(update).items() if isinstance(value, Tensor)}
+    return update.tensors()
 
 
 def kaiming_(tensor: Tensor, generator: torch.Generator | None) -> None:

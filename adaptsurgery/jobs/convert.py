@@ -12,6 +12,7 @@ from pathlib import Path
 from adaptsurgery.checkpoint import system
 from adaptsurgery.checkpoint.atomic import check_output, output
 from adaptsurgery.checkpoint.writer import layout, order, write_safetensors
+from adaptsurgery.jobs.apart import Guard, keep_apart
 from adaptsurgery.jobs.change import EXACT, as_lora
 from adaptsurgery.jobs.loading import CONFIG, WEIGHTS, AnyPath, Loaded, format_named, load_state
 from adaptsurgery.jobs.renaming import names_for, renamed
@@ -66,7 +67,7 @@ def convert(
     if rank is not None and algorithm is None:
         raise LayoutError("--rank goes with --as lora", code="rank-without-as")
     sources = [source] if isinstance(source, (str, os.PathLike)) else list(source)
-    check_paths(sources, out, target, overwrite)
+    check_paths(sources, out, target, overwrite, base)
     loaded = load_state(sources, base=base, layout=layout)
     _set_prefix(loaded, prefix.rstrip("_"), target)
     return write_adapter(
@@ -99,10 +100,8 @@ def write_adapter(
     """
     target = writable(to)
     assert target.spell is not None
-    for path in loaded.paths:
-        _keep_apart(path, out, becomes_part=target.name == "peft")
-    if loaded.base is not None:
-        _keep_apart(loaded.base.where, out, becomes_part=False)
+    keep_apart(loaded.paths, [out], guard=_guard(target))
+    keep_apart([loaded.base_place], [out], guard="folder")
     _find_names(loaded, target)
     changed = change(loaded) if change else loaded.state
     state = renamed(changed, loaded.names, target)
@@ -128,9 +127,13 @@ def writable(name: str) -> Format:
 
 
 def check_paths(
-    sources: Sequence[AnyPath], written: AnyPath, target: Format, overwrite: bool
+    sources: Sequence[AnyPath],
+    written: AnyPath,
+    target: Format,
+    overwrite: bool,
+    base: AnyPath | None = None,
 ) -> None:
-    """Refuse an output that is the source, or that cannot be written, before any work is done."""
+    """Refuse an output that is read, or that cannot be written, before any work is done."""
     out = Path(written)
     folder = target.name == "peft"
     if "\0" in str(out):
@@ -139,8 +142,8 @@ def check_paths(
         raise FileError(
             "PEFT's layout is a folder", where=str(out), next="-o FOLDER", code="not-a-directory"
         )
-    for source in sources:
-        _keep_apart(source, out, becomes_part=folder)
+    keep_apart(sources, [out], guard=_guard(target))
+    keep_apart([base], [out], guard="folder")
     pickled = out.suffix in (".bin", ".pt", ".pth", ".ckpt")
     if not folder and (pickled or os.fspath(written).endswith(os.sep)):
         raise FileError(
@@ -152,23 +155,9 @@ def check_paths(
     check_output(out, overwrite=overwrite, directory=folder, replaceable=_OURS)
 
 
-def _keep_apart(read: str | os.PathLike[str], out: Path, becomes_part: bool) -> None:
-    """Refuse an output that would replace what is read, or, where it can, become a part of it.
-
-    What is read is read lazily: it must stay as it is.
-    """
-    if not os.path.lexists(read):
-        return
-    source, target = Path(os.path.realpath(read)), Path(os.path.realpath(out))
-    within = source in target.parents and (becomes_part or os.path.lexists(out))
-    if target == source or target in source.parents or within:
-        raise FileError(
-            "the output would replace the input or lie within it",
-            where=str(out),
-            seen=f"read from {os.fspath(read)}",
-            next="-o another path",
-            code="output-is-source",
-        )
+def _guard(target: Format) -> Guard:
+    """What is read of a folder of adapters is all that it holds, of which a new folder is a part."""
+    return "whole" if target.name == "peft" else "folder"
 
 
 def _set_prefix(loaded: Loaded, prefix: str, target: Format) -> None:

@@ -24,7 +24,7 @@ from adaptsurgery_formats.errors import (
 )
 from adaptsurgery_formats.files import META_OURS, META_PREFIX
 from adaptsurgery_formats.names import TABLES, Names, names_of_base, table
-from adaptsurgery_formats.reading import json_object
+from adaptsurgery_formats.peft_config import MAX_CONFIG, parsed_config
 from adaptsurgery_formats.resolve import (
     refuse_twice,
     require_resolved,
@@ -42,7 +42,6 @@ _COMPONENT = re.compile(r"unet|transformer|text_encoder(_[23])?")
 CONFIG = "adapter_config.json"
 WEIGHTS = "adapter_model.safetensors"
 _PICKLES = (".bin", ".pt", ".pth", ".ckpt")
-_MAX_CONFIG = 64 << 20
 
 
 @dataclass
@@ -61,6 +60,11 @@ class Loaded:
         files = [Path(file.where) for file in self.files]
         configs = [config for file in files if (config := file.parent / CONFIG).is_file()]
         return [*self.paths, *files, *configs, *(self.base.inputs if self.base else ())]
+
+    @property
+    def base_place(self) -> str | None:
+        """Where the base was read, if there is one."""
+        return self.base.where if self.base is not None else None
 
 
 def load_state(
@@ -151,9 +155,8 @@ def _one_metadata(first: AdapterState, other: AdapterState) -> dict[str, str]:
 
 def _local_path(spec: str) -> Path:
     """A path that is there, or what the Hub has under the name; the Hub's room only then."""
-    local = Path(spec).expanduser()
-    if spec and os.path.lexists(local):
-        return local
+    if (local := system.local_path(spec)) is not None:
+        return Path(local)
     from adaptsurgery.checkpoint.hub import resolve
 
     return resolve(spec, kind="adapter")
@@ -254,11 +257,7 @@ def _read_file(path: Path, config: dict[str, Any] | None) -> AdapterFile:
 def read_config(path: Path) -> dict[str, Any]:
     """An adapter_config.json as an object; raises FileError for anything else."""
     try:
-        if path.stat().st_size > _MAX_CONFIG:
-            raise FileError("it is too large for a config", where=str(path), code="bad-config")
-        return json_object(
-            system.read_file(path, _MAX_CONFIG), str(path), "bad-config", finite=True
-        )
+        return parsed_config(system.read_file(path, MAX_CONFIG), str(path))
     except OSError as error:
         raise FileError(f"it cannot be read: {error.strerror}", where=str(path)) from None
 

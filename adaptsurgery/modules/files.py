@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import json
 import tempfile
-from collections.abc import Collection, Iterable, Iterator, Mapping
+from collections.abc import Collection, Iterable, Iterator, Mapping, Sequence
 from dataclasses import replace
 from fnmatch import fnmatchcase
 from pathlib import Path
@@ -33,6 +33,7 @@ from adaptsurgery.modules.layer import AdaptedLayer
 from adaptsurgery.modules.model import AdaptedModel
 from adaptsurgery_formats.errors import FileError, KeyRefused, ShapeError, ValueRefused
 from adaptsurgery_formats.peft import PREFIX
+from adaptsurgery_formats.tensors import Tensor as FileTensor
 
 WEIGHTS = "adapter_model.safetensors"
 _IN_FILES = {"lora_magnitude_vector.weight": "lora_magnitude_vector"}
@@ -87,10 +88,37 @@ def write_folder(model: AdaptedModel, adapter: str, folder: Path) -> None:
     tensors = {key: from_torch(t.contiguous()) for key, t in adapter_state(model, adapter).items()}
     said = replace(model.peft_config[adapter], inference_mode=True).to_dict()
     folder.mkdir(parents=True, exist_ok=True)
-    with output(folder / WEIGHTS, overwrite=True) as path:
-        write_safetensors(path, tensors, {"format": "pt"})
-    with output(folder / FILE, overwrite=True) as path:
-        system.write_text(path, json.dumps(said, indent=2, sort_keys=True))
+    _write_both(folder, tensors, json.dumps(said, indent=2, sort_keys=True))
+
+
+def _write_both(folder: Path, tensors: Mapping[str, FileTensor], text: str) -> None:
+    """Weights and config, both new or, after an error or an interrupt, both as they were."""
+    weights, config = folder / WEIGHTS, folder / FILE
+    old = system.read_file(config) if config.is_file() else None
+    was = _file_number(weights)
+    try:
+        with output(weights, overwrite=True) as path:
+            write_safetensors(path, tensors, {"format": "pt"})
+            with output(config, overwrite=True) as beside:
+                system.write_text(beside, text)
+    except BaseException:
+        if _file_number(weights) == was:
+            _put_back(config, old)
+        raise
+
+
+def _put_back(config: Path, old: bytes | None) -> None:
+    """A config as it was before another was put in its place."""
+    if old is None:
+        config.unlink(missing_ok=True)
+    elif system.read_file(config) != old:
+        with output(config, overwrite=True) as path, system.new_file(path) as file:
+            file.write(old)
+
+
+def _file_number(path: Path) -> int | None:
+    """What tells a file from the one that had its name before."""
+    return path.stat().st_ino if path.exists() else None
 
 
 def write_layout(
@@ -110,8 +138,7 @@ def read_adapter(
 
     A flat name is looked up in ``base``, by default in the live model's own modules.
     """
-    place = Path(path)
-    place = place if place.exists() else resolve(str(path), kind="adapter")
+    place = resolve(str(path), kind="adapter")
     if place.is_dir() and (place / FILE).is_file():
         return AdapterConfig.from_pretrained(place), _tensors(place)
     _check_one_model(place)
@@ -211,8 +238,22 @@ def load_state(
             next="the file is damaged, or its training diverged: take an earlier one",
             code="non-finite",
         )
-    for key in given.keys() & homes.keys():
-        homes[key][0].set(given[key])
+    _set_all([(homes[key][0], given[key]) for key in given.keys() & homes.keys()])
+
+
+def _set_all(numbers: Sequence[tuple[_Home, Tensor]]) -> None:
+    """Every tensor into its place; where that is cut short, none."""
+    before: list[tuple[Tensor, Tensor]] = []
+    try:
+        for home, tensor in numbers:
+            if not home.held.is_meta:
+                before.append((home.held, home.held.detach().clone()))
+            home.set(tensor)
+    except BaseException:
+        with torch.no_grad():
+            for held, old in before:
+                held.copy_(old)
+        raise
 
 
 def _of_groups(model: AdaptedModel, adapter: str, keys: Iterable[str]) -> str:

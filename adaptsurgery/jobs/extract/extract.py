@@ -13,6 +13,7 @@ from typing import Any
 from adaptsurgery.checkpoint import atomic, locks, privacy, system
 from adaptsurgery.checkpoint.atomic import check_output
 from adaptsurgery.checkpoint.base import Base
+from adaptsurgery.jobs.apart import keep_apart
 from adaptsurgery.jobs.convert import CARD, check_paths, writable, write_adapter
 from adaptsurgery.jobs.extract import summary
 from adaptsurgery.jobs.extract.options import Options, check_options
@@ -135,6 +136,7 @@ def _run(
     base, tuned = (open_base(name, headers=dry_run) for name in (base_name, tuned_name))
     refuse_pickles(base)
     refuse_pickles(tuned)
+    keep_apart([base.where, tuned.where], [out, page])
     plan = build_plan(base, tuned, pair_up(base, tuned), options)
     place = Place(plan, out)
     ended = place.landed(out) or (part[1] > 1 and made(plan, out))

@@ -7,6 +7,9 @@ import os
 from collections.abc import Iterable, Sequence
 from pathlib import Path
 
+from adaptsurgery.checkpoint.hub import resolve
+from adaptsurgery.checkpoint.system import local_path
+from adaptsurgery.jobs.apart import keep_apart
 from adaptsurgery.jobs.inputs import check_part
 from adaptsurgery.jobs.merging.check import distance
 from adaptsurgery.jobs.merging.manifest import manifest_path
@@ -22,6 +25,7 @@ from adaptsurgery.jobs.merging.run import (
 )
 from adaptsurgery.jobs.report import Report, Row
 from adaptsurgery_formats import AdapterState, Note
+from adaptsurgery_formats.traits import traits_of
 
 # The unit of rounding, 2^-(p-1), of what weights are stored in.
 EPS = {"F64": 2.0**-52, "F32": 2.0**-23, "F16": 2.0**-10, "BF16": 2.0**-7}
@@ -44,6 +48,7 @@ def merge(
     shard_index: int = 0,
     num_shards: int = 1,
     norms: bool = True,
+    skip_links: bool = False,
     progress: Progress | None = None,
 ) -> Report:
     """Write ``base`` with the adapters in its weights: W' = W·R1·R2·… + Σ w·s·Δ, rounded once.
@@ -55,14 +60,15 @@ def merge(
     in, ``device`` where. ``dequantize`` takes a base in fp8 or int8, and writes all of it in the
     dtype that its config names (bf16) or ``dtype``. ``shard_index`` of ``num_shards`` does a part of the shards; whoever is last completes the
     output. ``norms`` False leaves ‖W‖ and ‖W' − W‖ (measured on blocks of each tensor) out of the
-    manifest. A run that was killed is taken up where it stopped.
+    manifest. Files beside the weights come along; a link among them that leads out of the base's folder
+    is refused, or left out with ``skip_links``. A run that was killed is taken up where it stopped.
 
     Raises SurgeryError for anything that cannot be done exactly: what, where, seen, next.
     """
     options = Options(dtype, compute, device, False, max_shard_size or 0, dequantize)
     return _run(
         base, adapters, Path(out), options, allow_unmatched, overwrite, dry_run, workers,
-        check_part(shard_index, num_shards), norms, progress, None,
+        check_part(shard_index, num_shards), norms, skip_links, progress, None,
     )  # fmt: skip
 
 
@@ -83,6 +89,7 @@ def unmerge(
     shard_index: int = 0,
     num_shards: int = 1,
     norms: bool = True,
+    skip_links: bool = False,
     progress: Progress | None = None,
 ) -> Report:
     """Take adapters out of a merged checkpoint: the inverse of ``merge``, up to storage rounding.
@@ -93,7 +100,7 @@ def unmerge(
     options = Options(dtype, compute, device, True, max_shard_size or 0)
     return _run(
         base, adapters, Path(out), options, allow_unmatched, overwrite, dry_run, workers,
-        check_part(shard_index, num_shards), norms, progress, against,
+        check_part(shard_index, num_shards), norms, skip_links, progress, against,
     )  # fmt: skip
 
 
@@ -103,9 +110,10 @@ def plan_merge(
     options: Options | None = None,
     *,
     allow_unmatched: bool = False,
+    skip_links: bool = False,
 ) -> MergePlan:
     """The plan of a merge as plain data; ``run.run_plan`` carries it out, now or elsewhere."""
-    return planned(base, adapters, options or Options(), allow_unmatched, dry_run=False)[0]
+    return planned(base, adapters, options or Options(), allow_unmatched, False, skip_links)[0]
 
 
 def _run(
@@ -119,11 +127,13 @@ def _run(
     workers: int,
     part: tuple[int, int],
     measured: bool,
+    skip_links: bool,
     progress: Progress | None,
     against: str | os.PathLike[str] | None,
 ) -> Report:
     check_options(options)
-    plan, states = planned(base, adapters, options, allow_unmatched, dry_run)
+    plan, states = planned(base, adapters, options, allow_unmatched, dry_run, skip_links)
+    original = _original(against, out, plan, dry_run)
     check_plan(plan, out, overwrite=overwrite, needed=not dry_run, parts=part[1])
     report = _report(plan, states, workers)
     for root in abandoned(plan, out):
@@ -144,9 +154,24 @@ def _run(
         report.notes.append(Note("part-done", str(out), text))
     if options.inverse:
         _tell_rounding(report, plan, states, norms)
-        if against is not None and complete:
-            report.facts["against"] = distance(out, Path(against))
+        if original is not None and complete:
+            report.facts["against"] = distance(out, original)
     return report
+
+
+def _original(
+    against: str | os.PathLike[str] | None, out: Path, plan: MergePlan, dry_run: bool
+) -> Path | None:
+    """The model that the result is held against, which the output must not replace."""
+    if against is None:
+        return None
+    spec = os.fspath(against)
+    if dry_run and local_path(spec) is None:  # nothing is downloaded
+        return None
+    original = resolve(spec, kind="base")
+    writes = [out] if plan.folder else [out, manifest_path(out, False)]
+    keep_apart([original], writes, code="output-is-input")
+    return original
 
 
 # -- What is told
@@ -233,7 +258,11 @@ def _tell_rounding(
     """
     merged = max((EPS[t.stored] for t in plan.edited), default=0.0) / 2
     now = max((EPS[t.dtype] for t in plan.edited), default=0.0) / 2
-    turned = any("hra" in _algorithms(plan, states, t.changes) for t in plan.edited)
+    turned = any(
+        traits_of(algorithm).turns
+        for edit in plan.edited
+        for algorithm in _algorithms(plan, states, edit.changes)
+    )
     report.facts["rounding"] = {"merged": merged, "now": now, "of": "row" if turned else "element"}
     whole = "the norm of its row" if turned else "its size"
     text = (

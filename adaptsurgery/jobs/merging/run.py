@@ -7,11 +7,9 @@ its manifest; a folder holds its own.
 
 from __future__ import annotations
 
-import errno
 import glob
 import json
 import os
-import stat
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import ExitStack
 from functools import partial
@@ -20,12 +18,13 @@ from typing import TYPE_CHECKING, Any
 
 from adaptsurgery.checkpoint import atomic, locks, privacy, system
 from adaptsurgery.checkpoint.base import read_json
-from adaptsurgery.checkpoint.failures import as_file_error
 from adaptsurgery.checkpoint.safetensors import read_safetensors
 from adaptsurgery.checkpoint.writer import file_size
+from adaptsurgery.jobs.apart import is_within, keep_apart, overlap
 from adaptsurgery.jobs.inputs import Input, check_inputs
 from adaptsurgery.jobs.merging.adapters import parse_adapter
 from adaptsurgery.jobs.merging.configs import patched
+from adaptsurgery.jobs.merging.copies import check_copies
 from adaptsurgery.jobs.merging.manifest import manifest_of, manifest_path
 from adaptsurgery.jobs.merging.matched import Change
 from adaptsurgery.jobs.merging.plan import MANIFEST, MergePlan, ShardJob, TensorEdit, stem_of
@@ -53,9 +52,11 @@ def check_plan(
 
     With several ``parts`` an output of this very plan is no obstacle: the others have made it.
 
-    Raises FileError: what ``atomic.check_output`` raises, ``output-is-base``, ``output-is-input``.
+    Raises FileError: what ``atomic.check_output`` and ``check_copies`` raise, ``output-is-base``,
+    ``output-is-input``.
     """
     _check_apart(plan, out)
+    check_copies(plan.home, plan.copies)
     if not plan.folder:
         _check_manifest(manifest_path(out, False))
     if _Place(plan, out).landed(out) or (parts > 1 and _made(plan, out) is not None):
@@ -69,32 +70,11 @@ def check_plan(
         beside=() if plan.folder else (atomic.RECORD,),
         inner=[*(job.name for job in plan.jobs), *plan.copies] if plan.folder else (),
     )
-    if needed:
-        _check_copies(plan)
-
-
-def _check_copies(plan: MergePlan) -> None:
-    """What comes along is there and can be read; to find that out after all the work is too late."""
-    for path in _copied(plan):
-        try:
-            mode = os.stat(path).st_mode
-        except OSError as error:
-            raise as_file_error(error, path, writing=False) from error
-        if not stat.S_ISREG(mode):
-            raise system.not_a_file(path)
-        if not os.access(path, os.R_OK):
-            denied = PermissionError(errno.EACCES, os.strerror(errno.EACCES), str(path))
-            raise as_file_error(denied, path, writing=False)
 
 
 def _copied(plan: MergePlan) -> list[Path]:
-    base = _folder_of(plan)
+    base = plan.home
     return [base / name for name in plan.copies]
-
-
-def _folder_of(plan: MergePlan) -> Path:
-    base = Path(plan.base)
-    return base if base.is_dir() else base.parent
 
 
 def run_plan(
@@ -449,7 +429,7 @@ def _check_sizes(plan: MergePlan, place: _Place) -> None:
 
 def _complete(plan: MergePlan, content: Path) -> None:
     """What a folder holds besides its weights."""
-    base = _folder_of(plan)
+    base = plan.home
     for name in plan.copies:
         target = content / name
         target.parent.mkdir(parents=True, exist_ok=True)
@@ -483,7 +463,8 @@ def _index(plan: MergePlan, component: str, old: Path) -> dict[str, Any]:
     jobs = [j for j in plan.jobs if j.component == component]
     metadata: dict[str, Any] = {}
     if old.is_file():
-        metadata = dict(typed(read_json(old), "metadata", dict) or {})
+        index = read_json(old)
+        metadata = dict(typed(index, "metadata", dict) or {}) if index.get("metadata") else {}
     metadata["total_size"] = sum(job.nbytes for job in jobs)
     if "total_parameters" in metadata:
         tensors = [t for job in jobs for t in job.tensors]
@@ -501,19 +482,13 @@ def _inputs(plan: MergePlan) -> list[Input]:
 
 def _check_apart(plan: MergePlan, out: Path) -> None:
     """Refuse an output that is an input, holds one, or lies within the base's folder."""
-    target = Path(os.path.realpath(out))
-    base = Path(os.path.realpath(plan.base))
-    base = base if not plan.folder or base.is_dir() else base.parent
-    inputs = [Path(given.path) for given in _inputs(plan)]
-    if target == base or (plan.folder and target.is_relative_to(base)):
-        _refuse_output(out, str(base), "the output is the base, or lies in it", "output-is-base")
-    for path in inputs:
-        if path == target or path.is_relative_to(target):
-            _refuse_output(out, str(path), "the output would replace an input", "output-is-input")
-
-
-def _refuse_output(out: Path, seen: str, what: str, code: str) -> None:
-    raise FileError(what, where=str(out), seen=seen, next="-o another path", code=code)
+    base = plan.home if plan.folder else Path(plan.base)
+    if is_within(out, base):
+        raise overlap(out, base, "output-is-base")
+    along = [base / name for name in (*plan.copies, *plan.indexes)] if plan.folder else []
+    inputs = [given.path for given in _inputs(plan)]
+    writes = [out] if plan.folder else [out, manifest_path(out, False)]
+    keep_apart([base, *along, *inputs], writes, code="output-is-input")
 
 
 def _replaceable(plan: MergePlan, out: Path) -> list[str]:

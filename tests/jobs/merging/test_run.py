@@ -387,18 +387,19 @@ def test_what_comes_along(inputs: tuple[Path, Path], tmp_path: Path) -> None:
     base, adapter = inputs
     for name in ("model.safetensors.index.fp16.json", "pytorch_model.bin.index.fp16.json"):
         (base / name).write_text("{}")
-    elsewhere = tmp_path / "elsewhere"
-    elsewhere.mkdir()
-    (elsewhere / "vocab.txt").write_text("a")
-    (elsewhere / "back").symlink_to(elsewhere)
-    (base / "tokenizer").symlink_to(elsewhere)
-    (base / "again").symlink_to(elsewhere)
-    (base / "extra" / "up").symlink_to(tmp_path)
+    within = base / "files"
+    within.mkdir()
+    (within / "vocab.txt").write_text("a")
+    (within / "back").symlink_to(within)
+    (base / "tokenizer").symlink_to(within)
+    (base / "again").symlink_to("files")
+    (base / "extra" / "up").symlink_to("..")
     plan = plan_merge(base, [adapter])
     assert sorted(plan.copies) == [
         "again/vocab.txt",
         "config.json",
         "extra/notes.txt",
+        "files/vocab.txt",
         "tokenizer.json",
         "tokenizer/vocab.txt",
     ]

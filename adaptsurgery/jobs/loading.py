@@ -55,6 +55,13 @@ class Loaded:
     files: list[AdapterFile] = field(default_factory=list)
 
     @property
+    def inputs(self) -> list[Path]:
+        """The files and folders that it was read from, its base's among them."""
+        files = [Path(file.where) for file in self.files]
+        configs = [config for file in files if (config := file.parent / CONFIG).is_file()]
+        return [*self.paths, *files, *configs, *(self.base.inputs if self.base else ())]
+
+    @property
     def base_place(self) -> str | None:
         """Where the base was read, if there is one."""
         return self.base.where if self.base is not None else None

@@ -717,7 +717,7 @@ def test_a_pipe_is_not_waited_for(desk: Desk) -> None:
     desk.refused("not-a-file", desk.input / "pipe.safetensors")
     desk.refused("not-a-file", desk.input / "pipe.bin")
     source = desk.file(pack(good()))
-    desk.refused("bad-file", source, base=desk.input / "pipe.safetensors")
+    desk.refused("not-a-file", source, base=desk.input / "pipe.safetensors")
 
 
 def test_a_folder_whose_name_is_no_text(desk: Desk) -> None:

@@ -131,7 +131,20 @@ def __getattr__(name: str) -> Any:
         return getattr(importlib.import_module(_HOMES[name]), name)
     if name in _ROOMS:
         return importlib.import_module(f"{__name__}.{name}")
+    if home := _home_of_class(name):
+        return getattr(importlib.import_module(home), name)
     raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
+
+
+def _home_of_class(name: str) -> str:
+    """Where the config or the model class of an algorithm lives, by the table of all of them."""
+    if not name.endswith(("Config", "Model")):
+        return ""
+    from adaptsurgery_formats.traits import TRAITS
+
+    homes = {row.config: "adaptsurgery.algorithms" for row in TRAITS.values() if row.config}
+    homes |= {row.model: "adaptsurgery.modules.model" for row in TRAITS.values() if row.config}
+    return homes.get(name, "")
 
 
 def __dir__() -> list[str]:

@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+import importlib
+from collections.abc import Callable, Mapping
 from dataclasses import MISSING, fields
-from typing import Any
+from typing import Any, Protocol, Self, runtime_checkable
 
+import torch
 from torch import Tensor
 
 from adaptsurgery.algorithms.dora import DoRA
@@ -15,11 +17,14 @@ from adaptsurgery.algorithms.loha import LoHa, LoHaConfig
 from adaptsurgery.algorithms.lokr import LoKr, LoKrConfig
 from adaptsurgery.algorithms.lora import LoRA, LoraConfig, Truncation
 from adaptsurgery.core.config import AdapterConfig
+from adaptsurgery.core.fit import Fit
 from adaptsurgery.core.update import Delta, Update, only_whole
 from adaptsurgery_formats.errors import KeyRefused, ValueRefused, nearest
+from adaptsurgery_formats.traits import named as table
+from adaptsurgery_formats.traits import traits_of
 
 # A new algorithm: its file, and its line here.
-ALGORITHMS: tuple[type[Delta] | type[HRA], ...] = (LoRA, LoHa, LoKr, HRA, Full, Norm)
+ALGORITHMS: tuple[type[Update], ...] = (LoRA, LoHa, LoKr, HRA, Full, Norm)
 
 __all__ = [
     "ALGORITHMS",
@@ -34,10 +39,24 @@ __all__ = [
     "LoKrConfig",
     "LoRA",
     "LoraConfig",
+    "LowRank",
     "Norm",
     "Truncation",
     "build",
+    "fitter",
+    "made",
+    "named",
+    "with_norms",
 ]
+
+
+@runtime_checkable
+class LowRank(Protocol):
+    """A Delta that is exactly a LoRA in another form."""
+
+    def to_lora(self) -> LoRA: ...
+
+    def cast(self, dtype: torch.dtype, device: torch.device | None = None) -> Self: ...
 
 
 def build(
@@ -54,22 +73,39 @@ def build(
     algorithm or numbers that define no rotation, KeyRefused for a slot or option the algorithm does
     not have, ShapeError where shapes misfit.
     """
-    chosen = _named(algorithm)
+    chosen = named(algorithm)
     slots = {name: tensor for name, tensor in tensors.items() if name != "magnitude"}
     magnitude = tensors.get("magnitude")
-    arguments: dict[str, Any] = {**slots, **options}
-    _check_slots(chosen, arguments, magnitude is not None)
-    if issubclass(chosen, HRA):
-        rotation = chosen(**arguments)
-        rotation.check_values()
-        if weight_shape is not None:
-            rotation.check_fits(weight_shape)
-        return only_whole(rotation, scale)
-    delta = chosen(**arguments, scale=scale, weight_shape=weight_shape)
-    return delta if magnitude is None else DoRA(delta, magnitude)
+    _check_slots(chosen, {**slots, **options}, magnitude is not None)
+    update = made(algorithm, {**slots, **options}, scale, weight_shape)
+    update.check_values()
+    if weight_shape is not None:
+        update.check_fits(weight_shape)
+    return update if magnitude is None else with_norms(update, magnitude)
 
 
-def _named(algorithm: str) -> type[Delta] | type[HRA]:
+def made(
+    algorithm: str, arguments: Mapping[str, Any], scale: float, shape: tuple[int, ...] | None
+) -> Update:
+    """The Update of slots and options that are known to be the algorithm's, checked no further."""
+    chosen = named(algorithm)
+    held = dict(arguments)
+    if "weight_shape" in chosen.takes:
+        held["weight_shape"] = shape
+    if "scale" in chosen.takes:
+        held["scale"] = scale
+        return chosen(**held)  # type: ignore[no-any-return]
+    return only_whole(chosen(**held), scale)  # type: ignore[no-any-return]
+
+
+def with_norms(update: Update, magnitude: Tensor) -> DoRA:
+    """A DoRA around an update that adds."""
+    assert isinstance(update, Delta)  # what has a slot for a magnitude adds
+    return DoRA(update, magnitude)
+
+
+def named(algorithm: str) -> Any:
+    """The class of an algorithm. ValueRefused ("unknown-algorithm") for a name that has none."""
     for known in ALGORITHMS:
         if known.name == algorithm:
             return known
@@ -81,12 +117,26 @@ def _named(algorithm: str) -> type[Delta] | type[HRA]:
     )
 
 
-def _check_slots(
-    chosen: type[Delta] | type[HRA], given: Mapping[str, Any], magnitude: bool
-) -> None:
+def fitter(algorithm: str) -> Callable[..., Fit]:
+    """The function that fits an algorithm to the difference of two weights, ``fit`` of its file.
+
+    ValueRefused ("unknown-algorithm", "no-fit") where there is none.
+    """
+    home = importlib.import_module(named(algorithm).__module__)
+    if not traits_of(algorithm).extracts or not hasattr(home, "fit"):
+        raise ValueRefused(
+            f"no {algorithm} can be fitted to a difference",
+            next="one of " + ", ".join(table(lambda row: row.extracts)),
+            code="no-fit",
+        )
+    found: Callable[..., Fit] = home.fit
+    return found
+
+
+def _check_slots(chosen: Any, given: Mapping[str, Any], magnitude: bool) -> None:
     known = {f.name: f for f in fields(chosen) if f.name not in ("scale", "weight_shape")}
     strange = sorted(set(given) - set(known))
-    if magnitude and chosen not in (LoRA, LoHa, LoKr, Full):
+    if magnitude and (not issubclass(chosen, Delta) or traits_of(chosen.name).vector):
         strange.append("magnitude")
     missing = [n for n, f in known.items() if f.default is MISSING and n not in given]
     if strange or missing:

@@ -35,6 +35,10 @@ class Difference(Delta):
         """The weight's difference, in the weight's shape."""
 
     @property
+    def on_weight(self) -> bool:
+        return self.difference is not None
+
+    @property
     def outputs(self) -> int:
         return next(iter(self.tensors().values())).shape[0]
 

@@ -17,7 +17,7 @@ import math
 from collections.abc import Callable
 from dataclasses import dataclass
 from functools import cache
-from typing import ClassVar
+from typing import Any, ClassVar
 
 import torch
 import torch.nn.functional as F
@@ -211,6 +211,10 @@ class HRAConfig(AdapterConfig):
 
     algorithm: ClassVar[str] = "hra"
     biases: ClassVar[tuple[str, ...]] = ("none", "all", "hra_only")
+
+    @property
+    def options(self) -> dict[str, Any]:
+        return {"apply_gs": self.apply_GS}
 
     def shapes(self, shape: tuple[int, ...], rank: int, kind: str = "linear") -> Shapes:
         return {"u": (math.prod(shape[1:]), rank)}

@@ -9,6 +9,8 @@ Nothing here imports torch or numpy until a number has to be computed:
 - ``base``: what ``--base`` names, as components and modules
 - ``hub``: ``org/name`` turned into a local path
 - ``bridge``, ``pickles``: to torch and from it
+- ``programs``: what a .pt2 may hold before torch reads it, by ``archives`` (the zip), ``descriptions``
+  (its JSON) and ``expressions`` (its formulas)
 """
 
 from adaptsurgery import submodules

@@ -363,7 +363,8 @@ def _read_index(index: Path, root: Path, component: str) -> list[BaseFile]:
 
 def parse_index(index: Mapping[str, Any], where: Path) -> dict[str, set[str]]:
     """Shard name → the keys it should hold; raises FileError ``bad-index``, ``path-escapes``."""
-    typed(index, "metadata", dict, str(where))
+    if index.get("metadata"):
+        typed(index, "metadata", dict, str(where))
     weight_map = index.get("weight_map")
     if not isinstance(weight_map, dict) or not weight_map:
         raise FileError("the index has no weight_map", where=str(where), code="bad-index")

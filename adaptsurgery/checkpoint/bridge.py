@@ -85,12 +85,13 @@ def to_torch(tensor: Tensor) -> torch.Tensor:
 def from_torch(t: torch.Tensor) -> Tensor:
     """A torch tensor by reference; its bytes are taken when they are read.
 
-    Raises ValueRefused for dtypes and layouts (sparse, quantised, meta) that have no bytes to write.
+    Raises ValueRefused for dtypes and layouts (sparse, quantised, nested, meta) that have no bytes to write.
     """
-    if t.layout != _strided() or t.is_quantized or t.device.type == "meta":
+    odd = t.is_nested or t.is_quantized
+    if odd or t.layout != _strided() or t.device.type == "meta":
         raise ValueRefused(
             "only plain, dense tensors can be written",
-            seen=f"{t.layout}, {t.dtype}, on {t.device}",
+            seen=f"{'nested' if t.is_nested else t.layout}, {t.dtype}, on {t.device}",
             code="unknown-dtype",
         )
     return Tensor(dtype_name(t.dtype), tuple(t.shape), (Held(t.detach()),))

@@ -17,6 +17,7 @@ from adaptsurgery_formats.tensors import DTYPE_BITS
 
 _METADATA = "__metadata__"
 _MOST_OTHERS = 100  # faults that are put aside to tell of a name that comes twice
+_LONGEST_NAME = 1 << 24  # bytes of a key
 _LONGEST_LIST = 1 << 20  # bytes of one list of numbers
 _WS = rb"[ \t\n\r]*"
 _NUMBER = rb"(?:0|[1-9][0-9]{0,17})"  # surely of 64 bits; longer ones take the longer way
@@ -101,7 +102,7 @@ def _check_end(raw: bytes, at: int, others: Mapping[str, int], where: str) -> No
 
 def _plain(entry: re.Match[bytes], where: str) -> tuple[str, Entry]:
     name, dtype, shape, begin, end, _ = entry.groups()
-    key = _decoded(name, where)
+    key = _named(name, where)
     if not name:
         bad_header("a tensor has an empty name", where, seen=_at(entry.string, entry.start()))
     known = dtype.decode()
@@ -186,7 +187,7 @@ def _after(raw: bytes, at: int, where: str) -> tuple[bool, int]:
 def _key(raw: bytes, at: int, where: str) -> tuple[str, int]:
     """A key, and where its value begins."""
     if (plain := _KEY.match(raw, at)) is not None:
-        return _decoded(plain[1], where), plain.end()
+        return _named(plain[1], where), plain.end()
     quote = _QUOTE.match(raw, at)
     if quote is None:
         bad_header("the header is not JSON", where, seen=f"at byte {at}: {_at(raw, at)}")
@@ -220,6 +221,13 @@ def _text(raw: bytes, at: int, where: str) -> tuple[str, int]:
 def _characters(raw: bytes, at: int) -> int:
     part = _CHARACTERS.match(raw, at)
     return part.end() if part is not None else at
+
+
+def _named(name: bytes, where: str) -> str:
+    """A key as text; one of megabytes is no name, and is not decoded."""
+    if len(name) > _LONGEST_NAME:
+        bad_header(f"a name has {len(name)} bytes", where, seen=_at(name, 0))
+    return _decoded(name, where)
 
 
 def _decoded(text: bytes, where: str) -> str:

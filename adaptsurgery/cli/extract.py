@@ -7,13 +7,12 @@ from typing import TYPE_CHECKING, Any
 import click
 
 from adaptsurgery.cli import output
-from adaptsurgery.cli.options import TARGETS
+from adaptsurgery.cli.options import TARGETS, Extractable
 
 if TYPE_CHECKING:
     from adaptsurgery.jobs.report import Report
 
 INTERRUPTED = 130
-_ALGORITHMS = ["lora", "loha", "lokr", "hra", "auto"]
 
 
 def _ranks(ctx: click.Context, param: click.Parameter, value: tuple[str, ...]) -> dict[str, int]:
@@ -37,7 +36,7 @@ def _ranks(ctx: click.Context, param: click.Parameter, value: tuple[str, ...]) -
     "--algorithm",
     default="lora",
     show_default=True,
-    type=click.Choice(_ALGORITHMS),
+    type=Extractable(),
     help="auto: each layer's best at one number of parameters; for peft the best over all.",
 )
 @click.option("--rank", type=click.IntRange(min=1), help="One goal: a rank,")

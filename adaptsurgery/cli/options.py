@@ -8,6 +8,20 @@ import click
 LAYOUTS = ("peft", "lycoris", "kohya", "diffusers", "comfyui")
 TARGETS = ("peft", "lycoris", "kohya")
 
+
+class Extractable(click.Choice[str]):
+    """The algorithms that ``extract`` offers, looked up when they are asked for and no sooner."""
+
+    def __init__(self) -> None:
+        self.case_sensitive = True
+
+    @property
+    def choices(self) -> tuple[str, ...]:  # type: ignore[override]
+        from adaptsurgery_formats.traits import named
+
+        return (*named(lambda row: row.extracts), "auto")
+
+
 OUT = click.option(
     "-o", "--output", "out", required=True, metavar="OUT", help="A folder for peft, else a file."
 )

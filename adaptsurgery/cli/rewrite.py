@@ -33,6 +33,11 @@ if TYPE_CHECKING:
     is_flag=True,
     help="Print every layer; without an adapter, all there are. Needs no output.",
 )
+@click.option(
+    "--trust",
+    is_flag=True,
+    help="The program is your own: load it though it runs code (pickles, formulas, imports).",
+)
 @click.option("--overwrite", is_flag=True, help="Replace the outputs if they are there.")
 @click.option("--dry-run", is_flag=True, help="Do everything but write.")
 @click.option("-q", "--quiet", is_flag=True, help="Print nothing but errors.")
@@ -49,6 +54,7 @@ def command(
     base: str | None,
     seed: int | None,
     table: bool,
+    trust: bool,
     overwrite: bool,
     dry_run: bool,
     quiet: bool,
@@ -63,7 +69,8 @@ def command(
     adaptsurgery rewrite model.pt2 --adapter lora/ -o adapted.pt2 --onnx adapted.onnx
     adaptsurgery rewrite model.pt2 --adapter lora/ --onnx adapted.onnx
 
-    The model's Python source is not needed. Outputs are there in full or not at all.
+    The model's Python source is not needed. MODEL.pt2 is looked through before torch loads it, and
+    refused where loading it would run code. Outputs are there in full or not at all.
     """
     if seed is not None and config is None:
         raise click.UsageError("--seed goes with --config")
@@ -82,6 +89,7 @@ def command(
         seed=seed,
         overwrite=overwrite,
         dry_run=dry_run or (table and out is None and onnx is None),
+        trust=trust,
     )
     if as_json:
         output.print_json({"ok": True, **report.as_dict(), "peak_memory": output.peak_memory()})

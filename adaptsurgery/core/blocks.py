@@ -10,7 +10,7 @@ A stored tensor is looked at as a matrix, rows × columns, in the order of its b
 ``Place`` says where on it an update lies. A LoRA, LoHa, LoKr or full difference changes every row by
 itself, transposed or not; so do an HRA and a DoRA that renews the outputs' norms, on canonical
 storage. An HRA on transposed storage and a DoRA of the inputs' norms need all rows together.
-The law is that of ``core.update.compose``: W' = W·R1·R2·… + Σ w·s·Δ, then a Renorm.
+The law is that of ``core.update.compose``: W' = (W·R1·R2·…) ∘ l + Σ w·s·Δ, then a Renorm.
 """
 
 from __future__ import annotations
@@ -18,19 +18,22 @@ from __future__ import annotations
 import math
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
 
+from adaptsurgery.core.law import Order, order_of, unknown_update
 from adaptsurgery.core.rounding import round_into, rounded
 from adaptsurgery.core.update import (
     Delta,
     Renorm,
     Rotation,
+    Scaling,
     Update,
     compose,
     parts_of,
+    two_renorms,
     wide_for,
     widest,
 )
@@ -191,27 +194,29 @@ def edit_of(
 ) -> BlockEdit:
     """The edit of a tensor stored with ``shape``, on blocks of the dtype ``compute``.
 
-    Rotations come first, in the order given, then all deltas, then what renews norms; ``inverse``
-    takes them out in the opposite order. ``grid`` comes before everything. Factors are cast once, here. Raises ShapeError where an
-    update does not fit its place, ValueRefused for a weight other than 1 on what does not add
-    ("no-weight"), two renorms on one place ("two-renorms"), numbers that are no rotation, and
-    InexactError ("no-inverse", "cannot-split") for a renorm taken out or cut.
+    The updates come in the law's order, those of one kind in the order given; ``inverse`` takes them
+    out in the opposite order. ``grid`` comes before everything. Factors are cast once, here. Raises
+    ShapeError where an update does not fit its place, ValueRefused for a kind that no block knows
+    ("unknown-update"), a weight other than 1 on what does not add ("no-weight"), two renorms on one
+    place ("two-renorms"), numbers that are no rotation, and InexactError ("no-inverse",
+    "cannot-split") for what cannot be taken out, or cut.
     """
     found = check_places(places, shape, inverse=inverse)
     stacked = len(shape) > 1 and any(place.expert is not None for place, _ in found)
     rows = math.prod(shape[: 2 if stacked else 1])
     columns = math.prod(shape[2 if stacked else 1 :])
     ready = _Building(shape, compute, device, inverse)
-    turned = [ready.rotation(place, u) for place, u in found if isinstance(u, Rotation)]
-    added = [ready.delta(place, u) for place, u in found if isinstance(u, Delta)]
-    added += [ready.delta(place, u.inner) for place, u in found if isinstance(u, Renorm)]
-    renewed = [ready.renorm(place, u) for place, u in found if isinstance(u, Renorm)]
-    steps = [*added, *reversed(turned)] if inverse else [*turned, *added, *renewed]
+    inner = [(place, part.plain) for place, part in found if part.plain is not part]
+    placed = sorted([*found, *inner], key=lambda one: order_of(one[1]))
+    steps = [ready.step(place, part) for place, part in placed]
+    if inverse:
+        steps.reverse()
     if grid is not None:
         steps.insert(0, grid.step(rows, columns))
     unit = rows // shape[0] if stacked else rows
     unit = unit if any(s.whole for s in steps) else 1
-    return BlockEdit(rows, columns, unit, steps, compute, bool(turned or renewed))
+    turns = any(order_of(part) is not Order.ADD for _, part in placed)
+    return BlockEdit(rows, columns, unit, steps, compute, turns)
 
 
 def edit_for(
@@ -248,51 +253,58 @@ def check_places(
 
 
 def _parts(place: Place) -> Iterator[Update]:
-    """The update at its weight, taken apart; for a bias, only what shifts it."""
+    """The update at its weight, taken apart; for a bias, only what changes it."""
     for part in parts_of(compose([place.update.scaled(place.weight)])):
+        _kind_of(part)
         if not place.bias:
             yield part
-        elif isinstance(part, (Delta, Renorm)):
-            delta = part.inner if isinstance(part, Renorm) else part
-            if delta.bias_delta() is not None:
-                yield delta
+        elif part.on_bias:
+            yield part.plain
 
 
 def _check_place(place: Place, part: Update, shape: tuple[int, ...], inverse: bool = False) -> None:
     """Raise unless ``part`` of a place's update fits a tensor stored with ``shape``."""
+    if inverse:
+        part.check_reversible()
+    _kind_of(part).check(place, part, shape)
+
+
+def _check_rotation(place: Place, rotation: Rotation, shape: tuple[int, ...]) -> None:
+    rotation.check_values()
+    rotation.check_fits(_region(place, shape).shape)
+
+
+def _check_delta(place: Place, delta: Delta, shape: tuple[int, ...]) -> None:
+    _check_outputs(place, delta, _outputs(delta, place), shape)
+
+
+def _check_scaling(place: Place, scaling: Scaling, shape: tuple[int, ...]) -> None:
+    outputs = (place.source or (0, _region(place, shape).shape[0]))[1]
+    counted = scaling.less_one().numel() if scaling.axis == 0 else outputs
+    _check_outputs(place, scaling, counted, shape)
+
+
+def _check_outputs(place: Place, part: Update, outputs: int, shape: tuple[int, ...]) -> None:
+    """Raise unless those of an update's ``outputs`` that a place takes are as many as lie there."""
     region = _region(place, shape)
-    if isinstance(part, Renorm):
-        _check_renorm(place, part, inverse)
-    if isinstance(part, Rotation):
-        part.check_values()
-        part.check_fits(region.shape)
-        return
-    delta = part.inner if isinstance(part, Renorm) else part
-    assert isinstance(delta, Delta)
-    outputs = _outputs(delta, place)
     first, last = place.source or (0, outputs)
     if not 0 <= first <= last <= outputs or last - first != region.shape[0]:
         raise ShapeError(
-            f"{delta.name}: outputs {first}:{last} of {outputs} for {region.shape[0]} of the tensor",
+            f"{part.name}: outputs {first}:{last} of {outputs} for {region.shape[0]} of the tensor",
             seen=f"stored as {list(shape)}",
         )
     if not place.bias:
-        delta.check_fits((outputs, *region.shape[1:]))
+        part.check_fits((outputs, *region.shape[1:]))
 
 
-def _check_renorm(place: Place, part: Renorm, inverse: bool) -> None:
-    if inverse:
+def _check_renorm(place: Place, renorm: Renorm, shape: tuple[int, ...]) -> None:
+    if renorm.axis == 1 and place.source not in (None, (0, renorm.inner.extent[0])):
         raise InexactError(
-            f"{part.name} cannot be taken out of a weight again: a norm was replaced",
-            next="keep the base weight",
-            code="no-inverse",
-        )
-    if part.axis == 1 and place.source not in (None, (0, part.inner.extent[0])):
-        raise InexactError(
-            f"{part.name}: the norms of inputs are those of all outputs, and this weight holds some",
+            f"{renorm.name}: the norms of inputs are those of all outputs, and this weight holds some",
             next="an adapter split as the base is",
             code="cannot-split",
         )
+    _check_delta(place, renorm.inner, shape)
 
 
 def _outputs(delta: Delta, place: Place) -> int:
@@ -303,14 +315,10 @@ def _outputs(delta: Delta, place: Place) -> int:
 def _refuse_two_renorms(found: Sequence[tuple[Place, Update]], shape: tuple[int, ...]) -> None:
     taken: list[_Region] = []
     for place, part in found:
-        if isinstance(part, Renorm):
+        if order_of(part) is Order.RENEW:
             region = _region(place, shape)
             if any(region.meets(other) for other in taken):
-                raise ValueRefused(
-                    "two updates both set the norm of one weight",
-                    next="fold one into the base first",
-                    code="two-renorms",
-                )
+                raise two_renorms()
             taken.append(region)
 
 
@@ -341,6 +349,10 @@ class _Building:
     compute: torch.dtype
     device: torch.device | None
     inverse: bool
+
+    def step(self, place: Place, part: Update) -> Step:
+        """One plain update on its place."""
+        return _kind_of(part).build(self, place, part)
 
     def delta(self, place: Place, delta: Delta) -> Step:
         region = _region(place, self.shape)
@@ -392,6 +404,23 @@ class _Building:
             return Step(region, True, lambda view, start: turn_(view.t()))
         return Step(region, False, lambda view, start: turn_(view))
 
+    def scaling(self, place: Place, scaling: Scaling) -> Step:
+        region = _region(place, self.shape)
+        find = scaling.divisors if self.inverse else scaling.factors
+        factors = find(self.compute, self.device).detach()
+        if scaling.axis == 0 and place.source:
+            factors = factors[slice(*place.source)]
+        if scaling.axis == 1:
+            factors = factors.repeat_interleave(math.prod(region.shape[2:]))
+        if (scaling.axis == 1) != region.transposed:
+            return Step(region, False, lambda view, start: view.mul_(factors))
+        column = factors[:, None]
+
+        def scale(view: Tensor, start: int) -> None:
+            view.mul_(column[start : start + view.shape[0]])
+
+        return Step(region, False, scale)
+
     def renorm(self, place: Place, renorm: Renorm) -> Step:
         region = _region(place, self.shape)
         first = place.source[0] if place.source else 0
@@ -402,6 +431,30 @@ class _Building:
             renorm.renorm_(weight, first + start)
 
         return Step(region, region.transposed or renorm.axis == 1, renew)
+
+
+class _Kind(NamedTuple):
+    """How updates of one place in the law are held against a place, and made into a step."""
+
+    type: type[Any]
+    check: Callable[[Place, Any, tuple[int, ...]], None]
+    build: Callable[[_Building, Place, Any], Step]
+
+
+_KINDS = {
+    Order.TURN: _Kind(Rotation, _check_rotation, _Building.rotation),
+    Order.SCALE: _Kind(Scaling, _check_scaling, _Building.scaling),
+    Order.ADD: _Kind(Delta, _check_delta, _Building.delta),
+    Order.RENEW: _Kind(Renorm, _check_renorm, _Building.renorm),
+}
+
+
+def _kind_of(part: Update) -> _Kind:
+    """The row of ``_KINDS`` for an update. ValueRefused ("unknown-update") where there is none."""
+    kind = _KINDS.get(order_of(part))
+    if kind is None or not isinstance(part, kind.type):
+        raise unknown_update(part, "a stored tensor")
+    return kind
 
 
 @dataclass

@@ -26,6 +26,7 @@ from adaptsurgery.core.geometry import KERNEL_DIMS
 from adaptsurgery.core.update import Update
 from adaptsurgery_formats import peft_config
 from adaptsurgery_formats.errors import FileError, ShapeError, ValueRefused, nearest
+from adaptsurgery_formats.traits import traits_of
 
 FILE = "adapter_config.json"
 TASKS = (
@@ -169,11 +170,16 @@ class AdapterConfig(ABC, metaclass=_Checked):
 
     @classmethod
     def _type(cls) -> str:
-        return next(t for t, a in peft_config.PEFT_TYPES.items() if a == cls.algorithm)
+        return traits_of(cls.algorithm).peft_type
 
     @property
     def _init_field(self) -> str:
         return "init_weights"
+
+    @property
+    def options(self) -> dict[str, Any]:
+        """What an Update of this config takes beside its tensors and scale."""
+        return {}
 
     @property
     def unknown(self) -> list[str]:
@@ -392,9 +398,7 @@ def _kept(shape: tuple[int, ...], dropped: float, like: Tensor) -> Tensor:
 
 def tensors_of(update: Update) -> dict[str, Tensor]:
     """The tensors of an update by slot."""
-    inner = getattr(update, "inner", None)
-    held = tensors_of(inner) if isinstance(inner, Update) else {}
-    return held | {name: value for name, value in vars(update).items() if isinstance(value, Tensor)}
+    return update.tensors()
 
 
 def kaiming_(tensor: Tensor, generator: torch.Generator | None) -> None:

@@ -2,8 +2,9 @@
 
     Delta      W' = W + s·Δ                     LoRA, LoHa, LoKr, full
     Rotation   W' = W·R                         HRA
+    Scaling    W' = W ∘ l                       one factor an output or an input
     Renorm     W' = (W + sΔ)·m / ‖W + sΔ‖       DoRA
-    several    W' = W·R1·R2·… + Σ s·Δ, then a Renorm
+    several    W' = (W·R1·R2·…) ∘ l + Σ s·Δ, then a Renorm (core/law.py)
 
 Weights are canonical, (o, i, *k), and as matrices (o, i·∏k). ``fold`` computes in float32 at least
 and rounds once; ``apply`` is the layer's forward with the update in it, and differentiable.
@@ -23,8 +24,10 @@ from torch._subclasses import FakeTensor
 
 from adaptsurgery.core.cost import Form, cheapest, folding
 from adaptsurgery.core.geometry import Layer
+from adaptsurgery.core.law import Order, in_order, order_of, unknown_update
 from adaptsurgery.core.rounding import round_into, rounded
 from adaptsurgery_formats.errors import InexactError, ShapeError, ValueRefused
+from adaptsurgery_formats.traits import traits_of
 
 U = TypeVar("U", bound="Update")
 Gates = Tensor | Sequence[Tensor | None] | None
@@ -33,9 +36,45 @@ LINE = 32  # rows at least, so that a block of a transposed weight still fills c
 
 
 class Update(ABC):
-    """Something that turns a weight W into W'."""
+    """Something that turns a weight W into W'.
+
+    ``order`` is its place among several on one weight, and whoever says none is refused there;
+    ``weighs`` says whether it has a meaning at other strengths than 1, and ``reversible`` whether it
+    can be taken out of a weight again. ``takes`` is what its class takes beside tensors and options.
+    """
 
     name: ClassVar[str] = ""
+    order: ClassVar[Order | None] = None
+    weighs: ClassVar[bool] = False
+    reversible: ClassVar[bool] = False
+    takes: ClassVar[tuple[str, ...]] = ()
+
+    @property
+    def plain(self) -> Update:
+        """What it goes around; itself where it goes around nothing."""
+        return self
+
+    @property
+    def on_weight(self) -> bool:
+        """Whether it changes the weight at all: a bias's difference alone does not."""
+        return True
+
+    @property
+    def on_bias(self) -> bool:
+        """Whether it changes the bias."""
+        return False
+
+    def tensors(self) -> dict[str, Tensor]:
+        """The slots that are present."""
+        return {name: value for name, value in vars(self).items() if isinstance(value, Tensor)}
+
+    def check_fits(self, shape: Iterable[int]) -> None:
+        """Raise ShapeError unless it fits a weight (o, i, *k)."""
+        raise unknown_update(self, "a weight")
+
+    def check_values(self) -> None:
+        """Raise ValueRefused where the numbers define no update. Reads the data."""
+        return
 
     @abstractmethod
     def folded(self, weight: Tensor, gate: Tensor | None = None) -> Tensor:
@@ -59,9 +98,9 @@ class Update(ABC):
         Composition takes a sequence of either, one a part in the order of ``parts_of``.
         """
 
-    @abstractmethod
     def scaled(self, weight: float) -> Update:
         """The update at ``weight`` times its strength; ValueRefused where that has no meaning."""
+        return only_whole(self, weight)
 
     def fold(self, weight: Tensor, *, compute: torch.dtype | None = None) -> Tensor:
         """W' for a canonical W: computed in ``compute`` (float32 at least), rounded once.
@@ -75,16 +114,26 @@ class Update(ABC):
 
     def unfold(self, weight: Tensor, *, compute: torch.dtype | None = None) -> Tensor:
         """W for a W': the inverse of ``fold``, up to the rounding of W's dtype."""
-        raise InexactError(
-            f"{type(self).__name__} cannot be taken out of a weight again: a norm was replaced",
-            next="keep the base weight",
-            code="no-inverse",
-        )
+        self.check_reversible()
+        raise NotImplementedError(f"{type(self).__name__}.unfold")
+
+    def check_reversible(self) -> None:
+        """Raise InexactError ("no-inverse") for what cannot be taken out of a weight again."""
+        if not self.reversible:
+            raise InexactError(
+                f"{self.name} cannot be taken out of a weight again: a norm was replaced",
+                next="keep the base weight",
+                code="no-inverse",
+            )
 
     def fold_bias(
         self, bias: Tensor | None, dtype: torch.dtype | None = None, gate: Tensor | None = None
     ) -> Tensor | None:
         """The layer's bias with the update in it, in the bias's dtype (``dtype`` where it has none)."""
+        return bias
+
+    def unfold_bias(self, bias: Tensor) -> Tensor:
+        """The bias before ``fold_bias``, up to its rounding."""
         return bias
 
 
@@ -99,6 +148,11 @@ class Delta(Update):
     scale: float = 1.0
     weight_shape: tuple[int, ...] | None = None
 
+    order: ClassVar[Order] = Order.ADD
+    weighs: ClassVar[bool] = True
+    reversible: ClassVar[bool] = True
+    takes: ClassVar[tuple[str, ...]] = ("scale", "weight_shape")
+
     def __post_init__(self) -> None:
         if wrong := self.misfit():
             shapes = ", ".join(f"{name} {list(t.shape)}" for name, t in self.tensors().items())
@@ -106,19 +160,22 @@ class Delta(Update):
         if self.weight_shape is not None:
             self.check_fits(self.weight_shape)
 
-    @abstractmethod
     def misfit(self) -> str:
         """What does not fit in the slots' shapes, as algebra, or an empty string."""
+        return traits_of(self.name).misfit(self._shapes())
 
     @property
-    @abstractmethod
     def extent(self) -> tuple[int, int]:
         """Δ as a matrix: (o, i·∏k)."""
+        return traits_of(self.name).extent(self._shapes())
 
     @property
     def kernel(self) -> tuple[int, ...] | None:
         """The kernel's dims, or None where the tensors hide them."""
-        return None
+        return traits_of(self.name).kernel(self._shapes())
+
+    def _shapes(self) -> dict[str, tuple[int, ...]]:
+        return {slot: tuple(tensor.shape) for slot, tensor in self.tensors().items()}
 
     @abstractmethod
     def matrix(self) -> Tensor:
@@ -153,6 +210,10 @@ class Delta(Update):
     def bias_delta(self) -> Tensor | None:
         """What is added to the bias, unscaled."""
         return None
+
+    @property
+    def on_bias(self) -> bool:
+        return self.bias_delta() is not None
 
     def norms(self, weight: Tensor, axis: int) -> Tensor:
         """‖W + sΔ‖ of every output (``axis`` 0) or input (1): a vector."""
@@ -220,6 +281,11 @@ class Delta(Update):
         shift = gated(self.scale * difference.to(bias.device, compute_dtype(bias)), gate)
         return (bias.to(shift.dtype) + shift).to(bias.dtype)
 
+    def unfold_bias(self, bias: Tensor) -> Tensor:
+        back = replace(self, scale=-self.scale).fold_bias(bias)
+        assert back is not None
+        return back
+
     def apply(
         self,
         x: Tensor,
@@ -273,10 +339,6 @@ class Delta(Update):
     def scaled(self, weight: float) -> Self:
         return self if weight == 1.0 else replace(self, scale=self.scale * weight)
 
-    def tensors(self) -> dict[str, Tensor]:
-        """The slots that are present."""
-        return {name: value for name, value in vars(self).items() if isinstance(value, Tensor)}
-
     def wide_dtype(self) -> torch.dtype:
         """float64 where a factor is, else float32."""
         held = {tensor.dtype for tensor in self.tensors().values()}
@@ -315,6 +377,9 @@ class Delta(Update):
 class Rotation(Update):
     """W' = W·R with an orthogonal R (i·∏k, i·∏k), on the input side of the weight."""
 
+    order: ClassVar[Order] = Order.TURN
+    reversible: ClassVar[bool] = True
+
     @abstractmethod
     def turning(self, sample: Tensor, back: bool = False) -> Callable[[Tensor], Tensor]:
         """The map of rows (…, i·∏k) to rows·R, or to rows·Rᵀ = rows·R⁻¹ where ``back``.
@@ -339,9 +404,6 @@ class Rotation(Update):
     @abstractmethod
     def size(self) -> int:
         """i·∏k."""
-
-    def check_values(self) -> None:
-        """Raise ValueRefused where the numbers define no rotation. Reads the data."""
 
     def folded(self, weight: Tensor, gate: Tensor | None = None) -> Tensor:
         self.check_fits(weight.shape)
@@ -410,9 +472,6 @@ class Rotation(Update):
         turned = self.turning(layer.sample(x), back=True)(x)
         return turned if gate is None else x + gate.to(layer.sample(x)) * (turned - x)
 
-    def scaled(self, weight: float) -> Self:
-        return only_whole(self, weight)
-
     def check_fits(self, shape: Iterable[int]) -> None:
         """Raise ShapeError unless R turns the rows of a weight (o, i, *k)."""
         shape = tuple(shape)
@@ -423,11 +482,155 @@ class Rotation(Update):
             )
 
 
+@dataclass(frozen=True, eq=False, kw_only=True)
+class Scaling(Update):
+    """W' = W ∘ l: a factor l an output, which the bias takes as well, or a factor an input.
+
+    Part of the way, at ``scale`` s, it is W + s·(W ∘ l − W): the factors are 1 + s·(l − 1).
+    """
+
+    scale: float = 1.0
+
+    order: ClassVar[Order] = Order.SCALE
+    weighs: ClassVar[bool] = True
+    reversible: ClassVar[bool] = True
+    takes: ClassVar[tuple[str, ...]] = ("scale",)
+
+    @property
+    @abstractmethod
+    def axis(self) -> int:
+        """0 where every output has its factor, 1 where every input has."""
+
+    @abstractmethod
+    def less_one(self) -> Tensor:
+        """l − 1 as a vector (o,) or (i,), unscaled, in float32 at least; differentiable."""
+
+    @property
+    def on_bias(self) -> bool:
+        return self.axis == 0
+
+    def factors(self, dtype: torch.dtype, device: torch.device | None = None) -> Tensor:
+        """1 + s·(l − 1), a vector."""
+        return 1 + self.scale * self.less_one().to(device, dtype)
+
+    def divisors(self, dtype: torch.dtype, device: torch.device | None = None) -> Tensor:
+        """What a weight is multiplied by to take the factors out: their inverse."""
+        self.check_reversible()
+        return self.factors(dtype, device).reciprocal()
+
+    def check_reversible(self) -> None:
+        factors = self.factors(torch.float64).detach()
+        if not bool(factors.all()):
+            raise InexactError(
+                f"{self.name} cannot be taken out of a weight again: it multiplies by 0",
+                seen=f"{int((factors == 0).sum())} of {factors.numel()} factors",
+                next="keep the base weight",
+                code="no-inverse",
+            )
+
+    def check_fits(self, shape: Iterable[int]) -> None:
+        shape, count = tuple(shape), self.less_one().numel()
+        if len(shape) <= self.axis or shape[self.axis] != count:
+            side = "inputs" if self.axis else "outputs"
+            raise ShapeError(f"{self.name}: factors of {count} {side} for a weight {list(shape)}")
+
+    def scaled(self, weight: float) -> Self:
+        return self if weight == 1.0 else replace(self, scale=self.scale * weight)
+
+    def folded(self, weight: Tensor, gate: Tensor | None = None) -> Tensor:
+        self.check_fits(weight.shape)
+        wide = weight.to(compute_dtype(weight))
+        factors = self.factors(wide.dtype, wide.device)
+        if gate is None:
+            return (wide * self._along(wide, factors)).to(weight.dtype)
+        return (wide + gated(wide * self._along(wide, factors - 1), gate)).to(weight.dtype)
+
+    def fold(self, weight: Tensor, *, compute: torch.dtype | None = None) -> Tensor:
+        return self._multiplied(weight, compute, self.factors)
+
+    def unfold(self, weight: Tensor, *, compute: torch.dtype | None = None) -> Tensor:
+        return self._multiplied(weight, compute, self.divisors)
+
+    def _multiplied(
+        self,
+        weight: Tensor,
+        compute: torch.dtype | None,
+        factors: Callable[[torch.dtype, torch.device], Tensor],
+    ) -> Tensor:
+        self.check_fits(weight.shape)
+        wide = weight.to(compute_dtype(weight, compute, exact=True))
+        with torch.no_grad():
+            product = wide * self._along(wide, factors(wide.dtype, wide.device))
+            return rounded(product, weight.dtype)
+
+    def _along(self, weight: Tensor, vector: Tensor) -> Tensor:
+        return vector.view([-1 if dim == self.axis else 1 for dim in range(weight.dim())])
+
+    def fold_bias(
+        self, bias: Tensor | None, dtype: torch.dtype | None = None, gate: Tensor | None = None
+    ) -> Tensor | None:
+        if bias is None or not self.on_bias:
+            return bias
+        wide = bias.to(compute_dtype(bias))
+        if gate is None:
+            return (wide * self.factors(wide.dtype, wide.device)).to(bias.dtype)
+        change = wide * (self.factors(wide.dtype, wide.device) - 1)
+        return (wide + gated(change, gate)).to(bias.dtype)
+
+    def unfold_bias(self, bias: Tensor) -> Tensor:
+        if not self.on_bias:
+            return bias
+        wide = bias.to(compute_dtype(bias))
+        return (wide * self.divisors(wide.dtype, wide.device)).to(bias.dtype)
+
+    def apply(
+        self,
+        x: Tensor,
+        layer: Layer,
+        form: Form = "auto",
+        gate: Gates = None,
+        seen: Gates = None,
+    ) -> Tensor:
+        """The factors go on the input's or the output's channels; grouped layers and look-ups fold."""
+        gate, seen = only_one(gate), only_one(seen)
+        self.check_fits(layer.shape)
+        bias = self.fold_bias(layer.bias, layer.weight.dtype, gate)
+        if form == "folded" or layer.groups > 1 or layer.kind == "embedding":
+            return _in_order(x, layer, [(self, gate, seen)], bias)
+        sample = layer.sample(x)
+        factors = layer.over_channels(self.factors(sample.dtype, sample.device))
+        if gate is None and seen is None and self.axis == 1:
+            return layer.forward(x * factors, bias=bias)
+        y, other = layer.forward(x, bias=None), x if seen is None else seen
+        if self.axis == 1:
+            added = layer.forward(other * (factors - 1), bias=None)
+        else:
+            added = (y if seen is None else layer.forward(other, bias=None)) * (factors - 1)
+        y = y + (added if gate is None else added * layer.over_channels(gate.to(added)))
+        return y if bias is None else y + layer.over_channels(bias)
+
+
 @dataclass(frozen=True, eq=False)
 class Renorm(Update):
     """W' = (W + sΔ) with new norms, around a Delta."""
 
     inner: Delta
+
+    order: ClassVar[Order] = Order.RENEW
+
+    @property
+    def plain(self) -> Delta:
+        return self.inner
+
+    @property
+    def on_bias(self) -> bool:
+        return self.inner.on_bias
+
+    def tensors(self) -> dict[str, Tensor]:
+        return self.inner.tensors() | super().tensors()
+
+    def check_fits(self, shape: Iterable[int]) -> None:
+        self.inner.check_fits(shape)
 
     @property
     @abstractmethod
@@ -460,49 +663,53 @@ class Renorm(Update):
     ) -> Tensor | None:
         return self.inner.fold_bias(bias, dtype, gate)
 
-    def scaled(self, weight: float) -> Self:
-        return only_whole(self, weight)
-
 
 @dataclass(frozen=True, eq=False)
 class Composition(Update):
-    """W' = W·R1·R2·… + Σ s·Δ, then a Renorm: the one law for several updates on one layer."""
+    """Several updates on one layer, by the law's order; ``compose`` makes it."""
 
-    rotations: tuple[Rotation, ...]
-    deltas: tuple[Delta, ...]
-    renorm: Renorm | None = None
+    parts: tuple[Update, ...]
 
     name: ClassVar[str] = "composition"
 
     @property
-    def additive(self) -> tuple[Delta, ...]:
-        """Every Delta, the renorm's own included: those that shift the bias."""
-        return (*self.deltas, self.renorm.inner) if self.renorm else self.deltas
+    def exact(self) -> bool:
+        """Whether the sum has to be: some part does not add."""
+        return any(order_of(part) is not Order.ADD for part in self.parts)
+
+    def check_fits(self, shape: Iterable[int]) -> None:
+        shape = tuple(shape)
+        for update in self.parts:
+            update.check_fits(shape)
+
+    def check_reversible(self) -> None:
+        for update in self.parts:
+            update.check_reversible()
 
     def folded(self, weight: Tensor, gate: Tensor | None = None) -> Tensor:
         wide = first = weight.to(compute_dtype(weight))
-        for update in self._in_order():
+        for update in self.parts:
             wide = update.folded(wide)
         wide = wide if gate is None else first + gated(wide - first, gate)
         return wide.to(weight.dtype)
 
     def fold(self, weight: Tensor, *, compute: torch.dtype | None = None) -> Tensor:
-        out = weight.to(compute_dtype(weight, compute, exact=bool(self.rotations or self.renorm)))
-        for update in self._in_order():
+        out = weight.to(compute_dtype(weight, compute, exact=self.exact))
+        for update in self.parts:
             out = update.fold(out)
         return rounded(out, weight.dtype)
 
     def unfold(self, weight: Tensor, *, compute: torch.dtype | None = None) -> Tensor:
-        out = weight.to(compute_dtype(weight, compute, exact=bool(self.rotations or self.renorm)))
-        for update in reversed(self._in_order()):
+        out = weight.to(compute_dtype(weight, compute, exact=self.exact))
+        for update in reversed(self.parts):
             out = update.unfold(out)
         return rounded(out, weight.dtype)
 
     def fold_bias(
         self, bias: Tensor | None, dtype: torch.dtype | None = None, gate: Tensor | None = None
     ) -> Tensor | None:
-        for delta in self.additive:
-            bias = delta.fold_bias(bias, dtype, gate)
+        for update in self.parts:
+            bias = update.fold_bias(bias, dtype, gate)
         return bias
 
     def apply(
@@ -514,16 +721,17 @@ class Composition(Update):
         seen: Gates = None,
     ) -> Tensor:
         """Every Delta sees the original x, whatever the rotations do to the base's input."""
-        parts = list(zip(self._in_order(), self._each(gate), self._each(seen)))
+        parts = list(zip(self.parts, self._each(gate), self._each(seen)))
         bias = layer.bias
         for update, g, _ in parts:
             bias = update.fold_bias(bias, layer.weight.dtype, g)
-        turned = parts[: len(self.rotations)]
+        turned = [part for part in parts if isinstance(part[0], Rotation)]
+        added = [part for part in parts if isinstance(part[0], Delta)]
         plain = all((g is None or g.dim() == 0) and other is None for _, g, other in turned)
-        if self.renorm or form == "folded" or not plain:
+        if len(turned) + len(added) < len(parts) or form == "folded" or not plain:
             return _in_order(x, layer, parts, bias)
         weight, rotated = layer.canonical(), x
-        turning = bool(self.rotations) and layer.kind == "linear"
+        turning = bool(turned) and layer.kind == "linear"
         for rotation, g, _ in reversed(turned) if turning else turned:
             assert isinstance(rotation, Rotation)
             if turning:
@@ -531,7 +739,7 @@ class Composition(Update):
             else:
                 weight = rotation.folded(weight, g)
         late = []
-        for delta, g, other in parts[len(turned) :]:
+        for delta, g, other in added:
             assert isinstance(delta, Delta)
             delta.check_fits(layer.shape)
             chosen = delta.choose(x, layer, form)
@@ -546,17 +754,14 @@ class Composition(Update):
 
     def _each(self, given: Gates) -> Sequence[Tensor | None]:
         """One gate, or one input, a part."""
-        parts = self._in_order()
-        each = list(given) if isinstance(given, (list, tuple)) else [only_one(given)] * len(parts)
-        if len(each) != len(parts):
-            raise ShapeError(f"{len(each)} gates for the {len(parts)} parts of a composition")
+        count = len(self.parts)
+        each = list(given) if isinstance(given, (list, tuple)) else [only_one(given)] * count
+        if len(each) != count:
+            raise ShapeError(f"{len(each)} gates for the {count} parts of a composition")
         return each
 
     def scaled(self, weight: float) -> Update:
-        return compose([update.scaled(weight) for update in self._in_order()])
-
-    def _in_order(self) -> tuple[Update, ...]:
-        return (*self.rotations, *self.deltas, *((self.renorm,) if self.renorm else ()))
+        return compose([update.scaled(weight) for update in self.parts])
 
 
 def _in_order(
@@ -606,29 +811,39 @@ def only_one(given: Gates) -> Tensor | None:
 
 
 def compose(updates: Iterable[Update]) -> Update:
-    """Several updates of one layer as one, by the law W' = W·R1·R2·… + Σ s·Δ, then a Renorm.
+    """Several updates of one layer as one: W' = (W·R1·R2·…) ∘ l + Σ s·Δ, then a Renorm.
 
-    Rotations keep their order; the place of deltas among them says nothing. Two renorms have no
-    order that both would agree on, and are a ValueRefused.
+    Each comes where its own ``order`` puts it; those of one place keep theirs. Raises ValueRefused
+    for a kind that has no place ("unknown-update"), and for two renorms ("two-renorms"), which
+    have no order that both would agree on.
     """
-    flat = [part for update in updates for part in parts_of(update)]
-    renorms = [u for u in flat if isinstance(u, Renorm)]
-    if len(renorms) > 1:
-        raise ValueRefused(
-            "two updates both set the norm of one weight",
-            next="fold one into the base first",
-            code="two-renorms",
-        )
-    if len(flat) == 1:
-        return flat[0]
-    rotations = tuple(u for u in flat if isinstance(u, Rotation))
-    deltas = tuple(u for u in flat if isinstance(u, Delta))
-    return Composition(rotations, deltas, renorms[0] if renorms else None)
+    flat = in_order(part for update in updates for part in parts_of(update))
+    if sum(order_of(part) is Order.RENEW for part in flat) > 1:
+        raise two_renorms()
+    return flat[0] if len(flat) == 1 else Composition(tuple(flat))
+
+
+def two_renorms() -> ValueRefused:
+    """The refusal of two updates that both renew the norms of one weight."""
+    return ValueRefused(
+        "two updates both set the norm of one weight",
+        next="fold one into the base first",
+        code="two-renorms",
+    )
 
 
 def parts_of(update: Update) -> tuple[Update, ...]:
     """The updates that one is composed of, by the law's order; itself where it is plain."""
-    return update._in_order() if isinstance(update, Composition) else (update,)
+    return update.parts if isinstance(update, Composition) else (update,)
+
+
+def is_reversible(update: Update) -> bool:
+    """Whether an update with these numbers can be taken out of a weight again."""
+    try:
+        update.check_reversible()
+    except InexactError:
+        return False
+    return True
 
 
 def only_whole(update: U, weight: float) -> U:

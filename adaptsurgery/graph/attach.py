@@ -21,7 +21,8 @@ from torch.fx import GraphModule, Node
 from adaptsurgery.algorithms import AdapterConfig
 from adaptsurgery.core.config import tensors_of
 from adaptsurgery.core.cost import Form, cheapest
-from adaptsurgery.core.update import Delta, Renorm, Rotation, Update, is_finite, parts_of
+from adaptsurgery.core.law import order_of
+from adaptsurgery.core.update import Delta, Update, is_finite, parts_of
 from adaptsurgery.graph.dropout import is_training, set_dropouts
 from adaptsurgery.graph.find import find_sites
 from adaptsurgery.graph.plan import Plan, planned
@@ -221,7 +222,7 @@ def attach(
     core/cost.py finds cheaper. Its tensors become parameters, called ``path.name.algorithm_slot``,
     of ``dtype`` (by default their own; float32 where they are fresh).
 
-    Several adapters on one layer are one update, W' = W·R1·R2·… + Σ s·Δ, then a Renorm, with
+    Several adapters on one layer are one update, by the law of core/law.py, with
     rotations in the order of attaching.
 
     Raises ValueRefused for a name that is taken, a plan of another graph, a layer that no adapter
@@ -391,15 +392,14 @@ def check_site(site: Site, update: Update) -> None:
     if not site.adaptable:
         raise ValueRefused(f"`{site.path}` takes no adapter: {site.reason}", code="not-adaptable")
     for part in parts_of(update):
-        plain = part.inner if isinstance(part, Renorm) else part
-        if not isinstance(plain, (Delta, Rotation)):
-            raise ValueRefused(f"`{site.path}`: a {type(plain).__name__} is no adapter of a layer")
+        order_of(part)  # refuses what has no place in the law
         try:
-            plain.check_fits(site.shape)
+            part.check_fits(site.shape)
         except ShapeError as error:
             raise ShapeError(f"`{site.path}`: {error.what}", seen=error.seen) from None
-        if isinstance(plain, Delta) and not math.isfinite(plain.scale):
-            raise ValueRefused(f"`{site.path}`: {plain.scale} is no scale", code="bad-scale")
+        scale = getattr(part.plain, "scale", 1.0)
+        if not math.isfinite(scale):
+            raise ValueRefused(f"`{site.path}`: {scale} is no scale", code="bad-scale")
 
 
 def check_finite(path: str, name: str, tensor: Tensor) -> None:

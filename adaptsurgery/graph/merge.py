@@ -12,7 +12,8 @@ from torch.export import ExportedProgram
 from torch.fx import GraphModule, Node
 
 from adaptsurgery.core.geometry import Layer
-from adaptsurgery.core.update import Delta, Renorm, Rotation, Update, compose, is_finite, parts_of
+from adaptsurgery.core.law import Order, order_of
+from adaptsurgery.core.update import Update, compose, is_finite, parts_of
 from adaptsurgery.graph.attach import Session
 from adaptsurgery.graph.emit import retarget
 from adaptsurgery.graph.find import find_sites
@@ -228,14 +229,15 @@ def _trained(tensor: Tensor | None) -> bool:
 
 
 def _check_order(path: str, update: Update, staying: list[Update]) -> None:
-    """W' = W·R1·R2·… + Σ s·Δ, then a Renorm: what goes into W must come first in that."""
-    going = parts_of(update)
-    later = [part for each in staying for part in parts_of(each)]
-    adds = any(isinstance(part, Delta | Renorm) for part in going)
-    if adds and any(isinstance(part, Rotation) for part in later):
-        what = "a difference cannot be folded in before a rotation that stays: it would be turned"
-    elif any(isinstance(part, Renorm) for part in going) and later:
-        what = "a renorm cannot be folded in before other updates that stay"
-    else:
+    """What goes into W must come first in the law (core/law.py) of all that is on the layer."""
+    going = [order_of(part) for part in parts_of(update)]
+    later = [order_of(part) for each in staying for part in parts_of(each)]
+    if not going or not later or (max(going) <= min(later) and max(going) is not Order.RENEW):
         return
+    if max(going) is Order.RENEW and min(later) is not Order.TURN:
+        what = "a renorm cannot be folded in before other updates that stay"
+    elif min(later) is Order.TURN:
+        what = "a difference cannot be folded in before a rotation that stays: it would be turned"
+    else:
+        what = "a difference cannot be folded in before a scaling that stays: it would be scaled"
     raise ValueRefused(f"`{path}`: {what}", next="merge all, or detach the other", code="order")

@@ -22,7 +22,7 @@ from torch.fx import Node
 from adaptsurgery.algorithms import AdapterConfig, build
 from adaptsurgery.core.config import tensors_of
 from adaptsurgery.core.cost import Form
-from adaptsurgery.core.update import Composition, Delta, Renorm, Update, compose, parts_of
+from adaptsurgery.core.update import Composition, Update, compose, parts_of
 from adaptsurgery.graph.sites import COUNTS, RECORD
 
 U = TypeVar("U", bound=Update)
@@ -135,13 +135,13 @@ def described(
     """An update as parts whose tensors have names under ``prefix``, and the tensors by name."""
     used, tensors, parts = set(taken), {}, []
     for update_part in parts_of(update):
-        plain = update_part.inner if isinstance(update_part, Renorm) else update_part
+        plain = update_part.plain
         slots = {}
         for slot, tensor in tensors_of(update_part).items():
             name = _free(f"{prefix}.{plain.name}_{slot}", used)
             used.add(name)
             slots[slot], tensors[name] = name, tensor
-        scale = plain.scale if isinstance(plain, Delta) else 1.0
+        scale = getattr(plain, "scale", 1.0)
         parts.append(Part(plain.name, slots, scale, _options(plain)))
     return tuple(parts), tensors
 

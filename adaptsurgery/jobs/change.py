@@ -20,9 +20,10 @@ from adaptsurgery_formats import AdapterState, ModuleState
 from adaptsurgery_formats.errors import InexactError, LayoutError
 from adaptsurgery_formats.state import UNSCALED
 from adaptsurgery_formats.tensors import DTYPE_BITS
+from adaptsurgery_formats.traits import traits_of
 
 if TYPE_CHECKING:
-    from adaptsurgery.algorithms import LoHa, LoKr, LoRA
+    from adaptsurgery.algorithms import LoRA, LowRank
 
 EXACT = 1e-6  # relative error of ΔW up to which a rewriting counts as float32 rounding
 
@@ -87,7 +88,7 @@ def _as_lora(
     module: ModuleState, loaded: Loaded, rank: int | None
 ) -> tuple[list[ModuleState], float]:
     """The modules that take this one's place, and the relative error."""
-    if module.algorithm in ("full", "norm") and not _is_matrix(module):
+    if traits_of(module.algorithm).dense and not _is_matrix(module):
         return [module], 0.0
     plain = module.algorithm == "lora" and "magnitude" not in module.tensors
     if plain and not module.tucker and (rank is None or (module.rank or 0) <= rank):
@@ -118,19 +119,30 @@ def _nearest(module: ModuleState, loaded: Loaded, rank: int | None) -> tuple[LoR
     update = update_of(module.with_tensors(diff_b=None), names, where)
     if isinstance(update, HRA):
         return _cut(update.to_lora(base_weight(loaded, module).double()), rank)
+    if not isinstance(update, (DoRA, Full)):
+        title = traits_of(module.algorithm).title
+        raise InexactError(
+            f"`{module.label}`: nothing here makes a LoRA of a {title}",
+            where=where,
+            next="merge it into the base instead",
+            code="no-lora-form",
+        )
     if rank is None:
         raise _rank_needed(module, where)
     if isinstance(update, DoRA):
         wide = replace(update, inner=update.inner.cast(torch.float64))
         return wide.truncated(base_weight(loaded, module), rank, torch.float64)
-    assert isinstance(update, Full)
     return update.cast(torch.float64).truncated(rank)
 
 
-def _cut(delta: LoRA | LoHa | LoKr, rank: int | None) -> tuple[LoRA, float]:
+def _cut(delta: LowRank, rank: int | None) -> tuple[LoRA, float]:
     """The exact LoRA, or the nearest of ``rank`` where the exact one's is higher."""
     exact = delta.to_lora()
-    return (exact, 0.0) if rank is None or exact.rank <= rank else delta.truncated(rank)
+    if rank is None or exact.rank <= rank:
+        return exact, 0.0
+    own = getattr(delta, "truncated", exact.truncated)  # some cut themselves at less cost
+    lora, error = own(rank)
+    return lora, error
 
 
 def _rank_needed(module: ModuleState, where: str) -> LayoutError:

@@ -17,7 +17,7 @@ from typing import cast
 import torch
 from torch import Tensor, nn
 
-from adaptsurgery.algorithms.full import Difference, Norm
+from adaptsurgery.algorithms.full import Norm
 from adaptsurgery.checkpoint.bridge import to_torch
 from adaptsurgery.checkpoint.pool import about, run
 from adaptsurgery.core.blocks import (
@@ -30,7 +30,7 @@ from adaptsurgery.core.blocks import (
     settle,
 )
 from adaptsurgery.core.geometry import Layer
-from adaptsurgery.core.update import Delta, Renorm, Update, parts_of
+from adaptsurgery.core.update import Update, parts_of
 from adaptsurgery.jobs.adapter import Adapter, load
 from adaptsurgery.jobs.report import Report, Row
 from adaptsurgery_formats import Note
@@ -58,7 +58,7 @@ def fold(
     component: str | None = None,
     workers: int | None = None,
 ) -> Report:
-    """Fold adapters into the weights of ``model``, in place: W' = W·R1·R2·… + Σ w·s·Δ, then a Renorm.
+    """Fold adapters into the weights of ``model``, in place, by the law of core/law.py.
 
     ``adapter`` is an Adapter, a path or Hub name, a mapping of module paths to updates, or a list of
     these, or of pairs with a weight each; ``weight`` multiplies them all. ``component`` chooses one
@@ -181,14 +181,16 @@ class _Work:
         parts = parts_of(scaled)
         for part in parts:
             _check_finite(part)
-        if any(_on_weight(part) for part in parts):
+        if any(part.on_weight for part in parts):
             turned = not isinstance(parts[0], Norm) and Layer.from_module(module).transposed
             shape = tuple(module.weight.shape)
             self._site(name, "weight", shape).places.append(Place(scaled, transposed=turned))
-        vectors = [v for v in map(_bias_of, parts) if v is not None]
-        if vectors:
-            shape = tuple(vectors[0].shape)
-            self._site(name, "bias", shape).places.append(Place(scaled, bias=True))
+        if any(part.on_bias for part in parts):
+            held = getattr(module, "bias", None)
+            bias = scaled.fold_bias(None) if held is None else held
+            if bias is not None:
+                shape = tuple(bias.shape)
+                self._site(name, "bias", shape).places.append(Place(scaled, bias=True))
         algorithms = "+".join(part.name for part in parts)
         self.report.rows.append(Row(name, algorithms, self.report.job))
 
@@ -346,19 +348,9 @@ def _check_stored(stored: Tensor, shape: tuple[int, ...]) -> None:
 
 
 def _check_finite(part: Update) -> None:
-    delta = part.inner if isinstance(part, Renorm) else part
-    for tensor in delta.tensors().values() if isinstance(delta, Delta) else ():
+    for tensor in part.tensors().values():
         if not math.isfinite(float(tensor.sum())) and not bool(tensor.isfinite().all()):
-            raise ValueRefused(f"its {delta.name} is not finite", code="non-finite")
-
-
-def _on_weight(part: Update) -> bool:
-    return not isinstance(part, Difference) or part.difference is not None
-
-
-def _bias_of(part: Update) -> Tensor | None:
-    delta = part.inner if isinstance(part, Renorm) else part
-    return delta.bias_delta() if isinstance(delta, Delta) else None
+            raise ValueRefused(f"its {part.plain.name} is not finite", code="non-finite")
 
 
 def _address(tensor: Tensor) -> tuple[object, ...]:

@@ -20,13 +20,13 @@ from adaptsurgery_formats.errors import InexactError, LayoutError, NameLookupErr
 from adaptsurgery_formats.names import Component, Names, to_diffusers, to_native
 from adaptsurgery_formats.resolve import kohya_component, resolve
 from adaptsurgery_formats.state import ALPHA_OVER_R, delta_shape, kernel_of
+from adaptsurgery_formats.traits import traits_of
 
 if TYPE_CHECKING:
     import torch
 
-    from adaptsurgery.algorithms import LoHa, LoKr, LoRA
+    from adaptsurgery.algorithms import LoRA, LowRank
 
-LOW_RANK = ("lora", "loha", "lokr")
 OWN = "the adapters' own names"
 Spec = str | os.PathLike[str]
 
@@ -117,7 +117,7 @@ def own_names(states: Iterable[AdapterState]) -> Names:
 def _shape(module: ModuleState) -> tuple[int, ...]:
     """(o, i, *k) as far as a module shows it, (n,) of a norm."""
     out, columns = delta_shape(module)
-    if module.algorithm == "norm":
+    if traits_of(module.algorithm).vector:
         return (out,)
     kernel = kernel_of(module) or ()
     return (out, columns // math.prod(kernel), *kernel)
@@ -173,7 +173,7 @@ def in_naming(state: AdapterState, names: Names | None, target: Format) -> Adapt
     for module in state.modules:
         component = names.components.get(module.component)
         whole = _whole_path(module, component) if _is_native(component, target) else module.path
-        low = module.algorithm not in ("full", "norm")
+        low = not traits_of(module.algorithm).dense
         groups.setdefault((module.component, whole, low), []).append(module)
     modules: list[ModuleState] = []
     changed: list[str] = []
@@ -262,29 +262,39 @@ _LASTING = ("prefix", "alpha_kind", "fan_in_fan_out")
 
 def is_low_rank(module: ModuleState) -> bool:
     """Whether a module is exactly a LoRA in some form: not a DoRA, not a rotation, not dense."""
-    return module.algorithm in LOW_RANK and "magnitude" not in module.tensors
+    return traits_of(module.algorithm).low_rank and "magnitude" not in module.tensors
 
 
 def hides_kernel(module: ModuleState, names: Names | None) -> bool:
     """Whether nothing shows the kernel: flat factors, and no list of the model's own shapes."""
-    if module.algorithm not in ("loha", "lokr") or kernel_of(module) is not None:
+    if not traits_of(module.algorithm).low_rank or kernel_of(module) is not None:
         return False
     return names is None or names.where == OWN or canonical_shape(module, names) is None
 
 
 def lora_form(module: ModuleState, names: Names | None, where: str) -> LoRA:
-    """The flat LoRA in float64 that a LoRA, LoHa or LoKr is exactly."""
+    """The flat LoRA in float64 that a low-rank module is exactly."""
     return low_rank_update(module, names, where).to_lora()
 
 
-def low_rank_update(module: ModuleState, names: Names | None, where: str) -> LoRA | LoHa | LoKr:
-    """A LoRA, LoHa or LoKr in float64; of a DoRA, what it goes around."""
+def low_rank_update(module: ModuleState, names: Names | None, where: str) -> LowRank:
+    """A low-rank update in float64; of a DoRA, what it goes around.
+
+    InexactError ("no-lora-form") for what is no LoRA in another form.
+    """
     import torch
 
-    from adaptsurgery.algorithms import LoHa, LoKr, LoRA
+    from adaptsurgery.algorithms import LowRank
 
     update = update_of(module.with_tensors(magnitude=None), names, where)
-    assert isinstance(update, (LoRA, LoHa, LoKr))
+    if not isinstance(update, LowRank):
+        title = traits_of(module.algorithm).title
+        raise InexactError(
+            f"`{module.label}`: a {title} is no LoRA in another form",
+            where=where,
+            next="merge it into the base instead",
+            code="no-lora-form",
+        )
     return update.cast(torch.float64)
 
 

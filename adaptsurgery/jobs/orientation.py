@@ -7,6 +7,7 @@ from typing import Any, Protocol
 
 from adaptsurgery_formats import ModuleState
 from adaptsurgery_formats.state import CONV1D_NAMES, delta_shape, may_be_transposed
+from adaptsurgery_formats.traits import traits_of
 
 
 class _Shaped(Protocol):
@@ -19,13 +20,15 @@ Parameters = Mapping[str, _Shaped]  # parameter name → what has its shape
 
 def is_transposed(module: ModuleState, shape: tuple[int, ...]) -> bool:
     """Whether a weight of this shape is stored (i, o): an embedding's, or one that fits only so."""
-    if len(shape) != 2 or module.algorithm == "norm" or not may_be_transposed(module):
+    row = traits_of(module.algorithm)
+    if len(shape) != 2 or row.vector or not may_be_transposed(module):
         return False
-    if module.algorithm == "hra":
-        return module.tensors["u"].shape[0] != shape[1]
-    if "diff" not in module.tensors and module.algorithm == "full":
+    outputs, columns = delta_shape(module)
+    if not outputs:
+        return columns != shape[1]
+    if not columns:  # of a bias alone
         return False
-    return module.kind == "embedding" or delta_shape(module) != shape
+    return module.kind == "embedding" or (outputs, columns) != shape
 
 
 # transformers' models whose c_attn, c_proj, c_fc, q_attn are Conv1D: stored (in, out).
@@ -41,12 +44,14 @@ def turned_by(
 ) -> bool:
     """Whether a weight of this stored shape is (i, o): by the shapes, and where it is square by
     the layers beside it, the model's class, or what the adapter says."""
-    if len(shape) != 2 or module.algorithm == "norm" or not may_be_transposed(module):
+    row = traits_of(module.algorithm)
+    if len(shape) != 2 or row.vector or not may_be_transposed(module):
         return False
-    if module.algorithm == "full":
-        if "diff" not in module.tensors:  # of a bias alone
+    if row.dense:
+        outputs, columns = delta_shape(module)
+        if not columns:  # of a bias alone
             return conv1d_turned(name, shape, parameters, config)
-        return module.tensors["diff"].shape != shape
+        return (outputs, columns) != shape
     if module.kind == "embedding" or shape[0] != shape[1]:
         return is_transposed(module, shape)
     found = _square_conv1d(name, parameters, config)

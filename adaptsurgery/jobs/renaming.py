@@ -12,9 +12,8 @@ from adaptsurgery_formats.names import Component, Names, to_diffusers, to_native
 from adaptsurgery_formats.names.renaming import same_scale
 from adaptsurgery_formats.resolve import kohya_component
 from adaptsurgery_formats.state import ALPHA_OVER_R
+from adaptsurgery_formats.traits import traits_of
 
-# The row factor of the algorithms whose parts can be put at one scale.
-_SCALED = {"lora": "up", "loha": "w1_a"}
 Parts = Sequence[ModuleState]
 Levelled = Sequence[tuple[ModuleState, float]]  # a module at a new scale, and old / new
 
@@ -85,7 +84,7 @@ def _at_one_scale(
     """The modules, those that make up one native module all at one scale."""
     groups: dict[str, list[ModuleState]] = {}
     for module in part:
-        if module.naming != "native" and module.algorithm in _SCALED:
+        if module.naming != "native" and traits_of(module.algorithm).level_slot:
             groups.setdefault(_native_path(module, component), []).append(module)
     changed: dict[int, ModuleState] = {}
     for path, group in groups.items():
@@ -113,7 +112,7 @@ def _multiplied(state: AdapterState, levelled: Levelled) -> list[ModuleState]:
 
     modules = [module for module, _ in levelled]
     ratios = [ratio for _, ratio in levelled]
-    for slot in (_SCALED[modules[0].algorithm], "up_bias"):
+    for slot in (traits_of(modules[0].algorithm).level_slot, "up_bias"):
         modules = _slot_multiplied(modules, ratios, slot)
     for (old, _), new in zip(levelled, modules):
         if new is not old:
@@ -139,7 +138,7 @@ def _slot_multiplied(modules: Parts, ratios: Sequence[float], slot: str) -> list
 
 def fold_step(module: ModuleState) -> str:
     """What a report calls it."""
-    return f"fold the scale into {_SCALED[module.algorithm]}"
+    return f"fold the scale into {traits_of(module.algorithm).level_slot}"
 
 
 Whole = frozenset[tuple[str, str]]  # native modules, by component and path, that are not cut

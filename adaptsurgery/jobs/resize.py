@@ -24,6 +24,7 @@ from adaptsurgery.jobs.report import Report, Row
 from adaptsurgery.jobs.steps import stored
 from adaptsurgery_formats import ModuleState, Tensor
 from adaptsurgery_formats.errors import LayoutError, ShapeError, ValueRefused
+from adaptsurgery_formats.traits import traits_of
 
 if TYPE_CHECKING:
     import torch
@@ -125,7 +126,7 @@ class _Cut:
 def _cut(module: ModuleState, loaded: Loaded, goal: _Goal) -> _Cut:
     from adaptsurgery.core.linalg import factor_svd
 
-    if module.algorithm not in lowrank.LOW_RANK:
+    if not traits_of(module.algorithm).low_rank:
         return _Cut(module, module)
     if module.algorithm == "lora" and goal.rank is not None and (module.rank or 0) <= goal.rank:
         return _Cut(module, module)
@@ -173,7 +174,7 @@ def _note_changes(loaded: Loaded, cuts: Sequence[_Cut]) -> None:
     for algorithm, count in become.items():
         text = f"{count} modules of {algorithm} are LoRA now: cut through their LoRA forms"
         loaded.state.note("as-lora", loaded.state.where, text)
-    left = Counter(c.before.algorithm for c in cuts if c.before.algorithm not in lowrank.LOW_RANK)
+    left = Counter(c.before.algorithm for c in cuts if not traits_of(c.before.algorithm).low_rank)
     for algorithm, count in left.items():
         text = f"{count} modules of {algorithm} have no such rank and stay as they are"
         loaded.state.note("not-cut", loaded.state.where, text)
@@ -201,7 +202,7 @@ def _told(report: Report, cuts: Sequence[_Cut]) -> Report:
 
 def _ranks(modules: Sequence[ModuleState]) -> dict[str, int]:
     """How many modules have which rank; "full" where none shows."""
-    low = [m for m in modules if m.algorithm in lowrank.LOW_RANK]
+    low = [m for m in modules if traits_of(m.algorithm).low_rank]
     counted = Counter(m.rank or 0 for m in low)
     return {str(rank or "full"): counted[rank] for rank in sorted(counted)}
 

@@ -102,6 +102,12 @@ def _flatten_tucker(module: ModuleState, kernel: Kernel) -> ModuleState:
 
     slots = _wide(module)
     t = module.tensors
+    if module.algorithm not in ("loha", "lokr"):
+        raise InexactError(
+            f"`{module.label}`: nothing here flattens the core of a {module.algorithm}",
+            next="merge it into the base instead",
+            code="no-such-step",
+        )
     if module.algorithm == "loha":
         flat = LoHa(**slots).flat()  # type: ignore[arg-type]
         changes = {

@@ -13,8 +13,9 @@ from adaptsurgery.jobs.orientation import is_transposed, turned_by
 from adaptsurgery_formats import ModuleState, Tensor
 from adaptsurgery_formats.errors import InexactError, LayoutError, ValueRefused
 from adaptsurgery_formats.names import Component, Names
-from adaptsurgery_formats.state import ALPHA_OVER_R, SLOTS, UNSCALED, module_rank
+from adaptsurgery_formats.state import ALPHA_OVER_R, module_rank, options_of
 from adaptsurgery_formats.tensors import concat_rows
+from adaptsurgery_formats.traits import TRAITS, Traits
 
 if TYPE_CHECKING:
     import torch
@@ -46,9 +47,8 @@ def update_of(module: ModuleState, names: Names | None, where: str = "") -> Upda
         )
     check_finite(module, where)
     slots = {slot: to_torch(tensor) for slot, tensor in module.tensors.items()}
-    options = {"apply_gs": module.options["apply_gs"]} if module.algorithm == "hra" else {}
     shape = canonical_shape(module, names)
-    return build(module.algorithm, slots, module.scale, shape, **options)
+    return build(module.algorithm, slots, module.scale, shape, **options_of(module))
 
 
 def modules_of(path: str, update: Update, component: str = "") -> list[ModuleState]:
@@ -64,28 +64,34 @@ def modules_of(path: str, update: Update, component: str = "") -> list[ModuleSta
 
 
 def _module_of(path: str, update: Update, component: str) -> ModuleState:
-    from adaptsurgery.algorithms import HRA, DoRA, Full, Norm
-    from adaptsurgery.core.update import Delta
-
-    if isinstance(update, HRA):
-        slots, options = {"u": from_torch(update.u)}, {"apply_gs": update.apply_gs}
-        rank = update.rank
-        return ModuleState(path, "hra", slots, None, UNSCALED, rank, component, options=options)
-    delta = update.inner if isinstance(update, DoRA) else update
-    if not isinstance(delta, Delta) or delta.name not in SLOTS:
+    plain = update.plain
+    row, held = TRAITS.get(plain.name), update.tensors()
+    if row is None or not held.keys() <= row.dims.keys():
         raise ValueRefused(
             f"`{path}`: no file has a place for a {type(update).__name__}", code="unknown-algorithm"
         )
-    held = delta.tensors()
-    if isinstance(delta, (Full, Norm)):
-        slots = {slot: from_torch(t * delta.scale) for slot, t in held.items()}
-        return ModuleState(path, delta.name, slots, component=component)
-    slots = {slot: from_torch(t) for slot, t in held.items()}
-    if isinstance(update, DoRA):
-        slots["magnitude"] = from_torch(update.magnitude)
-    bare = ModuleState(path, delta.name, slots, component=component)
-    rank = module_rank(bare) or 1
-    return replace(bare, alpha=delta.scale * rank, rule=ALPHA_OVER_R, rank=rank)
+    scale: float = getattr(plain, "scale", 1.0)
+    bare = ModuleState(
+        path,
+        row.name,
+        {slot: from_torch(tensor) for slot, tensor in held.items()},
+        component=component,
+        options={name: getattr(plain, name) for name in row.options},
+    )
+    if row.scaled:
+        rank = module_rank(bare) or 1
+        return replace(bare, alpha=scale * rank, rule=ALPHA_OVER_R, rank=rank)
+    if scale != 1.0:
+        bare = replace(bare, tensors={s: from_torch(t) for s, t in _multiplied(plain, row).items()})
+    return replace(bare, rank=module_rank(bare))
+
+
+def _multiplied(update: Update, row: Traits) -> dict[str, torch.Tensor]:
+    """An update's tensors with its scale in them, for what no alpha says it of."""
+    held: dict[str, torch.Tensor] = update.tensors()
+    scale: float = getattr(update, "scale", 1.0)
+    slots = list(held) if row.dense else [row.factor_slot(held)]
+    return held | {slot: held[slot] * scale for slot in slots}
 
 
 def check_finite(module: ModuleState, where: str) -> None:

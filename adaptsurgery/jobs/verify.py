@@ -11,13 +11,14 @@ from typing import TYPE_CHECKING
 from adaptsurgery.checkpoint.bridge import to_torch
 from adaptsurgery.jobs.change import EXACT
 from adaptsurgery.jobs.loading import Loaded, load_state
-from adaptsurgery.jobs.lowrank import LOW_RANK
 from adaptsurgery.jobs.renaming import comparable, uncut
 from adaptsurgery.jobs.report import Report, Row
 from adaptsurgery.jobs.updates import base_weight, check_finite, update_of
 from adaptsurgery_formats import AdapterState, ModuleState
 from adaptsurgery_formats.errors import LayoutError, NameLookupError, SurgeryError
+from adaptsurgery_formats.state import options_of
 from adaptsurgery_formats.tensors import same_bytes
+from adaptsurgery_formats.traits import traits_of
 
 if TYPE_CHECKING:
     import torch
@@ -136,9 +137,10 @@ def compare(a: Loaded, b: Loaded) -> Iterator[Row]:
 def _adds_nothing(module: ModuleState) -> bool:
     """Whether ΔW is exactly zero because a factor is, or the scale."""
     zero = {slot: not to_torch(t).any() for slot, t in module.tensors.items()}
-    if module.algorithm in ("full", "norm"):
+    row = traits_of(module.algorithm)
+    if row.dense:
         return all(zero.values())
-    if module.algorithm not in LOW_RANK or "magnitude" in zero:
+    if not row.low_rank or "magnitude" in zero:
         return False
     return module.scale == 0 or (zero.pop("up_bias", True) and any(zero.values()))
 
@@ -179,7 +181,7 @@ def identical(a: ModuleState, b: ModuleState) -> bool:
         a.algorithm == b.algorithm
         and a.tensors.keys() == b.tensors.keys()
         and a.scale == b.scale
-        and a.options.get("apply_gs", False) == b.options.get("apply_gs", False)
+        and options_of(a) == options_of(b)
         and all(same_bytes(t, b.tensors[slot]) for slot, t in a.tensors.items())
     )
 
@@ -291,13 +293,11 @@ def _bias_distance(
 
 
 def _bias(modules: list[ModuleState], loaded: Loaded) -> torch.Tensor | None:
-    from adaptsurgery.core.update import Delta, Renorm
+    from adaptsurgery.core.update import Delta
 
     found = None
     for module in modules:
-        update = update_of(module, loaded.names, loaded.state.where)
-        if isinstance(update, Renorm):
-            update = update.inner
+        update = update_of(module, loaded.names, loaded.state.where).plain
         if isinstance(update, Delta) and (shift := update.bias_delta()) is not None:
             part = update.scale * shift.double()
             found = part if found is None else found + part

@@ -1,13 +1,13 @@
 """One adapted layer for every algorithm and every kind of layer.
 
 It holds the base layer and, per adapter, the tensors of an update under PEFT's names; its output is
-the base layer's with W' for W, by the law W' = W·R1·R2·… + Σ s·Δ, then a Renorm.
+the base layer's with W' for W, by the law of core/law.py.
 """
 
 from __future__ import annotations
 
 from collections.abc import Iterable, Mapping, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 from types import EllipsisType
 from typing import Any, NoReturn
 
@@ -15,16 +15,18 @@ import torch
 from torch import Tensor, nn
 from torch.fx import Proxy
 
-from adaptsurgery.algorithms import ALGORITHMS, HRA, DoRA
+from adaptsurgery import algorithms
+from adaptsurgery.algorithms import made, with_norms
 from adaptsurgery.core.config import AdapterConfig, tensors_of
 from adaptsurgery.core.cost import Form
 from adaptsurgery.core.geometry import Layer
-from adaptsurgery.core.update import Delta, Renorm, Rotation, Update, compose, only_whole, parts_of
+from adaptsurgery.core.law import order_of, unknown_update
+from adaptsurgery.core.update import Delta, Update, compose, is_reversible, only_whole, parts_of
 from adaptsurgery.modules import slots
 from adaptsurgery.modules.tracing import Recording, unreadable
 from adaptsurgery_formats.errors import ValueRefused
+from adaptsurgery_formats.traits import traits_of
 
-_BY_NAME = {algorithm.name: algorithm for algorithm in ALGORITHMS}
 _PLAIN = {nn.Linear, nn.Conv1d, nn.Conv2d, nn.Conv3d, nn.Embedding}
 MANY = 512  # positions, where a trace leaves their number open
 _GEOMETRY = ("kind", "stride", "padding", "padding_mode", "dilation", "groups", "transposed", "padding_idx")  # fmt: skip
@@ -37,7 +39,7 @@ class Setting:
     algorithm: str
     suffixes: Mapping[str, str]  # slot → PEFT's suffix
     scale: float = 1.0
-    apply_gs: bool = False
+    options: Mapping[str, Any] = field(default_factory=dict)  # its own: hra's apply_gs
     config: AdapterConfig | None = None
     weight: float = 1.0  # of the whole adapter
 
@@ -174,14 +176,23 @@ class AdaptedLayer(nn.Module):
 
     def add(self, adapter: str, update: Update, config: AdapterConfig | None = None) -> None:
         """Take the tensors of an update as an adapter's: they become parameters."""
-        inner = update.inner if isinstance(update, DoRA) else update
+        inner = update.plain
+        if not any(type(inner) is known for known in algorithms.ALGORITHMS):
+            raise unknown_update(inner, "a live layer")
         held = tensors_of(update)
         known = slots.suffixes(inner.name, self.kind == "embedding")
+        if strange := sorted(held.keys() - known.keys()):
+            raise ValueRefused(
+                f"a live {inner.name} has no place for its {', '.join(strange)}",
+                seen=", ".join(sorted(held)),
+                next="fold it into the weights instead: adaptsurgery.fold",
+                code="no-live-slot",
+            )
         self.settings[adapter] = Setting(
             algorithm=inner.name,
             suffixes={slot: suffix for slot, suffix in known.items() if slot in held},
-            scale=inner.scale if isinstance(inner, Delta) else 1.0,
-            apply_gs=isinstance(inner, HRA) and inner.apply_gs,
+            scale=getattr(inner, "scale", 1.0),
+            options={name: getattr(inner, name) for name in traits_of(inner.name).options},
             config=config,
         )
         for slot, suffix in self.settings[adapter].suffixes.items():
@@ -206,13 +217,12 @@ class AdaptedLayer(nn.Module):
             slot: slots.as_slot(slot, slots.take(self, suffix, adapter), self.dims)
             for slot, suffix in said.suffixes.items()
         }
-        if said.algorithm == HRA.name:
-            return only_whole(HRA(**held, apply_gs=said.apply_gs), said.weight)
         magnitude = held.pop("magnitude", None)
-        algorithm: Any = _BY_NAME[said.algorithm]
         scale = said.scale * (said.weight if magnitude is None else 1.0)
-        delta: Delta = algorithm(**held, scale=scale, weight_shape=self.shape)
-        return delta if magnitude is None else only_whole(DoRA(delta, magnitude), said.weight)
+        update = made(said.algorithm, {**held, **said.options}, scale, self.shape)
+        return (
+            update if magnitude is None else only_whole(with_norms(update, magnitude), said.weight)
+        )
 
     def live(self) -> tuple[str, ...]:
         """The adapters that the forward goes through, in order."""
@@ -257,7 +267,8 @@ class AdaptedLayer(nn.Module):
 
     def _build(self, live: tuple[str, ...]) -> Built:
         layer = self.layer()
-        parts = sorted([(name, self.update(name)) for name in live], key=_place)
+        named = [(name, self.update(name)) for name in live]
+        parts = sorted(named, key=lambda part: order_of(part[1]))
         made = [layer.weight, layer.bias, *[t for _, p in parts for t in tensors_of(p).values()]]
         return Built(
             layer=layer,
@@ -357,9 +368,10 @@ class AdaptedLayer(nn.Module):
 
     @property
     def lasting(self) -> bool:
-        """Whether what is merged cannot be taken out: a DoRA, and the weight was not kept."""
-        doras = ("magnitude" in self.settings[name].suffixes for name in self.merged)
-        return any(doras) and (self._original is None or self._original[0] is None)
+        """Whether what is merged cannot be taken out (a DoRA), and the weight was not kept."""
+        if self._original is not None and self._original[0] is not None:
+            return False
+        return any(not is_reversible(self.update(name)) for name in self.merged)
 
     def _originals(self) -> tuple[Tensor, Tensor | None]:
         """The base layer's parameters without what is merged."""
@@ -409,8 +421,3 @@ class AdaptedLayer(nn.Module):
 
     def extra_repr(self) -> str:
         return ", ".join(f"{name}: {said.algorithm}" for name, said in self.settings.items())
-
-
-def _place(part: tuple[str, Update]) -> int:
-    """Where the law has an update: rotations, sums, a renorm."""
-    return 0 if isinstance(part[1], Rotation) else 2 if isinstance(part[1], Renorm) else 1

@@ -8,6 +8,7 @@ import warnings
 from collections.abc import Collection, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import replace
+from functools import cache
 from typing import Any, ClassVar
 
 from torch import Tensor, nn
@@ -38,6 +39,7 @@ from adaptsurgery_formats.errors import (
     ValueRefused,
     nearest,
 )
+from adaptsurgery_formats.traits import TRAITS, traits_of
 
 Names = str | Sequence[str]
 
@@ -509,9 +511,23 @@ class HRAModel(AdaptedModel):
     algorithm = "hra"
 
 
-MODELS: dict[str, type[AdaptedModel]] = {
-    m.algorithm: m for m in (AdaptedModel, LoraModel, LoHaModel, LoKrModel, HRAModel)
-}
+@cache
+def model_of(algorithm: str) -> type[AdaptedModel]:
+    """The class of models with an algorithm in them: one of the above, or one made by its row."""
+    for known in AdaptedModel.__subclasses__():
+        if known.algorithm == algorithm:
+            return known
+    row = traits_of(algorithm)
+    doc = f"A model with {row.title} in it; see AdaptedModel."
+    named = {"algorithm": algorithm, "__doc__": doc, "__module__": __name__}
+    return type(row.model, (AdaptedModel,), named)
+
+
+def __getattr__(name: str) -> Any:
+    for algorithm, row in TRAITS.items():
+        if row.model == name:
+            return model_of(algorithm)
+    raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
 
 
 def parameters_of(module: AdaptedLayer | SavedModule, adapter: str) -> Collection[Tensor]:

@@ -15,7 +15,7 @@ from adaptsurgery.jobs.report import Report
 from adaptsurgery.modules import files, status
 from adaptsurgery.modules.injection import check_unadapted
 from adaptsurgery.modules.layer import AdaptedLayer
-from adaptsurgery.modules.model import MODELS, AdaptedModel
+from adaptsurgery.modules.model import AdaptedModel, model_of
 from adaptsurgery.modules.undo import Before
 from adaptsurgery.modules.walk import Walk
 from adaptsurgery_formats.errors import ValueRefused
@@ -50,11 +50,8 @@ class PeftModel(nn.Module):
         autocast_adapter_dtype: bool = True,
     ) -> None:
         super().__init__()
-        kind = (
-            AdaptedModel
-            if mixed
-            else MODELS.get(getattr(peft_config, "algorithm", ""), AdaptedModel)
-        )
+        algorithm = getattr(peft_config, "algorithm", "")
+        kind = AdaptedModel if mixed or not algorithm else model_of(algorithm)
         config = _with_head(model, peft_config)
         self.base_model = kind(
             model, config, adapter_name, low_cpu_mem_usage,
@@ -208,13 +205,14 @@ class PeftModel(nn.Module):
         hint = (
             "load_adapter under another name, or bring it to the same rank by `adaptsurgery resize`"
         )
-        turned = getattr(config, "apply_GS", False)
         taken = replace(config, inference_mode=held.inference_mode)
         before = Before(self)
         try:
             for layer, scale in scales:
-                said = layer.settings[adapter]
-                layer.settings[adapter] = replace(said, scale=scale, apply_gs=turned, config=config)
+                setting = layer.settings[adapter]
+                layer.settings[adapter] = replace(
+                    setting, scale=scale, options=config.options, config=config
+                )
             self.base_model.peft_config[adapter] = taken
             files.load_state(self.base_model, adapter, state, where=os.fspath(model_id), hint=hint)
         except BaseException:

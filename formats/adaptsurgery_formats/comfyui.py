@@ -15,8 +15,8 @@ from collections.abc import Sequence
 from dataclasses import replace
 
 from adaptsurgery_formats import dotted, lycoris_keys
-from adaptsurgery_formats.files import AdapterFile, Format
-from adaptsurgery_formats.state import AdapterState
+from adaptsurgery_formats.files import AdapterFile, Format, Unheld, no_such
+from adaptsurgery_formats.state import AdapterState, ModuleState
 
 # prefix → the component it stands for; "" where the model's table decides (unet or transformer).
 _PREFIXES = {
@@ -51,6 +51,12 @@ def parse(files: Sequence[AdapterFile]) -> AdapterState:
     return state
 
 
+def _holds(module: ModuleState, shape: tuple[int, ...] | None) -> Unheld | None:
+    """ComfyUI reads what LyCORIS writes, under other names."""
+    known = any(algorithm == module.algorithm for algorithm, _ in dotted.SUFFIXES.values())
+    return None if known else no_such(module.algorithm, "ComfyUI")
+
+
 FORMAT = Format(
     name="comfyui",
     title="ComfyUI, ai-toolkit (diffusion_model.…)",
@@ -58,7 +64,7 @@ FORMAT = Format(
     parse=parse,
     plan=dotted.read_only,
     spell=None,
-    refuses={"hra": "ComfyUI has no Householder adapter"},
+    holds=_holds,
     naming="native",
     examples=("diffusion_model.double_blocks.0.img_attn.qkv.lora_A.weight",),
 )

@@ -20,7 +20,7 @@ from typing import Any
 
 from adaptsurgery_formats import dotted, lycoris_keys
 from adaptsurgery_formats.errors import LayoutError
-from adaptsurgery_formats.files import AdapterFile, Format
+from adaptsurgery_formats.files import AdapterFile, Format, Unheld, no_such
 from adaptsurgery_formats.patterns import Matcher
 from adaptsurgery_formats.peft_config import check_config
 from adaptsurgery_formats.state import (
@@ -97,6 +97,13 @@ def _scaled(
     return scaled
 
 
+def _holds(module: ModuleState, shape: tuple[int, ...] | None) -> Unheld | None:
+    if module.algorithm == "lora":
+        return None
+    what = "diffusers' own layout holds LoRA and DoRA only"
+    return replace(no_such(module.algorithm, "diffusers"), what=what)
+
+
 FORMAT = Format(
     name="diffusers",
     title="diffusers (transformer.…, unet.…, text_encoder.…)",
@@ -104,9 +111,7 @@ FORMAT = Format(
     parse=parse,
     plan=dotted.read_only,
     spell=None,
-    refuses=dict.fromkeys(
-        ("loha", "lokr", "hra", "full", "norm"), "diffusers' own layout holds LoRA and DoRA only"
-    ),
+    holds=_holds,
     naming="diffusers",
     examples=("transformer.single_transformer_blocks.0.attn.to_k.lora_A.weight",),
 )

@@ -8,12 +8,13 @@ from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
-from adaptsurgery_formats.errors import LayoutError
+from adaptsurgery_formats.errors import InexactError, LayoutError
 from adaptsurgery_formats.names import Names
 from adaptsurgery_formats.paths import misnamed
 from adaptsurgery_formats.peft_config import check_config
 from adaptsurgery_formats.state import AdapterState, ModuleState
 from adaptsurgery_formats.tensors import Tensor
+from adaptsurgery_formats.traits import TRAITS, traits_of
 
 # Our own metadata keys: what a layout cannot say by itself, kept so that the way back is exact.
 META_OURS = "adaptsurgery."
@@ -90,11 +91,39 @@ class Step:
 
 
 @dataclass(frozen=True)
+class Unheld:
+    """Why a layout has no place for a module: the refusal's code, the reason, and what to do."""
+
+    code: str
+    what: str
+    next: str
+
+    def error(self, module: ModuleState, where: str) -> InexactError:
+        """The refusal of a module."""
+        return InexactError(
+            f"`{module.label}`: {self.what}", where=where, next=self.next, code=self.code
+        )
+
+
+def no_such(algorithm: str, where: str) -> Unheld:
+    """What says that a layout (``where``) has no key for an algorithm."""
+    row = traits_of(algorithm)
+    remedy = "merge it into the base instead"
+    if not row.adds:
+        remedy = "--as lora --base BASE" if row.extracts else remedy
+    elif row.low_rank:
+        remedy = "--as lora is exact"
+    return Unheld(f"no-{algorithm}", f"{where} has no {row.title}", remedy)
+
+
+@dataclass(frozen=True)
 class Format:
     """One layout, as data: how to know its keys, parse them, and spell an adapter.
 
-    ``refuses`` says for each algorithm that the layout cannot hold why; an algorithm not named
-    there is held. ``naming`` gives the names it writes for a component: "diffusers", "native" or
+    ``holds`` says why the layout has no place for a module, or None where it has one, whatever the
+    others are. It takes the shape of the weight as it is stored where that is known, and may be
+    asked of a module without tensors: then of all that its algorithm, kind and options tell. An
+    algorithm that the layout has no key for is never held. ``naming`` gives the names it writes for a component: "diffusers", "native" or
     the component's own kohya_naming where it is None.
     """
 
@@ -104,6 +133,12 @@ class Format:
     parse: Callable[[Sequence[AdapterFile]], AdapterState]
     plan: Callable[[AdapterState, Names | None], list[Step]]
     spell: Callable[[AdapterState, Names | None], list[AdapterFile]] | None
-    refuses: Mapping[str, str]
+    holds: Callable[[ModuleState, tuple[int, ...] | None], Unheld | None]
     naming: str | None
     examples: tuple[str, ...]
+
+    @property
+    def refuses(self) -> dict[str, str]:
+        """Algorithm → why, of those that the layout has no module of at all."""
+        unheld = {name: self.holds(ModuleState("", name, {}), None) for name in TRAITS}
+        return {name: said.what for name, said in unheld.items() if said is not None}

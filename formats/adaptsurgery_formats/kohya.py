@@ -136,7 +136,7 @@ FORMAT = Format(
     parse=parse,
     plan=plan,
     spell=spell,
-    refuses=lycoris_keys.REFUSES,
+    holds=lycoris_keys.holds,
     naming=None,
     examples=("lora_unet_mid_block_attentions_0_proj_in.lora_up.weight",),
 )

@@ -158,7 +158,7 @@ FORMAT = Format(
     parse=parse,
     plan=plan,
     spell=spell,
-    refuses=lycoris_keys.REFUSES,
+    holds=lycoris_keys.holds,
     naming="diffusers",
     examples=("lycoris_blocks_0_attn_q.lokr_w1",),
 )

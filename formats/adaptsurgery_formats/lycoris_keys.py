@@ -18,13 +18,12 @@ import math
 from collections.abc import Container, Mapping, Sequence
 
 from adaptsurgery_formats.errors import (
-    InexactError,
     KeyRefused,
     ShapeError,
     ValueRefused,
     refuse_together,
 )
-from adaptsurgery_formats.files import FLATTEN_TUCKER, FOLD_SCALE, Step
+from adaptsurgery_formats.files import FLATTEN_TUCKER, FOLD_SCALE, Step, Unheld, no_such
 from adaptsurgery_formats.state import (
     ALPHA_OVER_R,
     ALPHA_OVER_SQRT_R,
@@ -40,6 +39,7 @@ from adaptsurgery_formats.state import (
     module_rank,
 )
 from adaptsurgery_formats.tensors import FLOAT_DTYPES, Tensor, scalar
+from adaptsurgery_formats.traits import traits_of
 
 # suffix → (algorithm, slot). alpha and dora_scale belong to whichever low-rank algorithm is there.
 SUFFIXES: dict[str, tuple[str, str]] = {
@@ -58,7 +58,6 @@ SUFFIXES: dict[str, tuple[str, str]] = {
     "alpha": ("", "alpha"),
     "dora_scale": ("", "magnitude"),
 }
-_SPELLED = {pair: suffix for suffix, pair in SUFFIXES.items()}
 # Suffixes that are known and not carried: the reason is told.
 _OFT = "Diag-OFT and BOFT rotate the output side; no layout here but LyCORIS's own holds that"
 REFUSED: dict[str, str] = {
@@ -109,7 +108,7 @@ def parse_group(
                 where=where, seen=", ".join(f"{name}.{s}" for s in tensors), code="duplicate-key",
             )  # fmt: skip
         slots[slot] = tensor
-    low_rank = [a for a in by_algorithm if a in ("lora", "loha", "lokr")]
+    low_rank = [a for a in by_algorithm if traits_of(a).scaled]
     if len(low_rank) > 1:
         raise KeyRefused(
             f"`{name}` has the tensors of {' and '.join(low_rank)} at once",
@@ -160,7 +159,7 @@ def _module(
 
 def scale_rule(module: ModuleState) -> str:
     """LyCORIS's reading of alpha: see scale_of for the rules' meaning."""
-    if module.algorithm not in ("lora", "loha", "lokr"):
+    if not traits_of(module.algorithm).scaled:
         return UNSCALED
     if "w1" in module.tensors and "w2" in module.tensors:
         return BOTH_FULL
@@ -221,10 +220,6 @@ def add_notes(state: AdapterState) -> None:
 
 
 _FLOAT32_MIN, _FLOAT32_MAX = 2.0**-126, 2.0**127  # with all of its digits
-HELD = "LyCORIS and kohya have no such adapter"
-REFUSES = {
-    "hra": "LyCORIS and kohya have no Householder adapter; `--as lora --base BASE` is exact",
-}
 
 
 def plan_modules(modules: Sequence[ModuleState], where: str) -> list[Step]:
@@ -232,11 +227,8 @@ def plan_modules(modules: Sequence[ModuleState], where: str) -> list[Step]:
 
     Raises InexactError with all the modules that it cannot hold.
     """
-    refused = [
-        InexactError(f"`{m.label}`: {what}", where=where, next=remedy, code=code)
-        for m in modules
-        for code, what, remedy in _refusal(m)
-    ]
+    unheld = [(m, holds(m)) for m in modules]
+    refused = [why.error(m, where) for m, why in unheld if why is not None]
     refuse_together(refused, len(modules), where)
     return [step for m in modules for step in _steps(m)]
 
@@ -249,23 +241,26 @@ def _steps(module: ModuleState) -> list[Step]:
     return []
 
 
-def _refusal(module: ModuleState) -> list[tuple[str, str, str]]:
-    """(code, why, what to do) where the family cannot hold a module, else nothing."""
-    if module.algorithm in REFUSES:
-        return [(f"no-{module.algorithm}", REFUSES[module.algorithm], "--as lora --base BASE")]
+_FAMILY = "LyCORIS and kohya"
+_HELD = f"{_FAMILY} have no such adapter"
+_MERGE = "merge it into the base instead"
+
+
+def holds(module: ModuleState, shape: tuple[int, ...] | None = None) -> Unheld | None:
+    """Why the family has no place for a module, or None where it has one."""
+    if not any(algorithm == module.algorithm for algorithm, _ in SUFFIXES.values()):
+        return no_such(module.algorithm, _FAMILY)
     if module.kind == "embedding":
-        return [
-            ("no-embedding", f"{HELD} for an embedding", "merge it into the base model instead")
-        ]
+        return Unheld("no-embedding", f"{_HELD} for an embedding", _MERGE)
     if "up_bias" in module.tensors:
-        return [("no-lora-bias", f"{HELD} with a bias on lora_B", "merge it into the base instead")]
+        return Unheld("no-lora-bias", f"{_HELD} with a bias on lora_B", _MERGE)
     if module.options.get("not_kronecker"):
         why = "PEFT scrambles a Conv1d LoKr with a full w2: it is no Kronecker product"
-        return [("peft-conv1d-lokr", why, "merge it with PEFT, then extract")]
+        return Unheld("peft-conv1d-lokr", why, "merge it with PEFT, then extract")
     if module.rule in (ALPHA_OVER_R, ALPHA_OVER_SQRT_R) and module.alpha == 0:
         why = "alpha is 0, which this layout reads as alpha = r"
-        return [("zero-alpha", why, "leave the module out: it adds nothing")]
-    return []
+        return Unheld("zero-alpha", why, "leave the module out: it adds nothing")
+    return None
 
 
 def spell_module(module: ModuleState, name: str, keep: bool) -> dict[str, Tensor]:
@@ -273,10 +268,18 @@ def spell_module(module: ModuleState, name: str, keep: bool) -> dict[str, Tensor
     spelled = {}
     for slot, tensor in module.tensors.items():
         owner = "" if slot == "magnitude" else module.algorithm
-        spelled[f"{name}.{_SPELLED[owner, slot]}"] = tensor
+        spelled[f"{name}.{_suffix(owner, slot)}"] = tensor
     if (alpha := _spelled_alpha(module, keep)) is not None:
         spelled[f"{name}.alpha"] = alpha
     return spelled
+
+
+def _suffix(algorithm: str, slot: str) -> str:
+    """The suffix of an algorithm's slot. KeyRefused where the family has none."""
+    for suffix, owned in SUFFIXES.items():
+        if owned == (algorithm, slot):
+            return suffix
+    raise KeyRefused(f"{_FAMILY} have no key for the {slot} of a {algorithm}", code="unknown-slot")
 
 
 def _spelled_alpha(module: ModuleState, keep: bool) -> Tensor | None:

@@ -13,17 +13,17 @@ from collections.abc import Callable, Iterable, Mapping, Sequence
 
 from adaptsurgery_formats.state import ALPHA_OVER_R, AdapterState, ModuleState
 from adaptsurgery_formats.tensors import Part, Tensor
+from adaptsurgery_formats.traits import traits_of
 
 HASH_KEYS = ("sshs_model_hash", "sshs_legacy_hash")
 _LEGACY_START, _LEGACY_STOP = 0x100000, 0x110000
-_MODULES = {"lora": "networks.lora", "loha": "lycoris.kohya", "lokr": "lycoris.kohya"}
 _ARCHITECTURE = {"flux": "networks.lora_flux"}
 
 
 def describe_network(state: AdapterState, metadata: Mapping[str, str]) -> dict[str, str]:
     """The metadata with ss_network_* told anew from the modules, and stale hashes removed."""
     kept = {k: v for k, v in metadata.items() if k not in HASH_KEYS}
-    low_rank = [m for m in state.modules if m.algorithm in _MODULES]
+    low_rank = [m for m in state.modules if traits_of(m.algorithm).scaled]
     if not low_rank:
         return kept
     algorithms = list(dict.fromkeys(m.algorithm for m in low_rank))

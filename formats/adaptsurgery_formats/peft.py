@@ -21,7 +21,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -44,7 +44,9 @@ from adaptsurgery_formats.files import (
     AdapterFile,
     Format,
     Step,
+    Unheld,
     carried_component,
+    no_such,
 )
 from adaptsurgery_formats.kronecker import peft_decompose_factor, peft_factorization
 from adaptsurgery_formats.metadata import HASH_KEYS
@@ -61,6 +63,7 @@ from adaptsurgery_formats.state import (
     module_rank,
 )
 from adaptsurgery_formats.tensors import Literal, Tensor
+from adaptsurgery_formats.traits import traits_of
 
 PREFIX = "base_model.model."
 # suffix → (algorithm, slot)
@@ -76,6 +79,7 @@ SUFFIXES: dict[str, tuple[str, str]] = {
     **{f"lokr_{s}": ("lokr", s) for s in ("w1", "w1_a", "w1_b", "w2", "w2_a", "w2_b", "t2")},
     "hra_u": ("hra", "u"),
 }
+_EMBEDDING = "lora_embedding_"
 _OTHERS = ("lora_", "oft_", "boft_", "vera_", "ia3_", "vblora_", "randlora_", "token_adapter")
 
 
@@ -194,7 +198,7 @@ def _module(
                 code="config-disagrees",
             )
         slots[slot] = tensor
-    embedding = any(s.startswith("lora_embedding") for s in tensors)
+    embedding = any(s.startswith(_EMBEDDING) for s in tensors)
     if "magnitude" in slots:
         slots["magnitude"] = _canonical_magnitude(slots["magnitude"])
     module = ModuleState(
@@ -207,7 +211,7 @@ def _module(
         component,
         keys=tuple(f"{PREFIX}{path}.{s}" for s in tensors),
         kind="embedding" if embedding else "",
-        options=_options(algorithm, slots, file.config)
+        options=_METHODS[algorithm].options(slots, file.config)
         | {"alpha_kind": file.metadata.get(META_ALPHA, "")},
     )
     _check_module(module, file)
@@ -219,18 +223,25 @@ def _canonical_magnitude(magnitude: Tensor) -> Tensor:
     return magnitude.reshape(magnitude.numel, *[1] * max(1, len(magnitude.shape) - 1))
 
 
-def _options(algorithm: str, slots: dict[str, Tensor], config: dict[str, Any]) -> dict[str, Any]:
-    if algorithm == "lora" and config.get("fan_in_fan_out"):
-        return {"fan_in_fan_out": True}
-    if algorithm == "hra":
-        return {"apply_gs": bool(config.get("apply_GS"))}
-    options: dict[str, Any] = {}
-    if algorithm == "lokr" and len(slots["w2"].shape if "w2" in slots else ()) == 3:
+def _lora_options(slots: dict[str, Tensor], config: dict[str, Any]) -> dict[str, Any]:
+    return {"fan_in_fan_out": True} if config.get("fan_in_fan_out") else {}
+
+
+def _hra_options(slots: dict[str, Tensor], config: dict[str, Any]) -> dict[str, Any]:
+    return {"apply_gs": bool(config.get("apply_GS"))}
+
+
+def _loha_options(slots: dict[str, Tensor], config: dict[str, Any]) -> dict[str, Any]:
+    core = slots.get("t2")
+    ambiguous = core is not None and len(core.shape) == 4 and core.shape[3] == 1
+    return {"ambiguous_tucker": True} if ambiguous else {}
+
+
+def _lokr_options(slots: dict[str, Tensor], config: dict[str, Any]) -> dict[str, Any]:
+    options = _loha_options(slots, config)
+    if len(slots["w2"].shape if "w2" in slots else ()) == 3:
         if "w1" not in slots or slots["w1"].shape != (1, 1):
             options["not_kronecker"] = True
-    core = slots.get("t2")
-    if core is not None and len(core.shape) == 4 and core.shape[3] == 1:
-        options["ambiguous_tucker"] = True
     return options
 
 
@@ -268,21 +279,36 @@ def _check_module(module: ModuleState, file: AdapterFile) -> None:
 
 def _disagreements(module: ModuleState, config: dict[str, Any]) -> list[str]:
     """The config's flags under which PEFT would not make the tensors that the module has."""
-    t, wrong = module.tensors, []
-    if module.algorithm == "lora":
-        shown = {"use_dora": "magnitude" in t, "lora_bias": "up_bias" in t}
-        return [name for name, there in shown.items() if bool(config.get(name)) != there]
-    if ("t1" in t or "t2" in t) and not config.get("use_effective_conv2d"):
-        wrong.append("use_effective_conv2d")
-    if module.algorithm == "lokr":
-        if "w1_a" in t and not config.get("decompose_both"):
-            wrong.append("decompose_both")
-        factor = config.get("decompose_factor", -1)
-        (a, b), (c, d), _ = lokr_shapes(module)
-        cuts = [(a, b)] + ([(c, d)] if "w2" in t or "t2" in t else [])  # else d may hide a kernel
-        if any(peft_factorization(m * n, factor) != (m, n) for m, n in cuts):
-            wrong.append("decompose_factor")
+    return _METHODS[module.algorithm].disagreements(module, config)
+
+
+def _lora_disagreements(module: ModuleState, config: dict[str, Any]) -> list[str]:
+    shown = {"use_dora": "magnitude", "lora_bias": "up_bias"}
+    return [
+        name for name, slot in shown.items() if bool(config.get(name)) != (slot in module.tensors)
+    ]
+
+
+def _loha_disagreements(module: ModuleState, config: dict[str, Any]) -> list[str]:
+    return (
+        ["use_effective_conv2d"] if module.tucker and not config.get("use_effective_conv2d") else []
+    )
+
+
+def _lokr_disagreements(module: ModuleState, config: dict[str, Any]) -> list[str]:
+    t, wrong = module.tensors, _loha_disagreements(module, config)
+    if "w1_a" in t and not config.get("decompose_both"):
+        wrong.append("decompose_both")
+    factor = config.get("decompose_factor", -1)
+    (a, b), (c, d), _ = lokr_shapes(module)
+    cuts = [(a, b)] + ([(c, d)] if "w2" in t or "t2" in t else [])  # else d may hide a kernel
+    if any(peft_factorization(m * n, factor) != (m, n) for m, n in cuts):
+        wrong.append("decompose_factor")
     return wrong
+
+
+def _no_disagreements(module: ModuleState, config: dict[str, Any]) -> list[str]:
+    return []
 
 
 # --- writing -------------------------------------------------------------------------------------
@@ -317,13 +343,14 @@ def plan(state: AdapterState, names: Names | None) -> list[Step]:
     """The rewritings that PEFT's one-value-for-all options ask for; raises where none help."""
     if state.layout == "peft" and names is None:
         return []  # what PEFT wrote it holds, and flat factors alone do not show the kernel
-    refused = [e for m in state.modules if (e := _refusal(m, names, state.where)) is not None]
+    unheld = [(m, holds(m, _shape(m, names))) for m in state.modules]
+    refused = [why.error(m, state.where) for m, why in unheld if why is not None]
     refuse_together(refused, len(state.modules), state.where)
     steps: list[Step] = []
     for component in state.components:
         modules = list(state.of(component))
         algorithm = _one_algorithm(modules, state.where)
-        steps += _PLANS[algorithm](modules, names, state.where)
+        steps += _METHODS[algorithm].plan(modules, names, state.where)
     return steps
 
 
@@ -340,52 +367,73 @@ def _one_algorithm(modules: Sequence[ModuleState], where: str) -> str:
     return next(iter(algorithms))
 
 
-REFUSES = {
-    "full": "PEFT has no dense difference; merge it into the base, or keep --to lycoris",
-    "norm": "PEFT has no norm difference; merge it into the base, or keep --to lycoris",
-}
-
-
 def _shape(module: ModuleState, names: Names | None) -> tuple[int, ...] | None:
     """The shape of the weight that a module adapts, where the base is known."""
     component = names.components.get(module.component) if names else None
     return component.shape(module.path, module.naming) if component else None
 
 
-_AS_LORA = ("no-conv3d", "peft-conv1d-lokr")
+_MERGE = "merge it into the base instead"
+_EXACT = "--as lora is exact"
+_NEAR = "--as lora --base BASE --rank N --allow-lossy"
 
 
-def _refusal(module: ModuleState, names: Names | None, where: str) -> InexactError | None:
-    """Why PEFT cannot hold a module, whatever the others are; None where it can."""
-    code, what = _unheld(module, _shape(module, names))
-    if not code:
-        return None
-    remedy = "--as lora is exact" if code in _AS_LORA else "merge it into the base instead"
+def holds(module: ModuleState, shape: tuple[int, ...] | None) -> Unheld | None:
+    """Why PEFT has no place for a module, whatever the others are; None where it has one."""
+    method, row = _METHODS.get(module.algorithm), traits_of(module.algorithm)
+    if method is None:
+        if not row.dense:
+            return no_such(module.algorithm, "PEFT")
+        what = f"PEFT has no {row.title}; merge it into the base, or keep --to lycoris"
+        return Unheld(f"no-{module.algorithm}", what, _MERGE)
+    if module.kind == "embedding" and "embedding" not in method.kinds:
+        return Unheld("no-embedding", "an adapter of an embedding is PEFT's LoRA alone", _MERGE)
+    if module.options.get("fan_in_fan_out") and "Conv1D" not in method.kinds:
+        return Unheld("no-transposed", f"PEFT has no {row.title} on transformers' Conv1D", _EXACT)
     if "magnitude" in module.tensors:
-        remedy = "--as lora --base BASE --rank N --allow-lossy"
-    return InexactError(f"`{module.label}`: {what}", where=where, next=remedy, code=code)
-
-
-def _unheld(module: ModuleState, shape: tuple[int, ...] | None) -> tuple[str, str]:
-    """(code, reason), or empty strings."""
-    if module.algorithm in REFUSES:
-        return f"no-{module.algorithm}", REFUSES[module.algorithm]
-    dims = len(shape) if shape else 2 + len(kernel_of(module) or ())
-    t = module.tensors
-    if "magnitude" in t:
-        if module.algorithm != "lora":
-            return "no-dora", "PEFT has DoRA around LoRA only"
+        if not method.magnitudes:
+            return Unheld("no-dora", "PEFT has DoRA around LoRA only", _NEAR)
         if magnitude_axis(module) == "in":
-            return "dora-axis", "PEFT's DoRA takes norms per output, this one per input"
-    if module.algorithm in ("loha", "lokr") and dims > 4:
-        return "no-conv3d", f"PEFT has no {module.algorithm} on Conv3d"
-    if module.algorithm == "hra" and shape is not None and len(shape) not in (2, 4):
-        return "no-conv1d", "PEFT's HRA takes Linear and Conv2d only"
-    if module.algorithm == "lokr" and "w2" in t and dims == 3:
+            what = "PEFT's DoRA takes norms per output, this one per input"
+            return Unheld("dora-axis", what, _NEAR)
+    return method.unheld(module, shape)
+
+
+def _dims(module: ModuleState, shape: tuple[int, ...] | None) -> int:
+    """How many dimensions the weight has, as far as it is known."""
+    if shape is not None:
+        return len(shape)
+    return 2 + len((kernel_of(module) if module.tensors else None) or ())
+
+
+def _all_held(module: ModuleState, shape: tuple[int, ...] | None) -> Unheld | None:
+    return None
+
+
+def _loha_unheld(module: ModuleState, shape: tuple[int, ...] | None) -> Unheld | None:
+    if _dims(module, shape) > 4:
+        return Unheld(
+            "no-conv3d", f"PEFT has no {traits_of(module.algorithm).title} on Conv3d", _EXACT
+        )
+    return None
+
+
+def _lokr_unheld(module: ModuleState, shape: tuple[int, ...] | None) -> Unheld | None:
+    t = module.tensors
+    if "w2" in t and _dims(module, shape) == 3:
         trivial = "w1" in t and t["w1"].shape == (1, 1)
         if not trivial and not module.options.get("not_kronecker"):
-            return "peft-conv1d-lokr", "PEFT scrambles a Conv1d LoKr with a full w2"
-    return "", ""
+            what = "PEFT scrambles a Conv1d LoKr with a full w2"
+            return Unheld("peft-conv1d-lokr", what, _EXACT)
+    return _loha_unheld(module, shape)
+
+
+def _hra_unheld(module: ModuleState, shape: tuple[int, ...] | None) -> Unheld | None:
+    if shape is not None and len(shape) not in (2, 4):
+        return Unheld("no-conv1d", "PEFT's HRA takes Linear and Conv2d only", _MERGE)
+    if shape is not None and len(shape) == 4 and shape[2] != shape[3]:
+        return Unheld("no-oblong", "PEFT's HRA takes square kernels only", _MERGE)
+    return None
 
 
 def _plan_lora(modules: Sequence[ModuleState], names: Names | None, where: str) -> list[Step]:
@@ -518,15 +566,6 @@ def _plan_hra(modules: Sequence[ModuleState], names: Names | None, where: str) -
     return []
 
 
-_Plan = Callable[[Sequence[ModuleState], "Names | None", str], list[Step]]
-_PLANS: dict[str, _Plan] = {
-    "lora": _plan_lora,
-    "loha": _plan_loha,
-    "lokr": _plan_lokr,
-    "hra": _plan_hra,
-}
-
-
 def spell(state: AdapterState, names: Names | None) -> list[AdapterFile]:
     """One file with its config per component."""
     if len(state.components) > 1 and "" in state.components:
@@ -587,31 +626,28 @@ def _with_bias(module: ModuleState) -> ModuleState:
 
 
 def _spell_module(module: ModuleState) -> list[tuple[str, Tensor]]:
-    embedding = module.kind == "embedding"
     spelled = []
     for slot, tensor in module.tensors.items():
-        if module.algorithm == "lora":
-            suffix = _LORA[slot]
-            if embedding and slot in ("up", "down"):
-                suffix = "lora_embedding_B" if slot == "up" else "lora_embedding_A"
-            if slot == "magnitude":
-                tensor = _peft_magnitude(tensor)
-        else:
-            suffix = next(s for s, p in SUFFIXES.items() if p == (module.algorithm, slot))
-            if slot in ("t1", "t2") and len(tensor.shape) == 3:
-                tensor = tensor.reshape(*tensor.shape, 1)
-            if slot == "w2_b":  # (r, d, *k) from LyCORIS's functional API
-                tensor = tensor.reshape(tensor.shape[0], math.prod(tensor.shape[1:]))
-        spelled.append((suffix, tensor))
+        if slot == "magnitude":
+            tensor = _peft_magnitude(tensor)
+        if slot in ("t1", "t2") and len(tensor.shape) == 3:
+            tensor = tensor.reshape(*tensor.shape, 1)
+        if slot == "w2_b":  # (r, d, *k) from LyCORIS's functional API
+            tensor = tensor.reshape(tensor.shape[0], math.prod(tensor.shape[1:]))
+        spelled.append((suffix_of(module.algorithm, slot, module.kind == "embedding"), tensor))
     return spelled
 
 
-_LORA = {
-    "up": "lora_B.weight",
-    "down": "lora_A.weight",
-    "up_bias": "lora_B.bias",
-    "magnitude": "lora_magnitude_vector",
-}
+def suffix_of(algorithm: str, slot: str, embedding: bool = False) -> str:
+    """The suffix that PEFT saves a slot under, of the embedding's own where it has one.
+
+    KeyRefused where PEFT has none.
+    """
+    every = [suffix for suffix, owned in SUFFIXES.items() if owned == (algorithm, slot)]
+    own = [suffix for suffix in every if suffix.startswith(_EMBEDDING) == embedding]
+    if not every:
+        raise KeyRefused(f"PEFT has no tensor for the {slot} of a {algorithm}", code="unknown-slot")
+    return (own or every)[0]
 
 
 def _peft_magnitude(magnitude: Tensor) -> Tensor:
@@ -629,23 +665,10 @@ def _config(
 ) -> dict[str, Any]:
     algorithm = _one_algorithm(modules, where)
     called = {m.path: component.called(m.path) if component else m.path for m in modules}
-    flags: dict[str, Any] = {}
-    ranks = {called[m.path]: m.rank or module_rank(m) or 1 for m in modules}
-    if algorithm == "lora":
-        flags = {"use_dora": "magnitude" in modules[0].tensors, "use_rslora": False}
-        if any("up_bias" in m.tensors for m in modules):
-            flags["lora_bias"] = True
-            if not isinstance((template or {}).get("init_lora_weights"), bool):
-                flags["init_lora_weights"] = True  # PEFT loads a lora_bias with no other
-    elif algorithm == "lokr":
-        cut = {called[m.path]: _cut(m, names, where) for m in modules}
-        ranks, flags = _lokr_said(cut, template, names, where) or _lokr_found(cut, where)
-    elif algorithm == "loha":
-        flags = {"use_effective_conv2d": any("t1" in m.tensors for m in modules)}
-    else:
-        flags = {"apply_GS": bool(modules[0].options.get("apply_gs"))}
+    spelled = {called[m.path]: m for m in modules}
+    ranks, flags = _METHODS[algorithm].flags(spelled, names, template, where)
     scales = {called[m.path]: m.scale for m in modules}
-    alphas = {called[m.path]: _alpha(m, ranks[called[m.path]]) for m in modules}
+    alphas = {called[m.path]: _alpha(m, ranks[called[m.path]] or 1) for m in modules}
     others = _known_modules(component) if component else frozenset()
     wanted = peft_config.Wanted(algorithm, ranks, scales, alphas, flags, others - set(ranks))
     return peft_config.write_config(wanted, template, where)
@@ -658,7 +681,43 @@ def _known_modules(component: Component) -> frozenset[str]:
     return frozenset(component.called(path) for path in component.modules)
 
 
-_Derived = tuple[dict[str, int], dict[str, Any]]  # ranks by module, and the flags for all
+_Derived = tuple[Mapping[str, int | None], dict[str, Any]]  # ranks by module, the flags for all
+_Template = dict[str, Any] | None
+_Spelled = Mapping[str, ModuleState]  # modules by the name that they are written under
+
+
+def _ranks(modules: _Spelled) -> dict[str, int | None]:
+    return {path: m.rank or module_rank(m) or 1 for path, m in modules.items()}
+
+
+def _lora_flags(
+    modules: _Spelled, names: Names | None, template: _Template, where: str
+) -> _Derived:
+    held = list(modules.values())
+    flags: dict[str, Any] = {"use_dora": "magnitude" in held[0].tensors, "use_rslora": False}
+    if any("up_bias" in m.tensors for m in held):
+        flags["lora_bias"] = True
+        if not isinstance((template or {}).get("init_lora_weights"), bool):
+            flags["init_lora_weights"] = True  # PEFT loads a lora_bias with no other
+    return _ranks(modules), flags
+
+
+def _loha_flags(
+    modules: _Spelled, names: Names | None, template: _Template, where: str
+) -> _Derived:
+    return _ranks(modules), {"use_effective_conv2d": any(m.tucker for m in modules.values())}
+
+
+def _lokr_flags(
+    modules: _Spelled, names: Names | None, template: _Template, where: str
+) -> _Derived:
+    cut = {path: _cut(m, names, where) for path, m in modules.items()}
+    return _lokr_said(cut, template, names, where) or _lokr_found(cut, where)
+
+
+def _hra_flags(modules: _Spelled, names: Names | None, template: _Template, where: str) -> _Derived:
+    first = next(iter(modules.values()))
+    return _ranks(modules), {"apply_GS": bool(first.options.get("apply_gs"))}
 
 
 def _lokr_said(
@@ -668,7 +727,7 @@ def _lokr_said(
     if not template or template.get("peft_type", "").upper() != "LOKR":
         return None
     said = peft_config.settings(template, Matcher(cut, where), where)
-    ranks = {path: said[path].rank for path in cut}
+    ranks = {path: said[path].rank or 1 for path in cut}
     flags = {name: template.get(name, peft_config.FIELDS["lokr"][name]) for name in _LOKR_FLAGS}
     if names is None or all(_derives(flags, ranks[path], c) for path, c in cut.items()):
         return ranks, flags
@@ -712,6 +771,37 @@ def _alpha(module: ModuleState, rank: int) -> float:
     return module.scale * rank
 
 
+@dataclass(frozen=True)
+class _Method:
+    """How PEFT spells one algorithm, beside its tensors' suffixes and its config's fields.
+
+    ``kinds`` are the layers other than Linear and convolutions that it takes, ``magnitudes`` says
+    whether it has DoRA; ``options`` reads a module's out of the config, ``disagreements`` names the
+    config's flags under which PEFT would make other tensors, ``unheld`` why a module has no place,
+    ``plan`` the steps for all modules, ``flags`` the ranks and flags that the config has to say.
+    """
+
+    plan: Callable[[Sequence[ModuleState], Names | None, str], list[Step]]
+    flags: Callable[[_Spelled, Names | None, _Template, str], _Derived]
+    options: Callable[[dict[str, Tensor], dict[str, Any]], dict[str, Any]]
+    disagreements: Callable[[ModuleState, dict[str, Any]], list[str]] = _no_disagreements
+    unheld: Callable[[ModuleState, tuple[int, ...] | None], Unheld | None] = _all_held
+    kinds: tuple[str, ...] = ()
+    magnitudes: bool = False
+
+
+# A new algorithm that PEFT has: its line here, its suffixes in SUFFIXES.
+_METHODS: dict[str, _Method] = {
+    "lora": _Method(
+        _plan_lora, _lora_flags, _lora_options, _lora_disagreements,
+        kinds=("embedding", "Conv1D"), magnitudes=True,
+    ),
+    "loha": _Method(_plan_loha, _loha_flags, _loha_options, _loha_disagreements, _loha_unheld),
+    "lokr": _Method(_plan_lokr, _lokr_flags, _lokr_options, _lokr_disagreements, _lokr_unheld),
+    "hra": _Method(_plan_hra, _hra_flags, _hra_options, unheld=_hra_unheld),
+}  # fmt: skip
+
+
 FORMAT = Format(
     name="peft",
     title="PEFT (adapter_config.json + adapter_model.safetensors)",
@@ -719,7 +809,7 @@ FORMAT = Format(
     parse=parse,
     plan=plan,
     spell=spell,
-    refuses=REFUSES,
+    holds=holds,
     naming="diffusers",
     examples=("base_model.model.encoder.layers.0.self_attn.q_proj.lora_A.weight",),
 )

@@ -26,30 +26,19 @@ from adaptsurgery_formats.state import (
     ModuleState,
     scale_of,
 )
+from adaptsurgery_formats.traits import Column, traits_of
 
 MAX_CONFIG = 64 << 20  # bytes of an adapter_config.json, with patterns for every module
-PEFT_TYPES = {"LORA": "lora", "LOHA": "loha", "LOKR": "lokr", "HRA": "hra"}
 _COMMON = {
     "task_type": None, "peft_type": None, "auto_mapping": None, "peft_version": None,
     "base_model_name_or_path": None, "revision": None, "inference_mode": True,
     "target_modules": None, "exclude_modules": None, "layers_to_transform": None,
     "layers_pattern": None, "modules_to_save": None,
 }  # fmt: skip
-_PATTERNS: dict[str, Any] = {"rank_pattern": {}, "alpha_pattern": {}}
-_LYCORIS = {"rank_dropout": 0.0, "module_dropout": 0.0, "init_weights": True}
 # The fields that are written, with PEFT's defaults.
-FIELDS: dict[str, dict[str, Any]] = {
-    "lora": _COMMON | _PATTERNS | {
-        "r": 8, "lora_alpha": 8, "lora_dropout": 0.0, "fan_in_fan_out": False, "bias": "none",
-        "use_rslora": False, "use_dora": False, "lora_bias": False, "init_lora_weights": True,
-    },
-    "loha": _COMMON | _PATTERNS | _LYCORIS | {"r": 8, "alpha": 8, "use_effective_conv2d": False},
-    "lokr": _COMMON | _PATTERNS | _LYCORIS | {
-        "r": 8, "alpha": 8, "use_effective_conv2d": False, "decompose_both": False,
-        "decompose_factor": -1, "rank_dropout_scale": False,
-    },
-    "hra": _COMMON | {"r": 8, "apply_GS": False, "init_weights": True, "bias": "none"},
-}  # fmt: skip
+FIELDS: Mapping[str, dict[str, Any]] = Column(
+    lambda row: _COMMON | dict(row.peft_fields), lambda row: bool(row.peft_type)
+)
 # Fields of newer or rarer features: harmless at these values, refused at any other.
 _NEUTRAL: dict[str, tuple[Any, ...]] = {
     "layer_replication": (None,), "target_parameters": (None, []), "use_qalora": (None, False),
@@ -70,20 +59,26 @@ _PLAIN_INITS = (True, False, "gaussian", "eva", "orthogonal", "lycoris", None)
 
 
 def alpha_field(algorithm: str) -> str:
-    return "lora_alpha" if algorithm == "lora" else "alpha"
+    return "lora_alpha" if "lora_alpha" in FIELDS[algorithm] else "alpha"
 
 
 def algorithm_of(config: Mapping[str, Any], where: str) -> str:
     """The algorithm of a config that has passed the checks of ``check_config``."""
     peft_type = config.get("peft_type")
-    if not isinstance(peft_type, str) or peft_type.upper() not in PEFT_TYPES:
+    types = peft_types()
+    if not isinstance(peft_type, str) or peft_type.upper() not in types:
         raise LayoutError(
             f"peft_type {peft_type!r} is not carried",
             where=where,
-            next="LORA, LOHA, LOKR and HRA are; OFT, BOFT, IA3 and others keep their own layouts",
+            next=f"{', '.join(types)} are; others keep their own layouts",
             code="unsupported-algorithm",
         )
-    return PEFT_TYPES[peft_type.upper()]
+    return types[peft_type.upper()]
+
+
+def peft_types() -> dict[str, str]:
+    """peft_type → the algorithm that it stands for."""
+    return {traits_of(name).peft_type: name for name in FIELDS}
 
 
 def parsed_config(data: bytes, where: str) -> dict[str, Any]:
@@ -104,7 +99,7 @@ def check_config(config: Mapping[str, Any], where: str) -> list[str]:
                 f"`{name}` changes what the adapter means and is not carried",
                 where=where, seen=f"{name} = {str(config[name])[:80]}", code="unsupported-option",
             )  # fmt: skip
-    name = "init_lora_weights" if algorithm == "lora" else "init_weights"
+    name = "init_lora_weights" if "init_lora_weights" in FIELDS[algorithm] else "init_weights"
     init = config.get("init_lora_weights", config.get("init_weights", True))
     if init not in _PLAIN_INITS:
         raise LayoutError(
@@ -119,11 +114,16 @@ def check_config(config: Mapping[str, Any], where: str) -> list[str]:
 
 def _types(algorithm: str) -> dict[str, Any]:
     """Field → test of its value."""
-    tests: dict[str, Any] = {"r": _is_rank, "target_modules": _is_target}
-    tests |= {"exclude_modules": _is_target, "modules_to_save": _is_names}
+    own = FIELDS[algorithm]
+    tests: dict[str, Any] = {"r": _is_rank} if "r" in own else {}
+    tests |= {
+        "target_modules": _is_target,
+        "exclude_modules": _is_target,
+        "modules_to_save": _is_names,
+    }
     tests["layers_to_transform"] = _is_indexes
     tests["layers_pattern"] = lambda v: v is None or isinstance(v, str) or _is_names(v)
-    if algorithm != "hra":
+    if traits_of(algorithm).scaled:
         tests[alpha_field(algorithm)] = _is_number
         tests["rank_pattern"] = lambda v: _is_pattern(v, _is_rank)
         tests["alpha_pattern"] = lambda v: _is_pattern(v, _is_number)
@@ -131,7 +131,7 @@ def _types(algorithm: str) -> dict[str, Any]:
         tests[name] = lambda v: v is None or isinstance(v, bool)
     for name in ("use_effective_conv2d", "decompose_both", "apply_GS"):
         tests[name] = lambda v: v is None or isinstance(v, bool)
-    if algorithm == "lokr":
+    if "decompose_factor" in own:
         tests["decompose_factor"] = lambda v: isinstance(v, int) and not isinstance(v, bool)
     return tests
 
@@ -167,7 +167,7 @@ def _is_indexes(value: Any) -> bool:
 class Setting:
     """What a config says of one module."""
 
-    rank: int
+    rank: int | None
     alpha: float | None
     rule: str
 
@@ -178,7 +178,7 @@ class Setting:
 
 def rule_of(algorithm: str, use_rslora: bool) -> str:
     """How a scale follows from alpha and rank."""
-    if algorithm == "hra":
+    if not traits_of(algorithm).scaled:
         return UNSCALED
     return ALPHA_OVER_SQRT_R if use_rslora else ALPHA_OVER_R
 
@@ -186,8 +186,8 @@ def rule_of(algorithm: str, use_rslora: bool) -> str:
 def settings(config: Mapping[str, Any], matcher: Matcher, where: str) -> dict[str, Setting]:
     """Rank, alpha and scale rule of each of the matcher's names."""
     algorithm = algorithm_of(config, where)
-    rank = config.get("r", 8)
-    if algorithm == "hra":
+    rank = config.get("r", 8) if "r" in FIELDS[algorithm] else None
+    if not traits_of(algorithm).scaled:
         return {name: Setting(rank, None, UNSCALED) for name in matcher.names}
     ranks, alphas = config.get("rank_pattern") or {}, config.get("alpha_pattern") or {}
     rank_keys, alpha_keys = matcher.first_keys(ranks), matcher.first_keys(alphas)
@@ -208,7 +208,7 @@ class Wanted:
     """What a config must say: rank and scale by module name, and the flags that hold for all."""
 
     algorithm: str
-    ranks: Mapping[str, int]
+    ranks: Mapping[str, int | None]
     scales: Mapping[str, float]
     alphas: Mapping[str, float]
     flags: Mapping[str, Any]
@@ -221,7 +221,7 @@ def write_config(wanted: Wanted, template: Mapping[str, Any] | None, where: str)
     From a template that does not, the fields that do not touch on shape, scale or target are kept.
     """
     algorithm = wanted.algorithm
-    peft_type = next(t for t, a in PEFT_TYPES.items() if a == algorithm)
+    peft_type = traits_of(algorithm).peft_type
     if template and template.get("peft_type", "").upper() == peft_type:
         if _agrees(template, wanted, where):
             return dict(template)
@@ -233,9 +233,10 @@ def write_config(wanted: Wanted, template: Mapping[str, Any] | None, where: str)
     config = {**FIELDS[algorithm], **template, "peft_type": peft_type, **wanted.flags}
     config["target_modules"] = _targets(wanted)
     config |= {"exclude_modules": None, "layers_to_transform": None, "layers_pattern": None}
-    rank, rank_pattern = _pattern(wanted.ranks)
-    config["r"] = rank
-    if algorithm != "hra":
+    if "r" in FIELDS[algorithm]:
+        rank, rank_pattern = _pattern({n: r for n, r in wanted.ranks.items() if r is not None})
+        config["r"] = rank
+    if traits_of(algorithm).scaled:
         alpha, alpha_pattern = _pattern(wanted.alphas)
         config |= {"rank_pattern": rank_pattern, "alpha_pattern": alpha_pattern}
         config[alpha_field(algorithm)] = alpha

@@ -26,8 +26,10 @@ from adaptsurgery_formats.state import (
     delta_shape,
     kernel_of,
     may_be_transposed,
+    shapes_of,
 )
 from adaptsurgery_formats.tensors import Tensor
+from adaptsurgery_formats.traits import traits_of
 
 
 def resolve(state: AdapterState, names: Names) -> AdapterState:
@@ -267,7 +269,8 @@ def fit(module: ModuleState, shape: tuple[int, ...], where: str) -> ModuleState:
     A LoRA for a 1×1 convolution may be stored as a linear's and the reverse: viewed anew.
     Raises ShapeError where o or i·∏k do not agree.
     """
-    if module.algorithm == "norm" or len(shape) == 1:
+    row = traits_of(module.algorithm)
+    if row.vector or len(shape) == 1:
         return _fit_norm(module, shape, where)
     if not shape:
         raise ShapeError(f"`{module.label}`: the base's weight is one number", where=where)
@@ -275,9 +278,9 @@ def fit(module: ModuleState, shape: tuple[int, ...], where: str) -> ModuleState:
     ways = [(shape[0], math.prod(shape[1:]))]
     if len(shape) == 2 and may_be_transposed(module):
         ways.append((shape[1], shape[0]))
-    if module.algorithm == "hra":
+    if not out:
         fits = columns in [i for _, i in ways]
-    elif module.algorithm == "full" and "diff" not in module.tensors:
+    elif not columns:  # of a bias alone
         fits = out in [o for o, _ in ways]
     else:
         fits = (out, columns) in ways
@@ -296,7 +299,7 @@ def fit(module: ModuleState, shape: tuple[int, ...], where: str) -> ModuleState:
 
 def _fit_norm(module: ModuleState, shape: tuple[int, ...], where: str) -> ModuleState:
     sizes = {t.shape for t in module.tensors.values()}
-    if module.algorithm in ("norm", "full") and sizes == {(shape[0],)}:
+    if traits_of(module.algorithm).dense and sizes == {(shape[0],)}:
         return module
     raise ShapeError(
         f"`{module.label}`: {module.algorithm} of shape {sorted(map(list, sizes))} "
@@ -319,25 +322,15 @@ def _kernel_fits(module: ModuleState, shape: tuple[int, ...]) -> bool:
 
 def _reshaped(module: ModuleState, shape: tuple[int, ...]) -> ModuleState:
     """Views that the weight's number of dimensions asks for: nothing is computed."""
+    row, t = traits_of(module.algorithm), module.tensors
     changes: dict[str, Tensor | None] = {}
-    ones = [1] * (len(shape) - 2)
-    t = module.tensors
-    if module.algorithm == "lora":
-        for slot in ("up", "down"):
-            if slot in t and len(t[slot].shape) != len(shape):
-                dims = ones if slot == "up" or "mid" in t else list(shape[2:])
-                changes[slot] = t[slot].reshape(*t[slot].shape[:2], *dims)
-        if "mid" in t and len(t["mid"].shape) != len(shape):
-            changes["mid"] = t["mid"].reshape(*t["mid"].shape[:2], *shape[2:])
-    if module.algorithm in ("loha", "lokr"):
-        for slot in ("t1", "t2", "w2"):
-            if slot in t and len(t[slot].shape) != len(shape):
-                changes[slot] = t[slot].reshape(*t[slot].shape[:2], *shape[2:])
+    for slot, last in row.last_dims(shapes_of(module), shape[2:]).items():
+        if len(t[slot].shape) != len(shape):
+            first = t[slot].shape[:2] if len(t[slot].shape) > 1 else shape[:2]
+            changes[slot] = t[slot].reshape(*first, *last)
     if "magnitude" in t and len(t["magnitude"].shape) != len(shape):
-        first, second = t["magnitude"].shape[:2]
-        changes["magnitude"] = t["magnitude"].reshape(first, second, *ones)
-    if module.algorithm == "full" and "diff" in t and len(t["diff"].shape) != len(shape):
-        changes["diff"] = t["diff"].reshape(*shape)
+        ones = (1,) * (len(shape) - 2)
+        changes["magnitude"] = t["magnitude"].reshape(*t["magnitude"].shape[:2], *ones)
     fitted = module.with_tensors(**changes) if changes else module
     if "ambiguous_tucker" not in module.options:
         return fitted

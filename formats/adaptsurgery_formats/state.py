@@ -15,39 +15,22 @@ full      diff (o, i, *k), diff_b (o,)
 norm      w_norm (n,), b_norm (n,)
 ========  ==================================================================================
 
-``magnitude`` beside lora, loha or lokr makes it a DoRA; it is canonically (o, 1, …) where the norm
+What follows from them stands in ``traits``, one row an algorithm. ``magnitude`` beside lora, loha or lokr makes it a DoRA; it is canonically (o, 1, …) where the norm
 is taken per output and (1, i, 1, …) where it is taken per input.
 """
 
 from __future__ import annotations
 
 import math
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, field
 from typing import Any
 
 from adaptsurgery_formats.errors import KeyRefused, ShapeError
 from adaptsurgery_formats.tensors import Tensor
+from adaptsurgery_formats.traits import Column, lokr_cuts, traits_of
 
-# The slots of each algorithm, and the sets of them of which one must be present in full.
-SLOTS: dict[str, tuple[str, ...]] = {
-    "lora": ("up", "down", "mid", "up_bias", "magnitude"),
-    "loha": ("w1_a", "w1_b", "w2_a", "w2_b", "t1", "t2", "magnitude"),
-    "lokr": ("w1", "w1_a", "w1_b", "w2", "w2_a", "w2_b", "t2", "magnitude"),
-    "hra": ("u",),
-    "full": ("diff", "diff_b"),
-    "norm": ("w_norm", "b_norm"),
-}
-_LOKR_W1 = (("w1",), ("w1_a", "w1_b"))
-_LOKR_W2 = (("w2",), ("w2_a", "w2_b"), ("w2_a", "w2_b", "t2"))
-COMPLETE: dict[str, tuple[tuple[str, ...], ...]] = {
-    "lora": (("up", "down"), ("up", "down", "mid")),
-    "loha": (("w1_a", "w1_b", "w2_a", "w2_b"), ("w1_a", "w1_b", "w2_a", "w2_b", "t1", "t2")),
-    "lokr": tuple(a + b for a in _LOKR_W1 for b in _LOKR_W2),
-    "hra": (("u",),),
-    "full": (("diff",), ("diff", "diff_b"), ("diff_b",)),
-    "norm": (("w_norm",), ("w_norm", "b_norm"), ("b_norm",)),
-}
+SLOTS: Mapping[str, tuple[str, ...]] = Column(lambda row: row.slots)
 OPTIONAL = ("magnitude", "up_bias")
 
 # How a scale follows from alpha and rank: rule → what it means. The only place that computes one.
@@ -184,7 +167,7 @@ def may_be_transposed(module: ModuleState) -> bool:
 def check_complete(module: ModuleState, where: str) -> None:
     """Raise KeyRefused unless the module's slots are one full set of its algorithm."""
     have = frozenset(module.tensors) - frozenset(OPTIONAL)
-    sets = COMPLETE[module.algorithm]
+    sets = traits_of(module.algorithm).complete
     if any(have == frozenset(s) for s in sets):
         return
     best = max(sets, key=lambda s: (len(have & set(s)), -len(s)))
@@ -200,70 +183,40 @@ def check_complete(module: ModuleState, where: str) -> None:
     )
 
 
+def shapes_of(module: ModuleState) -> dict[str, tuple[int, ...]]:
+    """The shapes of a module's tensors by slot."""
+    return {slot: tensor.shape for slot, tensor in module.tensors.items()}
+
+
+def is_rigid(module: ModuleState) -> bool:
+    """Whether a module has no meaning at another strength than 1: a rotation, a DoRA."""
+    return "magnitude" in module.tensors or not traits_of(module.algorithm).weighs
+
+
+def options_of(module: ModuleState) -> dict[str, Any]:
+    """The options of a module that are a part of its update: hra's apply_gs."""
+    options = traits_of(module.algorithm).options
+    return {name: module.options.get(name, default) for name, default in options.items()}
+
+
 def module_rank(module: ModuleState) -> int | None:
     """The rank r that the tensors show, or None where they show none (full/full LoKr, full, norm)."""
-    t = module.tensors
-    if module.algorithm == "lora":
-        return t["down"].shape[0]
-    if module.algorithm == "loha":
-        return t["w1_b"].shape[0]
-    if module.algorithm == "hra":
-        return t["u"].shape[-1]
-    if module.algorithm == "lokr":
-        for slot in ("w2_b", "w1_b"):
-            if slot in t:
-                return t[slot].shape[0]
-    return None
+    return traits_of(module.algorithm).rank(shapes_of(module))
 
 
 def kernel_of(module: ModuleState) -> tuple[int, ...] | None:
     """The kernel dims that the tensors show; () for a linear, None where flat factors hide them."""
-    t = module.tensors
-    if module.algorithm == "lora":
-        return (t["mid"] if "mid" in t else t["down"]).shape[2:]
-    if module.algorithm == "full" and "diff" in t:
-        return t["diff"].shape[2:]
-    if module.algorithm in ("loha", "lokr"):
-        for slot in ("t2", "w2"):
-            if slot in t:
-                return t[slot].shape[2:]
-    return None
+    return traits_of(module.algorithm).kernel(shapes_of(module))
 
 
 def delta_shape(module: ModuleState) -> tuple[int, int]:
-    """ΔW as a matrix: (o, i·∏k). HRA, which has no o, gives (0, i·∏k)."""
-    t, algorithm = module.tensors, module.algorithm
-    if algorithm == "lora":
-        k = math.prod(kernel_of(module) or ())
-        return t["up"].shape[0], t["down"].shape[1] * k
-    if algorithm == "loha":
-        if "t1" in t:
-            return t["w1_a"].shape[1], t["w1_b"].shape[1] * math.prod(t["t1"].shape[2:])
-        return t["w1_a"].shape[0], t["w1_b"].shape[1]
-    if algorithm == "lokr":
-        (a, b), (c, d), kernel = lokr_shapes(module)
-        return a * b, c * d * math.prod(kernel)
-    if algorithm == "hra":
-        return 0, t["u"].shape[0]
-    if algorithm == "full":
-        shape = t["diff"].shape if "diff" in t else (t["diff_b"].shape[0], 0)
-        return shape[0], math.prod(shape[1:])
-    return (t["w_norm"] if "w_norm" in t else t["b_norm"]).shape[0], 1
+    """ΔW as a matrix: (o, i·∏k). What turns the inputs has no o, and gives (0, i·∏k)."""
+    return traits_of(module.algorithm).extent(shapes_of(module))
 
 
 def lokr_shapes(module: ModuleState) -> tuple[tuple[int, int], tuple[int, int], tuple[int, ...]]:
-    """(a, b), (c, d) and the kernel of a LoKr: o = a·b, i = c·d.
-
-    Flat low-rank w2 hides the kernel: it is then counted into d and returned as ().
-    """
-    t = module.tensors
-    a = t["w1"].shape[0] if "w1" in t else t["w1_a"].shape[0]
-    c = t["w1"].shape[1] if "w1" in t else t["w1_b"].shape[1]
-    if "w2" in t:
-        return (a, t["w2"].shape[0]), (c, t["w2"].shape[1]), t["w2"].shape[2:]
-    if "t2" in t:
-        return (a, t["w2_a"].shape[1]), (c, t["w2_b"].shape[1]), t["t2"].shape[2:]
-    return (a, t["w2_a"].shape[0]), (c, math.prod(t["w2_b"].shape[1:])), ()
+    """(a, b), (c, d) and the kernel of a LoKr: o = a·b, i = c·d; see ``lokr_cuts``."""
+    return lokr_cuts(shapes_of(module))
 
 
 def check_shapes(module: ModuleState, where: str) -> None:
@@ -276,47 +229,8 @@ def check_shapes(module: ModuleState, where: str) -> None:
 
 def _misfit(module: ModuleState) -> str:
     """What does not fit in a complete module's shapes, or an empty string."""
-    t, algorithm = module.tensors, module.algorithm
-    for slot, tensor in t.items():
-        if tensor.numel == 0:
-            return f"{slot} has no elements"
-        low, high = _NDIM[slot]
-        if not low <= len(tensor.shape) <= high:
-            return f"{slot} has {len(tensor.shape)} dimensions"
-    r = module_rank(module)
-    tests: dict[str, tuple[tuple[int, ...], tuple[int | None, ...]]] = {}
-    if algorithm == "lora":
-        tests["up"] = (t["up"].shape, (None, r) + (1,) * (len(t["up"].shape) - 2))
-        if "mid" in t:
-            tests["mid"] = (t["mid"].shape[:2], (r, r))
-            tests["down"] = (t["down"].shape[2:], (1,) * (len(t["down"].shape) - 2))
-        if "up_bias" in t:
-            tests["up_bias"] = (t["up_bias"].shape, (t["up"].shape[0],))
-    elif algorithm == "loha":
-        n = t["w1_b"].shape[1]
-        o = t["w1_a"].shape[1 if "t1" in t else 0]
-        for half in ("1", "2"):
-            tests[f"w{half}_a"] = (t[f"w{half}_a"].shape, (r, o) if "t1" in t else (o, r))
-            tests[f"w{half}_b"] = (t[f"w{half}_b"].shape, (r, n))
-            if "t1" in t:
-                tests[f"t{half}"] = (t[f"t{half}"].shape, (r, r, *t["t1"].shape[2:]))
-    elif algorithm == "lokr":
-        if "w1_a" in t:
-            tests["w1_a"] = (t["w1_a"].shape, (None, t["w1_b"].shape[0]))
-        if "t2" in t:
-            tests["t2"] = (t["t2"].shape[:2], (t["w2_a"].shape[0], t["w2_b"].shape[0]))
-            tests["w2_b"] = (t["w2_b"].shape, (None, None))
-        elif "w2_a" in t:
-            tests["w2_a"] = (t["w2_a"].shape, (None, t["w2_b"].shape[0]))
-    elif algorithm in ("full", "norm"):
-        a, b = ("diff", "diff_b") if algorithm == "full" else ("w_norm", "b_norm")
-        if a in t and b in t:
-            tests[b] = (t[b].shape, (t[a].shape[0],))
-    for slot, (shape, wanted) in tests.items():
-        if len(shape) != len(wanted) or any(w not in (None, s) for s, w in zip(shape, wanted)):
-            spelled = ", ".join("?" if w is None else str(w) for w in wanted)
-            return f"{slot} is {list(t[slot].shape)}, expected ({spelled})"
-    return _magnitude_misfit(module)
+    wrong = traits_of(module.algorithm).misfit(shapes_of(module))
+    return wrong or _magnitude_misfit(module)
 
 
 def _magnitude_misfit(module: ModuleState) -> str:
@@ -335,11 +249,3 @@ def _magnitude_misfit(module: ModuleState) -> str:
     if shape[0] == 1 and fits:
         return ""
     return f"magnitude {list(shape)} fits neither {out} outputs nor the inputs"
-
-
-_NDIM: dict[str, tuple[int, int]] = {
-    "up": (2, 5), "down": (2, 5), "mid": (3, 5), "up_bias": (1, 1), "magnitude": (1, 5),
-    "w1_a": (2, 2), "w1_b": (2, 2), "w2_a": (2, 2), "w2_b": (2, 5), "t1": (3, 5), "t2": (3, 5),
-    "w1": (2, 2), "w2": (2, 5), "u": (2, 2),
-    "diff": (1, 5), "diff_b": (1, 1), "w_norm": (1, 1), "b_norm": (1, 1),
-}  # fmt: skip

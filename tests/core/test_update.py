@@ -136,7 +136,7 @@ def test_weights_scale_deltas_and_only_those() -> None:
         with pytest.raises(ValueRefused, match="no-weight"):
             update.scaled(0.5)
     both = compose([lora, lora]).scaled(2.0)
-    assert isinstance(both, Composition) and [d.scale for d in both.deltas] == [1.0, 1.0]
+    assert isinstance(both, Composition) and [d.scale for d in both.parts] == [1.0, 1.0]
 
 
 def test_two_renorms_are_refused() -> None:

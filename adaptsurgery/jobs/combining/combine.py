@@ -29,6 +29,7 @@ from adaptsurgery.jobs.merging.adapters import Named, repeated, split_weight
 from adaptsurgery.jobs.report import Report, Row
 from adaptsurgery_formats import Format, ModuleState, Note
 from adaptsurgery_formats.errors import InexactError, ShapeError, ValueRefused
+from adaptsurgery_formats.traits import traits_of
 
 
 def combine(
@@ -99,14 +100,14 @@ def _cut(result: Loaded, rank: int | None, notes: list[Note]) -> Loaded:
     for module in result.state.modules:
         if "magnitude" in module.tensors and (module.rank or 0) > rank:
             whole.add("dora")
-        elif module.algorithm in ("loha", "lokr", "full", "hra"):
-            whole.add(module.algorithm)
         elif module.algorithm == "lora" and (module.rank or 0) > rank:
             form = lora_form(module, names, where)
             found = truncate_factors(*form.factors(), rank)
             low = lora_module([module], found.up, found.down, form.shape, module.scale)
             bias = module.tensors.get("up_bias")
             module = low.with_tensors(up_bias=bias) if bias else low
+        elif module.algorithm != "lora" and not traits_of(module.algorithm).vector:
+            whole.add(module.algorithm)
         modules.append(module)
     if whole:
         text = f"modules that are {', '.join(sorted(whole))} alone stay so, whatever the rank"

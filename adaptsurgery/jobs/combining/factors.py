@@ -16,6 +16,7 @@ from adaptsurgery_formats import ModuleState
 from adaptsurgery_formats.errors import ShapeError
 from adaptsurgery_formats.state import ALPHA_OVER_R
 from adaptsurgery_formats.tensors import same_bytes
+from adaptsurgery_formats.traits import traits_of
 
 if TYPE_CHECKING:
     import torch
@@ -62,10 +63,14 @@ def rescaled(module: ModuleState, coefficient: float) -> ModuleState:
     """The same factors at another scale: alpha says it, and a factor the sign."""
     if coefficient == module.scale:
         return module
-    rank = module.rank or 1
-    if coefficient < 0:  # some readers expect no negative alpha
-        slot = next(s for s in ("up", "w1_a", "w1") if s in module.tensors)
+    row, rank = traits_of(module.algorithm), module.rank or 1
+    if coefficient < 0 or not row.scaled:  # some readers expect no negative alpha
+        slot = row.factor_slot(module.tensors)
         tensor = module.tensors[slot]
+        if not row.scaled:
+            return module.with_tensors(
+                **{slot: stored(to_torch(tensor).double() * coefficient, [tensor])}
+            )
         module = module.with_tensors(**{slot: from_torch(-to_torch(tensor))})
     return replace(module, alpha=abs(coefficient) * rank, rank=rank, rule=ALPHA_OVER_R)
 

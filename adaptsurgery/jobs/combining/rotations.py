@@ -11,10 +11,13 @@ from adaptsurgery.jobs import lowrank
 from adaptsurgery.jobs.combining.terms import Term, keys_of
 from adaptsurgery.jobs.steps import stored
 from adaptsurgery_formats import ModuleState
-from adaptsurgery_formats.errors import ShapeError
+from adaptsurgery_formats.errors import InexactError, ShapeError
 
 if TYPE_CHECKING:
     import torch
+
+
+CHAINS = ("hra",)  # the rotations of which several make one
 
 
 def chained(terms: Sequence[Term]) -> ModuleState:
@@ -27,6 +30,12 @@ def chained(terms: Sequence[Term]) -> ModuleState:
     first = modules[0]
     if len(modules) == 1:
         return first
+    if strange := sorted({m.algorithm for m in modules} - {*CHAINS}):
+        raise InexactError(
+            f"`{first.label}`: several of {', '.join(strange)} are not one adapter",
+            next="merge the adapters into the base instead",
+            code="no-sum",
+        )
     sizes = {m.tensors["u"].shape[0] for m in modules}
     if len(sizes) > 1:
         raise ShapeError(f"`{first.label}`: rotations of {sorted(sizes)} inputs do not follow")

@@ -19,14 +19,13 @@ from adaptsurgery.jobs.combining.factors import (
     shape_of,
     shortest,
 )
-from adaptsurgery.jobs.combining.rotations import chained, of_one_hra_form, rotated_apart
+from adaptsurgery.jobs.combining.rotations import CHAINS, chained, of_one_hra_form, rotated_apart
 from adaptsurgery.jobs.combining.terms import (
     BIASES,
     Layer,
     Part,
     Term,
     as_they_are,
-    is_rigid,
     keys_of,
     moves_weight,
     ranks_of,
@@ -47,7 +46,8 @@ from adaptsurgery.jobs.verify import distance as dense_distance
 from adaptsurgery.jobs.verify import identical
 from adaptsurgery_formats import Format, ModuleState, Note
 from adaptsurgery_formats.errors import InexactError, ShapeError, ValueRefused
-from adaptsurgery_formats.state import UNSCALED
+from adaptsurgery_formats.state import UNSCALED, is_rigid
+from adaptsurgery_formats.traits import traits_of
 
 
 class Sum:
@@ -116,8 +116,8 @@ class Sum:
         if as_they_are(terms) and (self.target.name != "peft" or len(terms) == 1):
             return [t.module for t in terms]
         self._check_alone(terms)
-        rotations = [t for t in terms if t.module.algorithm == "hra"]
-        others = [t for t in terms if t.module.algorithm != "hra"]
+        rotations = [t for t in terms if not traits_of(t.module.algorithm).adds]
+        others = [t for t in terms if traits_of(t.module.algorithm).adds]
         if rotations and any(moves_weight(t.module) for t in others):
             lora = self._rotation_as_lora(chained(rotations))
             layer.terms = others = [Term(lora, 1.0), *others]
@@ -136,6 +136,20 @@ class Sum:
                 next="change it first: convert --as lora --base BASE --rank N --allow-lossy",
                 code="dora-sum",
             )
+        for term in terms:
+            row = traits_of(term.module.algorithm)
+            if row.adds or term.module.algorithm in CHAINS:
+                continue
+            if len(moving) > 1 or term.weight != 1.0:
+                raise InexactError(
+                    f"`{term.module.label}`: a {row.title} is no sum, so it has no weight here and "
+                    "nothing adds to it",
+                    where=self.context.state.where,
+                    seen=f"weight {term.weight:g}, on this layer: "
+                    + ", ".join(m.algorithm for m in moving),
+                    next="merge the adapters into the base instead",
+                    code="no-sum",
+                )
 
     def _rotation_as_lora(self, rotation: ModuleState) -> ModuleState:
         if self.context.base is None:

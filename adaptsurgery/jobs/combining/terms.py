@@ -9,7 +9,8 @@ from adaptsurgery.jobs.loading import Loaded
 from adaptsurgery.jobs.lowrank import in_naming
 from adaptsurgery_formats import Format, ModuleState
 from adaptsurgery_formats.errors import ValueRefused
-from adaptsurgery_formats.state import ALPHA_OVER_R
+from adaptsurgery_formats.state import ALPHA_OVER_R, is_rigid
+from adaptsurgery_formats.traits import traits_of
 
 NOTHING = 1e-12  # coefficients that cancel to less than this share of themselves are 0
 BIASES = ("up_bias", "diff_b")
@@ -62,17 +63,13 @@ class Layer:
     summed: list[ModuleState] = field(default_factory=list)
 
 
-def is_rigid(module: ModuleState) -> bool:
-    return module.algorithm == "hra" or "magnitude" in module.tensors
-
-
 def _title(module: ModuleState) -> str:
-    return "a rotation (HRA)" if module.algorithm == "hra" else "a DoRA"
+    return "a DoRA" if "magnitude" in module.tensors else f"a {traits_of(module.algorithm).title}"
 
 
 def moves_weight(module: ModuleState) -> bool:
     """Whether a module changes more than the bias."""
-    return module.algorithm != "full" or "diff" in module.tensors
+    return module.tensors.keys() != {"diff_b"}
 
 
 def without_bias(module: ModuleState) -> ModuleState:

@@ -11,6 +11,7 @@ from adaptsurgery.jobs.combining.terms import Term, keys_of
 from adaptsurgery.jobs.steps import stored
 from adaptsurgery_formats import ModuleState, Tensor
 from adaptsurgery_formats.errors import ShapeError
+from adaptsurgery_formats.traits import traits_of
 
 if TYPE_CHECKING:
     import torch
@@ -18,8 +19,9 @@ if TYPE_CHECKING:
 
 def is_vector(module: ModuleState) -> bool:
     """Whether a module changes a norm's weight (n,): as norm, or as a dense difference of it."""
-    dense = module.algorithm == "full" and "diff" in module.tensors
-    return module.algorithm == "norm" or (dense and len(module.tensors["diff"].shape) == 1)
+    diff = module.tensors.get("diff")
+    row = traits_of(module.algorithm)
+    return row.vector or (row.dense and diff is not None and len(diff.shape) == 1)
 
 
 def sum_of_vectors(terms: Sequence[Term]) -> ModuleState:
@@ -56,8 +58,7 @@ def _zeros_like(tensor: Tensor) -> Tensor:
 
 def zeroed(module: ModuleState) -> ModuleState:
     """The module with a Δ of 0: its first factor, or all that is added, is zeros."""
-    factors = ("up", "w1_a", "w1")
-    first = next((s for s in factors if s in module.tensors), None)
-    slots = [first] if first else list(module.tensors)
+    row = traits_of(module.algorithm)
+    slots = list(module.tensors) if row.dense else [row.factor_slot(module.tensors)]
     slots += ["up_bias"] if "up_bias" in module.tensors else []
     return module.with_tensors(**{slot: _zeros_like(module.tensors[slot]) for slot in slots})

@@ -10,7 +10,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 from dataclasses import dataclass
 
-from adaptsurgery.jobs.extract.options import ALGORITHMS, AUTO, Options
+from adaptsurgery.jobs.extract.options import AUTO, Options, extractable
 from adaptsurgery.jobs.extract.selection import Chosen
 from adaptsurgery_formats import Note
 from adaptsurgery_formats.errors import ValueRefused
@@ -49,7 +49,7 @@ def candidates_of(
             for algorithm in c.algorithms
             for factor in (factors if algorithm == "lokr" else (None,))
         ]
-        rest = [a for a in ALGORITHMS if options.compare and a not in c.algorithms]
+        rest = [a for a in extractable() if options.compare and a not in c.algorithms]
         found[c.label] = (*mine, *(Candidate(a, SAME, 0, compared=True) for a in rest))
     return found
 

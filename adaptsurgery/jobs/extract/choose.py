@@ -18,7 +18,7 @@ from adaptsurgery.jobs.extract.options import DTYPES
 from adaptsurgery.jobs.extract.plan import ExtractPlan, Layer
 from adaptsurgery.jobs.extract.run import METADATA, Place, Results, Runner
 from adaptsurgery.jobs.extract.selection import Dense
-from adaptsurgery_formats import AdapterState, ModuleState
+from adaptsurgery_formats import AdapterState, ModuleState, peft_config
 from adaptsurgery_formats.errors import InexactError, ValueRefused
 from adaptsurgery_formats.reading import texts, typed
 from adaptsurgery_formats.tensors import Tensor
@@ -376,6 +376,6 @@ def _template(state: AdapterState, component: str, whole: list[str]) -> dict[str
         found["modules_to_save"] = whole
     if algorithm == "lora" and any(m.options.get("fan_in_fan_out") for m in modules):
         found |= {"peft_type": "LORA", "target_modules": [], "fan_in_fan_out": True}
-    if biases and algorithm in ("lora", "hra"):
+    if biases and "bias" in peft_config.FIELDS[algorithm]:
         found["bias"] = f"{algorithm}_only"
     return found

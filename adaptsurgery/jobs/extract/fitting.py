@@ -11,20 +11,21 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from adaptsurgery.algorithms import HRA, hra, loha, lokr, lora
+from adaptsurgery.algorithms import HRA, fitter
 from adaptsurgery.checkpoint.bridge import to_torch, torch_dtype
 from adaptsurgery.core.fit import SLACK, Fit, Goal, norm_of
+from adaptsurgery.core.law import unknown_update
 from adaptsurgery.core.update import Delta, Update
 from adaptsurgery.jobs.extract.candidates import SAME, Candidate
-from adaptsurgery.jobs.extract.options import ALGORITHMS, DTYPES, Options
+from adaptsurgery.jobs.extract.options import DTYPES, Options, extractable
 from adaptsurgery.jobs.extract.pairs import Pair
 from adaptsurgery.jobs.extract.plan import Layer
 from adaptsurgery.jobs.updates import modules_of
 from adaptsurgery_formats import ModuleState
 from adaptsurgery_formats.errors import ValueRefused
 from adaptsurgery_formats.tensors import Tensor as LazyTensor
+from adaptsurgery_formats.traits import traits_of
 
-_FITTERS: dict[str, Any] = {"lora": lora, "loha": loha, "lokr": lokr, "hra": hra}
 BLOCK = 1 << 20  # numbers of D held in float64 at a time
 SPECTRUM = 64  # singular values that are told
 CURVE = (0.25, 0.5, 1.0, 2.0)  # of a candidate's parameters
@@ -224,14 +225,15 @@ class _Work:
             own["loader"] = "peft" if self.options.to == "peft" else "lycoris"
         if algorithm == "hra":
             own["whole"] = self.options.to == "peft"
-        fit: Callable[..., Fit] = _FITTERS[algorithm].fit
+        fit: Callable[..., Fit] = fitter(algorithm)
         return fit(self.weights.base, self.weights.tuned, goal, seed=self.seed, **own)
 
     def _stored(self, update: Update) -> Update:
         """The update in the dtype of the file; reflections lose their small angles below float32."""
         if isinstance(update, HRA):
             return HRA(update.u.float(), update.apply_gs)
-        assert isinstance(update, Delta)
+        if not isinstance(update, Delta):
+            raise unknown_update(update, "an extraction")
         dtype = torch_dtype(DTYPES[self.options.dtype])
         stored = update.cast(dtype)
         if not all(bool(t.isfinite().all()) for t in stored.tensors().values()):
@@ -257,8 +259,8 @@ class _Work:
     def curve(self, parameters: int) -> dict[str, list[tuple[int, float]]]:
         """Each algorithm's error at several numbers of parameters."""
         found: dict[str, list[tuple[int, float]]] = {}
-        for algorithm in ALGORITHMS:
-            if algorithm == "hra" and self.layer.kind == "embedding":
+        for algorithm in extractable():
+            if self.layer.kind == "embedding" and not traits_of(algorithm).adds:
                 continue
             points = {
                 p for share in CURVE if (p := self._point(algorithm, int(share * parameters)))

@@ -5,12 +5,17 @@ from __future__ import annotations
 from collections.abc import Mapping
 from dataclasses import dataclass, field
 
+from adaptsurgery_formats import FORMATS, WRITABLE, ModuleState
 from adaptsurgery_formats.errors import InexactError, LayoutError, ValueRefused, nearest
+from adaptsurgery_formats.traits import named
 
-ALGORITHMS = ("lora", "loha", "lokr", "hra")
-TARGETS = ("peft", "lycoris", "kohya")
 DTYPES = {"fp32": "F32", "bf16": "BF16", "fp16": "F16"}
 AUTO = "auto"
+
+
+def extractable() -> tuple[str, ...]:
+    """The algorithms that can be fitted to a difference."""
+    return named(lambda row: row.extracts)
 
 
 @dataclass(frozen=True)
@@ -49,8 +54,8 @@ class Options:
 def check_options(options: Options) -> None:
     """Refuse options that have no meaning, or no effect."""
     for name, value, known in (
-        ("algorithm", options.algorithm, (*ALGORITHMS, AUTO)),
-        ("to", options.to, TARGETS),
+        ("algorithm", options.algorithm, (*extractable(), AUTO)),
+        ("to", options.to, WRITABLE),
         ("dtype", options.dtype, tuple(DTYPES)),
     ):
         if value not in known:
@@ -59,13 +64,26 @@ def check_options(options: Options) -> None:
                 next=nearest(value, known) or f"one of {', '.join(known)}",
                 code="no-such-option",
             )
-    if options.algorithm == "hra" and options.to != "peft":
-        raise InexactError(
-            "LyCORIS and kohya have no Householder adapter",
-            next="--to peft, or --algorithm lora",
-            code="no-hra",
-        )
+    _refuse_unheld(options)
     _refuse_idle(options)
+
+
+def _refuse_unheld(options: Options) -> None:
+    """Refuse a target that has no module of the algorithm at all."""
+    if options.algorithm == AUTO:
+        return
+    unheld = FORMATS[options.to].holds(ModuleState("", options.algorithm, {}), None)
+    if unheld is not None:
+        holders = [
+            name
+            for name in WRITABLE
+            if FORMATS[name].holds(ModuleState("", options.algorithm, {}), None) is None
+        ]
+        raise InexactError(
+            unheld.what,
+            next=" or ".join([*(f"--to {name}" for name in holders), "--algorithm lora"]),
+            code=unheld.code,
+        )
 
 
 def _refuse_idle(options: Options) -> None:

@@ -13,6 +13,7 @@ from adaptsurgery.checkpoint import system
 from adaptsurgery.checkpoint.atomic import check_output, output
 from adaptsurgery.jobs.report import Report
 from adaptsurgery_formats.errors import FileError, LayoutError
+from adaptsurgery_formats.traits import title_of
 
 Told = dict[str, Any]
 HARDEST = 15
@@ -71,7 +72,7 @@ def page(report: Report) -> str:
 
 
 def _cards(facts: Told) -> str:
-    algorithms = " + ".join(_NAMES.get(a, a) for a in facts["algorithms"]) or "–"
+    algorithms = " + ".join(title_of(a) for a in facts["algorithms"]) or "–"
     ranks = facts["ranks"]
     rank = f"{ranks[0]}" if len(ranks) == 1 else f"{ranks[0]}–{ranks[-1]}" if ranks else "–"
     shown = [
@@ -156,7 +157,7 @@ def _hardest(layers: Sequence[Told], facts: Told) -> str:
 
 
 def _cells(row: Told) -> list[str]:
-    algorithm = _NAMES.get(str(row["algorithm"]), "")
+    algorithm = title_of(str(row["algorithm"])) if row["algorithm"] else ""
     algorithm += f" {row['factor']}" if row.get("factor") is not None else ""
     shape = "×".join(map(str, row["shape"]))
     return [
@@ -170,7 +171,7 @@ def _elsewhere(facts: Told) -> str:
     parts = []
     if len(facts["by_algorithm"]) > 1:
         rows = [
-            [_NAMES.get(n, n), f"{int(t['parameters']):,}", f"{t['error']:.3g}", f"{1 - t['error'] ** 2:.1%}"]
+            [title_of(n), f"{int(t['parameters']):,}", f"{t['error']:.3g}", f"{1 - t['error'] ** 2:.1%}"]
             for n, t in sorted(facts["by_algorithm"].items(), key=lambda item: item[1]["error"])
         ]  # fmt: skip
         table = _table(("algorithm", "parameters", "error", "energy"), rows)
@@ -219,7 +220,6 @@ def _size(count: int) -> str:
     return f"{value:.3g} {units[0]}"
 
 
-_NAMES: dict[str, str] = {"lora": "LoRA", "loha": "LoHa", "lokr": "LoKr", "hra": "HRA"}
 _STYLE = """
 :root { color-scheme: light dark; --ink: #1b1f24; --soft: #5b6470; --line: #d8dde3; --paper: #fff;
   --card: #f5f7f9; --warn: #b45309; }

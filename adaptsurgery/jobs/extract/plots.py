@@ -11,11 +11,12 @@ from matplotlib.axes import Axes
 from matplotlib.backends.backend_svg import FigureCanvasSVG
 from matplotlib.figure import Figure
 
+from adaptsurgery_formats.traits import TRAITS, title_of
+
 Told = dict[str, Any]
 INK = "#010203"  # becomes currentColor
 # Told apart by lightness too, and readable on white and on near-black.
 COLOURS = ("#3b82f6", "#f97316", "#10b981", "#a855f7", "#eab308", "#ef4444", "#14b8a6", "#ec4899")
-NAMES = {"lora": "LoRA", "loha": "LoHa", "lokr": "LoKr", "hra": "HRA"}
 _STYLE: Any = {
     "svg.fonttype": "none", "font.size": 9.5, "axes.spines.top": False, "axes.spines.right": False,
     "text.color": INK, "axes.labelcolor": INK, "axes.edgecolor": INK, "xtick.color": INK,
@@ -96,7 +97,7 @@ def curves(layers: Sequence[Told]) -> str:
         figure, axes = _row_of(len(layers), 3.0)
         for axis, row in zip(axes, layers):
             for name, points in row["curve"].items():
-                style: Told = {"color": _colour(name), "label": NAMES[name], "markersize": 4.0}
+                style: Told = {"color": _colour(name), "label": title_of(name), "markersize": 4.0}
                 axis.plot(*zip(*points), "o-", linewidth=1.4, **style)
             axis.plot([row["parameters"]], [row["error"]], "o", markersize=10, fillstyle="none",
                       color=INK, label="taken")  # fmt: skip
@@ -110,7 +111,7 @@ def curves(layers: Sequence[Told]) -> str:
 
 
 def _colour(algorithm: str) -> str:
-    return COLOURS[list(NAMES).index(algorithm)]
+    return COLOURS[list(TRAITS).index(algorithm) % len(COLOURS)]
 
 
 def _count(number: float) -> str:

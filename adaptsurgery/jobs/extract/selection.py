@@ -21,9 +21,9 @@ from dataclasses import dataclass, field
 
 from adaptsurgery.checkpoint.base import Base
 from adaptsurgery.jobs.extract.kinds import LAYERS, Kind, kind_of
-from adaptsurgery.jobs.extract.options import ALGORITHMS, AUTO, Options
+from adaptsurgery.jobs.extract.options import AUTO, Options, extractable
 from adaptsurgery.jobs.extract.pairs import Pair, Paired
-from adaptsurgery_formats import Note
+from adaptsurgery_formats import FORMATS, ModuleState, Note
 from adaptsurgery_formats.errors import InexactError, NameLookupError, nearest
 from adaptsurgery_formats.patterns import Matcher
 from adaptsurgery_formats.reading import texts, typed
@@ -120,7 +120,7 @@ def _kind(pair: Pair, base: Base, tuned: Base) -> Kind:
 
 
 def _wanted(options: Options) -> tuple[str, ...]:
-    return ALGORITHMS if options.algorithm == AUTO else (options.algorithm,)
+    return extractable() if options.algorithm == AUTO else (options.algorithm,)
 
 
 def _tied(kinds: Sequence[tuple[Pair, Kind]], tuned: Base) -> Iterator[Pair]:
@@ -196,20 +196,15 @@ class _Picked:
 
 def unheld(to: str, algorithm: str, kind: Kind, pair: Pair) -> str:
     """Why a target's layout has no such module, or an empty string."""
-    name, shape = kind.name, pair.base.shape
-    if name == "embedding" and (algorithm != "lora" or to != "peft"):
-        return "an adapter of an embedding is PEFT's LoRA alone"
-    if to != "peft":
-        return "no Householder adapter there" if algorithm == "hra" else ""
-    if algorithm != "lora" and kind.turned:
-        return f"PEFT has no {algorithm} on transformers' Conv1D"
-    if algorithm in ("loha", "lokr") and name == "conv3d":
-        return f"PEFT has no {algorithm} on Conv3d"
-    if algorithm == "hra" and name in ("conv1d", "conv3d"):
-        return "PEFT's HRA takes Linear and Conv2d only"
-    if algorithm == "hra" and name == "conv2d" and shape[2] != shape[3]:
-        return "PEFT's HRA takes square kernels only"
-    return ""
+    module = ModuleState(
+        kind.path,
+        algorithm,
+        {},
+        kind="embedding" if kind.name == "embedding" else "",
+        options={"fan_in_fan_out": True} if kind.turned and kind.name != "embedding" else {},
+    )
+    said = FORMATS[to].holds(module, pair.base.shape)
+    return "" if said is None else said.what
 
 
 def _leave_out_unheld(found: Selection, options: Options, tuned: Base) -> None:

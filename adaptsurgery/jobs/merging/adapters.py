@@ -13,6 +13,8 @@ from adaptsurgery.jobs.merging.matched import Matched
 from adaptsurgery.jobs.merging.plan import AdapterInput, adapter_input
 from adaptsurgery_formats import AdapterState, Note
 from adaptsurgery_formats.errors import InexactError, ValueRefused
+from adaptsurgery_formats.state import is_rigid
+from adaptsurgery_formats.traits import traits_of
 
 Named = str | os.PathLike[str] | tuple[str | os.PathLike[str], float]
 
@@ -84,7 +86,7 @@ def _number(value: object, where: str) -> float:
 def _check_weight(state: AdapterState, weight: float) -> None:
     if weight == 1.0:
         return
-    whole = next((m.label for m in state.modules if _is_whole(m.algorithm, m.tensors)), "")
+    whole = next((m.label for m in state.modules if is_rigid(m)), "")
     if whole:
         raise _no_weight(state, weight, f"`{whole}` does not add")
 
@@ -96,11 +98,6 @@ def _no_weight(state: AdapterState, weight: float, why: str) -> ValueRefused:
         next="use weight 1",
         code="no-weight",
     )
-
-
-def _is_whole(algorithm: str, tensors: Iterable[str]) -> bool:
-    """Whether an update is a rotation or renews norms."""
-    return algorithm == "hra" or "magnitude" in tensors
 
 
 def _check_kronecker(state: AdapterState) -> None:
@@ -118,6 +115,9 @@ def _check_inverse(state: AdapterState) -> None:
     dora = next((m.label for m in state.modules if "magnitude" in m.tensors), "")
     if dora:
         raise _no_inverse(state, f"`{dora}` replaced a norm")
+    lost = next((m.label for m in state.modules if not traits_of(m.algorithm).reversible), "")
+    if lost:
+        raise _no_inverse(state, f"`{lost}` has no inverse")
 
 
 def _no_inverse(state: AdapterState, why: str) -> InexactError:

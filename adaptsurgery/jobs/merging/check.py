@@ -160,20 +160,16 @@ def _source(edit: TensorEdit, plan: MergePlan, states: list[AdapterState]) -> Te
 def expected(
     edit: TensorEdit, source: Tensor, plan: MergePlan, states: list[AdapterState]
 ) -> torch.Tensor:
-    """The tensor in float64 after all changes, by the law: rotations, deltas, renorms."""
-    from adaptsurgery.core.update import Delta, Renorm, Rotation
+    """The tensor in float64 after all changes, in the law's order."""
+    from adaptsurgery.core.law import order_of
 
     out = to_torch(source).double()
     if edit.scale is not None:
         _scale(out, edit.scale, plan)
     ready = [(c, _update(c, plan, states)) for c in edit.changes]
-    kinds: tuple[type[Update], ...] = (Rotation, Delta, Renorm)
-    if plan.options.inverse:
-        kinds, ready = kinds[::-1], ready[::-1]
-    for kind in kinds:
-        for change, update in ready:
-            if isinstance(update, kind):
-                _apply(out, change, update, plan.options.inverse)
+    ready.sort(key=lambda one: order_of(one[1]))
+    for change, update in reversed(ready) if plan.options.inverse else ready:
+        _apply(out, change, update, plan.options.inverse)
     return out
 
 
@@ -214,11 +210,13 @@ def _apply(out: torch.Tensor, change: Change, update: Update, inverse: bool) -> 
 
 
 def _bias(rows: torch.Tensor, change: Change, update: Update, inverse: bool) -> torch.Tensor:
-    zero = rows.new_zeros(change.shape[0])
-    shift = update.fold_bias(zero)
-    assert shift is not None
-    part = shift[change.first : change.first + change.rows]
-    return rows - part if inverse else rows + part
+    """One update on its rows of a bias."""
+    full = rows.new_zeros(change.shape[int(change.turned)])
+    span = slice(change.first, change.first + change.rows)
+    full[span] = rows
+    done = update.unfold_bias(full) if inverse else update.fold_bias(full)
+    assert done is not None
+    return done[span]
 
 
 def _verdict(rows: list[Row], plan: MergePlan, merged: Path) -> Report:

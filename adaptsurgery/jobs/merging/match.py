@@ -300,8 +300,8 @@ class _Matcher:
         for hit in hits:
             if hit.site.part >= 0:
                 known = told.setdefault((hit.component, hit.site.pieces[0].name), {})
-                if hit.module.algorithm != "hra":
-                    known[hit.site.part] = delta_shape(hit.module)[0]
+                if outputs := delta_shape(hit.module)[0]:
+                    known[hit.site.part] = outputs
         return {
             (component, name): cut_of(self.base, component, name, known)
             for (component, name), known in told.items()

@@ -25,6 +25,7 @@ from adaptsurgery.jobs.merging.run import (
 )
 from adaptsurgery.jobs.report import Report, Row
 from adaptsurgery_formats import AdapterState, Note
+from adaptsurgery_formats.traits import traits_of
 
 # The unit of rounding, 2^-(p-1), of what weights are stored in.
 EPS = {"F64": 2.0**-52, "F32": 2.0**-23, "F16": 2.0**-10, "BF16": 2.0**-7}
@@ -254,7 +255,11 @@ def _tell_rounding(
     """
     merged = max((EPS[t.stored] for t in plan.edited), default=0.0) / 2
     now = max((EPS[t.dtype] for t in plan.edited), default=0.0) / 2
-    turned = any("hra" in _algorithms(plan, states, t.changes) for t in plan.edited)
+    turned = any(
+        traits_of(algorithm).turns
+        for edit in plan.edited
+        for algorithm in _algorithms(plan, states, edit.changes)
+    )
     report.facts["rounding"] = {"merged": merged, "now": now, "of": "row" if turned else "element"}
     whole = "the norm of its row" if turned else "its size"
     text = (

@@ -361,7 +361,8 @@ def _index(plan: MergePlan, component: str, old: Path) -> dict[str, Any]:
     jobs = [j for j in plan.jobs if j.component == component]
     metadata: dict[str, Any] = {}
     if old.is_file():
-        metadata = dict(typed(read_json(old), "metadata", dict) or {})
+        index = read_json(old)
+        metadata = dict(typed(index, "metadata", dict) or {}) if index.get("metadata") else {}
     metadata["total_size"] = sum(job.nbytes for job in jobs)
     if "total_parameters" in metadata:
         tensors = [t for job in jobs for t in job.tensors]

@@ -30,6 +30,7 @@ from adaptsurgery.jobs.report import Report, Row
 from adaptsurgery.jobs.verify import verify
 from adaptsurgery_formats.errors import FileError, SurgeryError
 from adaptsurgery_formats.tensors import same_bytes
+from adaptsurgery_formats.traits import named, title_of
 
 AGREE = 1e-4  # of the adapter's own effect on the output, up to which two forms of it agree
 MODEL = "model.safetensors"
@@ -273,7 +274,7 @@ def extraction(work: Work) -> None:
     losses = [tiny.measured(m, tiny.unseen_code(), {}) for m in (model, tuned)]
     work.tell(f"  {TUNED}: {losses[0]:.2f} → {losses[1]:.2f} bits per byte")
     found = []
-    for algorithm in ("lora", "loha", "lokr", "hra"):
+    for algorithm in named(lambda row: row.extracts):
         out = f"extracted-{algorithm}"
         words = ["extract", MODEL, TUNED, "-o", out, "--algorithm", algorithm]
         words += ["--budget", str(extracting.BUDGET)]
@@ -380,7 +381,7 @@ def _modules(work: Work, name: str) -> list[Any]:
 
 
 def _title(made: Made) -> str:
-    return {"lora": "LoRA", "loha": "LoHa", "lokr": "LoKr", "hra": "HRA"}[made.name]
+    return title_of(made.name)
 
 
 # -- The end ---------------------------------------------------------------------------------------

@@ -32,22 +32,14 @@ from adaptsurgery_formats.state import (
     ZERO_ALPHA,
     ModuleState,
     delta_shape,
-    lokr_shapes,
     magnitude_axis,
+    options_of,
+    shapes_of,
 )
 from adaptsurgery_formats.tensors import Part, Tensor, bytes_of, concat_rows, same_bytes
+from adaptsurgery_formats.traits import traits_of
 
 AS_LORA = "pass `--as lora`: a LoRA can be cut and stacked anywhere"
-
-# The slots whose first dimension is the output rows, or for LoKr's w1 every b-th of them.
-_ROW_SLOTS: dict[str, tuple[str, ...]] = {
-    "lora": ("up", "up_bias", "magnitude"),
-    "loha": ("w1_a", "w2_a", "magnitude"),
-    "lokr": ("w1", "w1_a", "magnitude"),
-    "hra": (),
-    "full": ("diff", "diff_b"),
-    "norm": ("w_norm", "b_norm"),
-}
 
 
 def to_diffusers(module: ModuleState, component: Component) -> list[ModuleState]:
@@ -145,14 +137,12 @@ def _places(segments: Sequence[Segment]) -> dict[str, list[tuple[int, int, int]]
 
 def _unit(module: ModuleState, slot: str) -> int:
     """How many rows of ΔW one row of a row slot stands for: b for LoKr's w1, else 1."""
-    if module.algorithm == "lokr" and slot != "magnitude":
-        return lokr_shapes(module)[0][1]
-    return 1
+    return 1 if slot == "magnitude" else traits_of(module.algorithm).unit(shapes_of(module))
 
 
 def _row_slots(module: ModuleState) -> list[str]:
     """The slots that are cut with the output rows; a DoRA norm per input is not one."""
-    slots = [s for s in _ROW_SLOTS[module.algorithm] if s in module.tensors]
+    slots = [s for s in traits_of(module.algorithm).rows if s in module.tensors]
     if "magnitude" in slots and magnitude_axis(module) == "in":
         slots.remove("magnitude")
     return slots
@@ -170,7 +160,7 @@ def _taken(module: ModuleState, places: Sequence[tuple[int, int, int]]) -> dict[
 
 def _check_rows(module: ModuleState, wanted: int) -> None:
     rows = delta_shape(module)[0]
-    if module.algorithm != "hra" and rows != wanted:
+    if rows not in (0, wanted):
         raise ShapeError(
             f"`{module.label}` has {rows} output rows, but {wanted} are expected",
             seen=", ".join(f"{s} {list(t.shape)}" for s, t in module.tensors.items()),
@@ -195,8 +185,9 @@ def _check_cuttable(module: ModuleState, segments: Sequence[Segment]) -> None:
 
 def _check_rowwise(module: ModuleState, segments: Sequence[Segment]) -> None:
     """Refuse what is not said row by row: a tucker LoHa, a DoRA norm per input of several parts."""
-    if module.algorithm == "loha" and module.tucker:
-        raise _mixed(module, segments, "a tucker LoHa holds its rows as columns")
+    row = traits_of(module.algorithm)
+    if row.transposes_core and module.tucker:
+        raise _mixed(module, segments, f"a tucker {row.title} holds its rows as columns")
     per_input = "magnitude" in module.tensors and "magnitude" not in _row_slots(module)
     if per_input and len({s.path for s in segments}) > 1:
         raise _mixed(module, segments, "its DoRA norm is taken per input, over all rows at once")
@@ -248,7 +239,7 @@ def _check_alike(present: Sequence[ModuleState], segments: Sequence[Segment]) ->
     algorithms = sorted({p.algorithm for p in present})
     if len(algorithms) > 1:
         raise _mixed(first, segments, f"its parts are {' and '.join(algorithms)}")
-    for slot in _ROW_SLOTS[first.algorithm]:
+    for slot in traits_of(first.algorithm).rows:
         stored = [p.tensors[slot] for p in present if slot in p.tensors]
         kinds = sorted({f"{t.dtype} of {len(t.shape)} dimensions" for t in stored})
         if len(kinds) > 1:
@@ -263,8 +254,9 @@ def _check_alike(present: Sequence[ModuleState], segments: Sequence[Segment]) ->
     for part in present:
         _check_rowwise(part, segments)
     count = len({s.path for s in segments})
-    if first.algorithm == "hra" and len(present) < count:
-        raise _mixed(first, segments, "HRA rotates all rows of a layer, or none")
+    row = traits_of(first.algorithm)
+    if not row.partial and len(present) < count:
+        raise _mixed(first, segments, f"{row.title} changes all rows of a layer, or none")
     normed = sum("magnitude" in part.tensors for part in present)
     if normed and normed < count:
         raise _mixed(first, segments, f"{normed} of the {count} have a DoRA magnitude")
@@ -277,7 +269,7 @@ def same_scale(modules: Sequence[ModuleState]) -> bool:
 
 def _equal_scales(module: ModuleState) -> str:
     """How parts of different scales can be fused; the jobs do it for LoRA and LoHa unasked."""
-    slot = {"lora": "up", "loha": "w1_a"}.get(module.algorithm)
+    slot = traits_of(module.algorithm).level_slot
     fold = f"multiply the scales' ratios into {slot}" if slot else "give them equal alpha/rank"
     return f"{fold}, or {AS_LORA}"
 
@@ -320,7 +312,7 @@ def _same_right(a: ModuleState, b: ModuleState) -> bool:
     """Whether two parts share every tensor that is not cut by rows."""
     left, right = _right(a), _right(b)
     return (
-        a.options.get("apply_gs") == b.options.get("apply_gs")
+        options_of(a) == options_of(b)
         and left.keys() == right.keys()
         and all(left[s].shape == right[s].shape and same_bytes(left[s], right[s]) for s in left)
     )

@@ -257,6 +257,8 @@ def _read_file(path: Path, config: dict[str, Any] | None) -> AdapterFile:
 def read_config(path: Path) -> dict[str, Any]:
     """An adapter_config.json as an object; raises FileError for anything else."""
     try:
+        if path.stat().st_size > MAX_CONFIG:
+            raise FileError("it is too large for a config", where=str(path), code="bad-config")
         return parsed_config(system.read_file(path, MAX_CONFIG), str(path))
     except OSError as error:
         raise FileError(f"it cannot be read: {error.strerror}", where=str(path)) from None

@@ -102,8 +102,12 @@ def write_adapter(
     dry_run: bool = False,
     hashes: bool = True,
     progress: Progress | None = None,
+    others: Sequence[AnyPath] = (),
 ) -> Report:
-    """A loaded adapter in a layout, after a change of its algorithm if one is asked for."""
+    """A loaded adapter in a layout, after a change of its algorithm if one is asked for.
+
+    ``others`` are what it was made of besides: nobody may read the output who may not read them all.
+    """
     target = writable(to)
     assert target.spell is not None
     keep_apart(loaded.paths, [out], guard=_guard(target))
@@ -119,8 +123,11 @@ def write_adapter(
     report = _report(loaded, state, rows, target, files)
     check_watched(loaded.watched)
     if not dry_run:
+        inputs = [*loaded.inputs, *others]
         landing = partial(check_watched, loaded.watched)
-        report.outputs = _write(files, out, target, overwrite, hashes, progress, nonfinite, landing)
+        report.outputs = _write(
+            files, out, target, overwrite, hashes, progress, inputs, nonfinite, landing
+        )
         report.notes += nonfinite.notes(str(out))
     return report
 
@@ -274,6 +281,7 @@ def _write(
     overwrite: bool,
     hashes: bool,
     progress: Progress | None,
+    inputs: Sequence[AnyPath],
     nonfinite: Nonfinite,
     landing: Callable[[], object],
 ) -> list[str]:
@@ -289,7 +297,7 @@ def _write(
 
     folder = target.name == "peft"
     with output(
-        out, overwrite=overwrite, directory=folder, replaceable=_OURS, needed=total
+        out, overwrite=overwrite, directory=folder, replaceable=_OURS, needed=total, inputs=inputs
     ) as place:
         for file in files:
             at = place / file.component / WEIGHTS if folder else place

@@ -10,7 +10,7 @@ from adaptsurgery.cli import output
 from adaptsurgery.cli.options import ALLOW_NONFINITE, TARGETS, Extractable
 
 if TYPE_CHECKING:
-    from adaptsurgery.jobs.report import Report
+    from adaptsurgery.adapters.report import Report
 
 INTERRUPTED = 130
 

@@ -12,7 +12,7 @@ import click
 from adaptsurgery.cli import options, output
 
 if TYPE_CHECKING:
-    from adaptsurgery.jobs.report import Report
+    from adaptsurgery.adapters.report import Report
 
 INTERRUPTED = 130
 _F = TypeVar("_F", bound=Callable[..., Any])

@@ -9,6 +9,11 @@ from dataclasses import replace
 from functools import partial
 from pathlib import Path
 
+from adaptsurgery.adapters.loading import CONFIG, WEIGHTS, AnyPath, Loaded, format_named, load_state
+from adaptsurgery.adapters.renaming import names_for, renamed
+from adaptsurgery.adapters.report import Report, Row
+from adaptsurgery.adapters.rewritings import carry_out
+from adaptsurgery.adapters.updates import nonfinite_allowed
 from adaptsurgery.checkpoint import system
 from adaptsurgery.checkpoint.atomic import check_output, output
 from adaptsurgery.checkpoint.finite import Nonfinite
@@ -16,11 +21,6 @@ from adaptsurgery.checkpoint.watched import check_watched
 from adaptsurgery.checkpoint.writer import layout, order, write_safetensors
 from adaptsurgery.jobs.apart import Guard, keep_apart
 from adaptsurgery.jobs.change import EXACT, as_lora
-from adaptsurgery.jobs.loading import CONFIG, WEIGHTS, AnyPath, Loaded, format_named, load_state
-from adaptsurgery.jobs.renaming import names_for, renamed
-from adaptsurgery.jobs.report import Report, Row
-from adaptsurgery.jobs.steps import carry_out
-from adaptsurgery.jobs.updates import nonfinite_allowed
 from adaptsurgery.jobs.values import check_whole
 from adaptsurgery.jobs.verify import NO_NUMBER, VerificationError, compare, verdict
 from adaptsurgery_formats import WRITABLE, AdapterFile, AdapterState, Format

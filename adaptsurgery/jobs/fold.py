@@ -17,6 +17,8 @@ from typing import cast
 import torch
 from torch import Tensor, nn
 
+from adaptsurgery.adapters.adapter import Adapter, load
+from adaptsurgery.adapters.report import Report, Row
 from adaptsurgery.algorithms.full import Norm
 from adaptsurgery.checkpoint.bridge import to_torch
 from adaptsurgery.checkpoint.pool import about, run
@@ -32,8 +34,6 @@ from adaptsurgery.core.blocks import (
 )
 from adaptsurgery.core.geometry import Layer
 from adaptsurgery.core.update import Update, parts_of
-from adaptsurgery.jobs.adapter import Adapter, load
-from adaptsurgery.jobs.report import Report, Row
 from adaptsurgery.jobs.values import check_whole
 from adaptsurgery_formats import Note
 from adaptsurgery_formats.errors import (

@@ -9,9 +9,9 @@ from collections.abc import Iterable
 from dataclasses import dataclass, field, replace
 from typing import Any
 
+from adaptsurgery.adapters.loading import Loaded, load_state
+from adaptsurgery.adapters.renaming import Levelled, fold_step, names_for, renamed
 from adaptsurgery.checkpoint.watched import unchanged
-from adaptsurgery.jobs.loading import Loaded, load_state
-from adaptsurgery.jobs.renaming import Levelled, fold_step, names_for, renamed
 from adaptsurgery_formats import FORMATS, WRITABLE, AdapterFile, AdapterState, Format, ModuleState
 from adaptsurgery_formats.errors import SurgeryError
 from adaptsurgery_formats.metadata import HASH_KEYS, sshs_hashes

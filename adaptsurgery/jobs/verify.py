@@ -8,20 +8,20 @@ from collections.abc import Callable, Iterator
 from dataclasses import replace
 from typing import TYPE_CHECKING
 
-from adaptsurgery.checkpoint.bridge import to_torch
-from adaptsurgery.checkpoint.finite import count_nonfinite
-from adaptsurgery.checkpoint.watched import unchanged
-from adaptsurgery.jobs.change import EXACT
-from adaptsurgery.jobs.loading import Loaded, load_state
-from adaptsurgery.jobs.renaming import comparable, uncut
-from adaptsurgery.jobs.report import Report, Row
-from adaptsurgery.jobs.updates import (
+from adaptsurgery.adapters.loading import Loaded, load_state
+from adaptsurgery.adapters.renaming import comparable, uncut
+from adaptsurgery.adapters.report import Report, Row
+from adaptsurgery.adapters.updates import (
     base_weight,
     check_finite,
     is_nonfinite_allowed,
     nonfinite_of,
     update_of,
 )
+from adaptsurgery.checkpoint.bridge import to_torch
+from adaptsurgery.checkpoint.finite import count_nonfinite
+from adaptsurgery.checkpoint.watched import unchanged
+from adaptsurgery.jobs.change import EXACT
 from adaptsurgery_formats import AdapterState, ModuleState
 from adaptsurgery_formats.errors import LayoutError, NameLookupError, SurgeryError
 from adaptsurgery_formats.state import options_of

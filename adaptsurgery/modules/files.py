@@ -17,6 +17,8 @@ from pathlib import Path
 import torch
 from torch import Tensor, nn
 
+from adaptsurgery.adapters.adapter import load, parts
+from adaptsurgery.adapters.report import Report
 from adaptsurgery.checkpoint import system
 from adaptsurgery.checkpoint.atomic import output
 from adaptsurgery.checkpoint.bridge import from_torch, to_torch
@@ -27,8 +29,6 @@ from adaptsurgery.checkpoint.watched import unchanged
 from adaptsurgery.checkpoint.writer import write_safetensors
 from adaptsurgery.core.config import FILE, AdapterConfig
 from adaptsurgery.core.update import is_finite
-from adaptsurgery.jobs.adapter import load, parts
-from adaptsurgery.jobs.report import Report
 from adaptsurgery.modules import slots
 from adaptsurgery.modules.layer import AdaptedLayer
 from adaptsurgery.modules.model import AdaptedModel

@@ -10,6 +10,8 @@ from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
+from adaptsurgery.adapters.loading import Loaded
+from adaptsurgery.adapters.report import Report
 from adaptsurgery.checkpoint import atomic, locks, privacy, system
 from adaptsurgery.checkpoint.atomic import check_output
 from adaptsurgery.checkpoint.base import Base
@@ -22,9 +24,7 @@ from adaptsurgery.jobs.extract.pairs import pair_up
 from adaptsurgery.jobs.extract.plan import ExtractPlan, build_plan
 from adaptsurgery.jobs.extract.run import Place, Progress, Runner, check, made, results
 from adaptsurgery.jobs.inputs import check_part, open_base, refuse_pickles
-from adaptsurgery.jobs.loading import Loaded
 from adaptsurgery.jobs.partial import GoneError
-from adaptsurgery.jobs.report import Report
 from adaptsurgery.jobs.values import check_whole
 from adaptsurgery_formats import Note
 from adaptsurgery_formats.errors import FileError, SurgeryError, ValueRefused

@@ -11,16 +11,16 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from adaptsurgery.adapters.updates import modules_of
 from adaptsurgery.algorithms import HRA, fitter
 from adaptsurgery.checkpoint.bridge import to_torch, torch_dtype
-from adaptsurgery.core.fit import SLACK, Fit, Goal, norm_of
 from adaptsurgery.core.law import unknown_update
 from adaptsurgery.core.update import Delta, Update
 from adaptsurgery.jobs.extract.candidates import SAME, Candidate
 from adaptsurgery.jobs.extract.options import DTYPES, Options, extractable
 from adaptsurgery.jobs.extract.pairs import Pair
 from adaptsurgery.jobs.extract.plan import Layer
-from adaptsurgery.jobs.updates import modules_of
+from adaptsurgery.nearest.goal import SLACK, Fit, Goal, norm_of
 from adaptsurgery_formats import ModuleState
 from adaptsurgery_formats.errors import ValueRefused
 from adaptsurgery_formats.tensors import Tensor as LazyTensor

@@ -61,7 +61,7 @@ class Place(Partial):
 
 def made(plan: ExtractPlan, out: Path) -> bool:
     """Whether the output says that it is this plan's."""
-    from adaptsurgery.jobs.loading import WEIGHTS
+    from adaptsurgery.adapters.loading import WEIGHTS
 
     files = [out] if out.is_file() else sorted(out.glob(f"**/{WEIGHTS}"))
     try:

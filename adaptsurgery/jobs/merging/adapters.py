@@ -7,8 +7,8 @@ from collections import Counter
 from collections.abc import Iterable, Sequence
 from pathlib import Path
 
+from adaptsurgery.adapters.loading import check_values, parse_files, read_files
 from adaptsurgery.checkpoint.hub import resolve
-from adaptsurgery.jobs.loading import check_values, parse_files, read_files
 from adaptsurgery.jobs.merging.matched import Matched
 from adaptsurgery.jobs.merging.plan import AdapterInput, adapter_input
 from adaptsurgery.jobs.values import read_number

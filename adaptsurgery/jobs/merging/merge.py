@@ -8,6 +8,7 @@ from collections import Counter
 from collections.abc import Iterable, Sequence
 from pathlib import Path
 
+from adaptsurgery.adapters.report import Report, Row
 from adaptsurgery.checkpoint.finite import Nonfinite
 from adaptsurgery.checkpoint.hub import resolve
 from adaptsurgery.checkpoint.system import local_path
@@ -26,7 +27,6 @@ from adaptsurgery.jobs.merging.run import (
     check_plan,
     run_plan,
 )
-from adaptsurgery.jobs.report import Report, Row
 from adaptsurgery.jobs.values import check_whole
 from adaptsurgery_formats import AdapterState, Note
 from adaptsurgery_formats.traits import traits_of

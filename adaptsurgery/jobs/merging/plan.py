@@ -17,10 +17,10 @@ from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
+from adaptsurgery.adapters.loading import CONFIG, read_files
 from adaptsurgery.checkpoint import system
 from adaptsurgery.checkpoint.base import PICKLES, Base, BaseFile
 from adaptsurgery.jobs.inputs import Input, base_input, beside_input, refuse_pickles
-from adaptsurgery.jobs.loading import CONFIG, read_files
 from adaptsurgery.jobs.merging.configs import config_changes
 from adaptsurgery.jobs.merging.copies import Beside, look_beside, refused_links
 from adaptsurgery.jobs.merging.matched import Change, Matched, Saved, Target

@@ -8,9 +8,7 @@ from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from adaptsurgery.checkpoint.watched import check_watched, watching
-from adaptsurgery.jobs.convert import write_adapter
-from adaptsurgery.jobs.loading import (
+from adaptsurgery.adapters.loading import (
     AnyBase,
     AnyPath,
     Loaded,
@@ -19,8 +17,10 @@ from adaptsurgery.jobs.loading import (
     parse_files,
     read_files,
 )
-from adaptsurgery.jobs.report import Report
-from adaptsurgery.jobs.updates import modules_of, update_of
+from adaptsurgery.adapters.report import Report
+from adaptsurgery.adapters.updates import modules_of, update_of
+from adaptsurgery.checkpoint.watched import check_watched, watching
+from adaptsurgery.jobs.convert import write_adapter
 from adaptsurgery_formats import AdapterState, ModuleState, Note
 from adaptsurgery_formats.errors import NameLookupError, nearest
 from adaptsurgery_formats.names import Names

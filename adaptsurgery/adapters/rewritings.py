@@ -10,8 +10,8 @@ from collections.abc import Callable, Sequence
 from dataclasses import replace
 from typing import TYPE_CHECKING
 
+from adaptsurgery.adapters.updates import canonical_shape
 from adaptsurgery.checkpoint.bridge import dtype_name, from_torch, to_torch
-from adaptsurgery.jobs.updates import canonical_shape
 from adaptsurgery_formats import AdapterState, ModuleState, Step, Tensor
 from adaptsurgery_formats.errors import InexactError, ValueRefused
 from adaptsurgery_formats.files import FLATTEN_TUCKER, FOLD_MID, FOLD_SCALE, JOIN_W1, JOIN_W2

@@ -110,7 +110,10 @@ _HOMES = {
     "Report": "adaptsurgery.adapters.report",
     "SurgeryError": "adaptsurgery_formats.errors",
 }
-_ROOMS = ("algorithms", "checkpoint", "cli", "core", "graph", "jobs", "modules", "targeting")
+_ROOMS = (
+    "adapters", "algorithms", "checkpoint", "cli", "core", "graph", "jobs", "modules", "nearest",
+    "quickstart", "targeting",
+)  # fmt: skip
 
 
 def submodules(package: str) -> Callable[[str], ModuleType]:

@@ -19,8 +19,8 @@ from adaptsurgery.adapters.loading import (
 )
 from adaptsurgery.adapters.report import Report
 from adaptsurgery.adapters.updates import modules_of, update_of
+from adaptsurgery.adapters.writing import write_adapter
 from adaptsurgery.checkpoint.watched import check_watched, watching
-from adaptsurgery.jobs.convert import write_adapter
 from adaptsurgery_formats import AdapterState, ModuleState, Note
 from adaptsurgery_formats.errors import NameLookupError, nearest
 from adaptsurgery_formats.names import Names

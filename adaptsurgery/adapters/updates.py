@@ -9,10 +9,10 @@ from dataclasses import replace
 from typing import TYPE_CHECKING
 
 from adaptsurgery.adapters.loading import Loaded
+from adaptsurgery.adapters.orientation import is_transposed, turned_by
 from adaptsurgery.checkpoint.bridge import from_torch, to_torch
 from adaptsurgery.checkpoint.finite import count_nonfinite, find_nonfinite
 from adaptsurgery.checkpoint.writer import non_finite_error
-from adaptsurgery.jobs.orientation import is_transposed, turned_by
 from adaptsurgery_formats import ModuleState, Tensor
 from adaptsurgery_formats.errors import InexactError, LayoutError, ValueRefused
 from adaptsurgery_formats.names import Component, Names

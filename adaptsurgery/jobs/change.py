@@ -12,6 +12,7 @@ from collections.abc import Callable
 from dataclasses import replace
 from typing import TYPE_CHECKING
 
+from adaptsurgery.adapters.comparing import EXACT
 from adaptsurgery.adapters.loading import Loaded
 from adaptsurgery.adapters.lowrank import hides_kernel, in_place_of, is_low_rank, low_rank_update
 from adaptsurgery.adapters.report import some
@@ -24,8 +25,6 @@ from adaptsurgery_formats.traits import traits_of
 
 if TYPE_CHECKING:
     from adaptsurgery.algorithms import LoRA, LowRank
-
-EXACT = 1e-6  # relative error of ΔW up to which a rewriting counts as float32 rounding
 
 
 def as_lora(

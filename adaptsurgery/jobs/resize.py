@@ -15,14 +15,15 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from adaptsurgery.adapters import lowrank
+from adaptsurgery.adapters.comparing import EXACT
 from adaptsurgery.adapters.loading import Loaded
 from adaptsurgery.adapters.lowrank import Spec, in_naming, lora_form, with_factors
 from adaptsurgery.adapters.report import Report, Row
 from adaptsurgery.adapters.rewritings import stored
 from adaptsurgery.adapters.updates import is_nonfinite_allowed, nonfinite_allowed, nonfinite_of
+from adaptsurgery.adapters.writing import Progress, check_paths, writable, write_adapter
 from adaptsurgery.checkpoint.bridge import from_torch, torch_dtype
-from adaptsurgery.jobs.change import EXACT, note_kernels
-from adaptsurgery.jobs.convert import Progress, check_paths, writable, write_adapter
+from adaptsurgery.jobs.change import note_kernels
 from adaptsurgery.jobs.values import is_whole
 from adaptsurgery_formats import ModuleState, Tensor
 from adaptsurgery_formats.errors import LayoutError, ShapeError, ValueRefused

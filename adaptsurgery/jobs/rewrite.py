@@ -16,10 +16,10 @@ from adaptsurgery.adapters.adapter import Adapter
 from adaptsurgery.adapters.loading import load_state
 from adaptsurgery.adapters.report import Report, Row
 from adaptsurgery.checkpoint import atomic, privacy, system
+from adaptsurgery.checkpoint.apart import keep_apart
 from adaptsurgery.checkpoint.failures import as_file_error
 from adaptsurgery.checkpoint.programs import check_program
 from adaptsurgery.checkpoint.watched import check_watched, current, watching
-from adaptsurgery.jobs.apart import keep_apart
 from adaptsurgery.jobs.values import SEEDS, is_whole
 from adaptsurgery_formats import Note
 from adaptsurgery_formats.errors import FileError, LayoutError, nearest

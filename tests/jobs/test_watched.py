@@ -18,9 +18,9 @@ import torch
 from safetensors.torch import save_file
 
 import adaptsurgery
+from adaptsurgery.adapters.comparing import VerificationError
 from adaptsurgery.checkpoint import watched
 from adaptsurgery.jobs.resize import resize
-from adaptsurgery.jobs.verify import VerificationError
 from adaptsurgery_formats.errors import SurgeryError
 
 SIZE = 8

@@ -22,11 +22,11 @@ from adaptsurgery.adapters.loading import Loaded
 from adaptsurgery.adapters.lowrank import Spec, is_low_rank, lora_form
 from adaptsurgery.adapters.report import Report, Row
 from adaptsurgery.adapters.updates import is_nonfinite_allowed, nonfinite_allowed, nonfinite_of
+from adaptsurgery.adapters.writing import Progress, check_paths, writable, write_adapter
 from adaptsurgery.jobs.change import as_lora
 from adaptsurgery.jobs.combining.factors import lora_module
 from adaptsurgery.jobs.combining.sums import Sum
 from adaptsurgery.jobs.combining.terms import Part
-from adaptsurgery.jobs.convert import Progress, check_paths, writable, write_adapter
 from adaptsurgery.jobs.merging.adapters import Named, repeated, split_weight
 from adaptsurgery.jobs.values import is_whole
 from adaptsurgery_formats import Format, ModuleState, Note

@@ -7,12 +7,14 @@ from dataclasses import replace
 from typing import Any
 
 from adaptsurgery.adapters import lowrank
+from adaptsurgery.adapters.comparing import EXACT, NO_NUMBER, identical
+from adaptsurgery.adapters.comparing import distance as dense_distance
 from adaptsurgery.adapters.loading import Loaded
 from adaptsurgery.adapters.lowrank import hides_kernel, is_low_rank, lora_form, prefix_of
 from adaptsurgery.adapters.report import Row, some
 from adaptsurgery.adapters.rewritings import stored
 from adaptsurgery.adapters.updates import is_nonfinite_allowed, nonfinite_of, update_of
-from adaptsurgery.jobs.change import EXACT, as_lora
+from adaptsurgery.jobs.change import as_lora
 from adaptsurgery.jobs.combining.carrying import check_saved, in_layout, shell_of
 from adaptsurgery.jobs.combining.factors import (
     check_extent,
@@ -42,8 +44,6 @@ from adaptsurgery.jobs.combining.vectors import (
     weighted_sum,
     zeroed,
 )
-from adaptsurgery.jobs.verify import NO_NUMBER, identical
-from adaptsurgery.jobs.verify import distance as dense_distance
 from adaptsurgery_formats import Format, ModuleState, Note
 from adaptsurgery_formats.errors import InexactError, ShapeError, ValueRefused
 from adaptsurgery_formats.state import UNSCALED, is_rigid

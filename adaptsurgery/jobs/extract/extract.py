@@ -12,12 +12,12 @@ from typing import Any
 
 from adaptsurgery.adapters.loading import Loaded
 from adaptsurgery.adapters.report import Report
+from adaptsurgery.adapters.writing import CARD, check_paths, writable, write_adapter
 from adaptsurgery.checkpoint import atomic, locks, privacy, system
+from adaptsurgery.checkpoint.apart import keep_apart
 from adaptsurgery.checkpoint.atomic import check_output
 from adaptsurgery.checkpoint.base import Base
 from adaptsurgery.checkpoint.watched import check_watched, watching
-from adaptsurgery.jobs.apart import keep_apart
-from adaptsurgery.jobs.convert import CARD, check_paths, writable, write_adapter
 from adaptsurgery.jobs.extract import summary
 from adaptsurgery.jobs.extract.options import Options, check_options
 from adaptsurgery.jobs.extract.pairs import pair_up

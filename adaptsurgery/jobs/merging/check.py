@@ -14,6 +14,7 @@ from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from adaptsurgery.adapters.comparing import VerificationError
 from adaptsurgery.adapters.report import Report, Row
 from adaptsurgery.checkpoint.base import Base, read_json
 from adaptsurgery.checkpoint.bridge import to_torch
@@ -28,7 +29,6 @@ from adaptsurgery.jobs.merging.options import Options
 from adaptsurgery.jobs.merging.plan import LINKS_LEFT_OUT, MergePlan, TensorEdit
 from adaptsurgery.jobs.merging.planning import Adapters, planned
 from adaptsurgery.jobs.merging.quantised import Scale
-from adaptsurgery.jobs.verify import VerificationError
 from adaptsurgery_formats import AdapterState, Note
 from adaptsurgery_formats.tensors import Tensor, same_bytes
 

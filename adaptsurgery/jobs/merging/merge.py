@@ -9,11 +9,11 @@ from collections.abc import Iterable, Sequence
 from pathlib import Path
 
 from adaptsurgery.adapters.report import Report, Row
+from adaptsurgery.checkpoint.apart import keep_apart
 from adaptsurgery.checkpoint.finite import Nonfinite
 from adaptsurgery.checkpoint.hub import resolve
 from adaptsurgery.checkpoint.system import local_path
 from adaptsurgery.checkpoint.watched import watching
-from adaptsurgery.jobs.apart import keep_apart
 from adaptsurgery.jobs.inputs import check_part
 from adaptsurgery.jobs.merging.check import distance
 from adaptsurgery.jobs.merging.manifest import manifest_path

@@ -6,9 +6,9 @@ from collections.abc import Sequence
 from dataclasses import replace
 from typing import TYPE_CHECKING
 
+from adaptsurgery.adapters.orientation import told
 from adaptsurgery.adapters.updates import nonfinite_allowed, update_of
 from adaptsurgery.jobs.merging.matched import Change
-from adaptsurgery.jobs.orientation import told
 from adaptsurgery_formats import AdapterState, ModuleState
 from adaptsurgery_formats.resolve import fit
 

@@ -16,13 +16,13 @@ import torch
 from safetensors.torch import load_file, save_file
 from unix import needs
 
+from adaptsurgery.adapters.comparing import VerificationError
 from adaptsurgery.jobs.merging import run
 from adaptsurgery.jobs.merging.check import verify_merge
 from adaptsurgery.jobs.merging.merge import merge, plan_merge, unmerge
 from adaptsurgery.jobs.merging.options import Options
 from adaptsurgery.jobs.merging.plan import MergePlan
 from adaptsurgery.jobs.merging.run import check_plan, run_plan
-from adaptsurgery.jobs.verify import VerificationError
 from adaptsurgery_formats.errors import SurgeryError
 
 LAYERS, WIDTH = 6, 16

@@ -23,7 +23,7 @@ if TYPE_CHECKING:
     from adaptsurgery.algorithms.hra import HRAConfig
     from adaptsurgery.algorithms.loha import LoHaConfig
     from adaptsurgery.algorithms.lokr import LoKrConfig
-    from adaptsurgery.algorithms.lora import LoraConfig
+    from adaptsurgery.algorithms.lora_config import LoraConfig
     from adaptsurgery.core.config import AdapterConfig
     from adaptsurgery.jobs.combining.combine import combine
     from adaptsurgery.jobs.convert import convert

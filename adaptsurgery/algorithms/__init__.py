@@ -15,7 +15,8 @@ from adaptsurgery.algorithms.full import Full, Norm
 from adaptsurgery.algorithms.hra import HRA, HRAConfig
 from adaptsurgery.algorithms.loha import LoHa, LoHaConfig
 from adaptsurgery.algorithms.lokr import LoKr, LoKrConfig
-from adaptsurgery.algorithms.lora import LoRA, LoraConfig, Truncation
+from adaptsurgery.algorithms.lora import LoRA, Truncation
+from adaptsurgery.algorithms.lora_config import LoraConfig
 from adaptsurgery.core.config import AdapterConfig
 from adaptsurgery.core.update import Delta, Update, only_whole
 from adaptsurgery.nearest.goal import Fit

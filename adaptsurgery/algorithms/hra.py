@@ -282,23 +282,6 @@ def orthonormal(columns: Tensor) -> Tensor:
     return torch.cat([first, orthonormal(second)], dim=1)
 
 
-def extract(
-    base: Tensor,
-    tuned: Tensor,
-    *,
-    rank: int | None = None,
-    energy: float | None = None,
-    max_error: float | None = None,
-    budget: int | None = None,
-    seed: int = 0,
-) -> HRA:
-    """The HRA that turns ``base`` nearest to ``tuned``, canonical weights (o, i, *k); see ``fit``."""
-    goal = Goal(rank=rank, energy=energy, max_error=max_error, budget=budget)
-    update = fit(base, tuned, goal, seed=seed).update
-    assert isinstance(update, HRA)
-    return update
-
-
 def fit(base: Tensor, tuned: Tensor, goal: Goal, *, seed: int = 0, whole: bool = False) -> Fit:
     """W1 ≈ W0·H1···Hr by a Procrustes problem in r dimensions (core/procrustes.py), and its error.
 

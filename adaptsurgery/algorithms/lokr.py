@@ -17,7 +17,7 @@ import math
 from collections.abc import Iterable
 from dataclasses import dataclass
 from functools import cached_property
-from typing import Any, ClassVar
+from typing import ClassVar
 
 import torch
 from torch import Tensor, nn
@@ -366,24 +366,6 @@ def fit(
     if goal.budget is not None:
         return min(found, key=lambda one: (one.error, one.parameters))
     return min(found, key=lambda one: (one.parameters, one.error))
-
-
-def extract(
-    base: Tensor,
-    tuned: Tensor,
-    *,
-    rank: int | None = None,
-    energy: float | None = None,
-    max_error: float | None = None,
-    budget: int | None = None,
-    seed: int = 0,
-    **own: Any,
-) -> LoKr:
-    """The update of ``fit``, with the goal given by its name; ``own`` options as there."""
-    goal = Goal(rank=rank, energy=energy, max_error=max_error, budget=budget)
-    found = fit(base, tuned, goal, seed=seed, **own).update
-    assert isinstance(found, LoKr)
-    return found
 
 
 def sweep(

@@ -174,24 +174,6 @@ def axis_squares(weight: Tensor, axis: int) -> Tensor:
     return norms.square()
 
 
-def extract(
-    base: Tensor,
-    tuned: Tensor,
-    *,
-    rank: int | None = None,
-    energy: float | None = None,
-    max_error: float | None = None,
-    budget: int | None = None,
-    seed: int = 0,
-    tucker: bool = False,
-) -> LoRA:
-    """The LoRA nearest to ``tuned`` − ``base``, canonical weights (o, i, *k); see ``fit``."""
-    goal = Goal(rank=rank, energy=energy, max_error=max_error, budget=budget)
-    update = fit(base, tuned, goal, seed=seed, tucker=tucker).update
-    assert isinstance(update, LoRA)
-    return update
-
-
 def fit(base: Tensor, tuned: Tensor, goal: Goal, *, seed: int = 0, tucker: bool = False) -> Fit:
     """The best LoRA of D = W1 − W0 by its truncated SVD (Eckart–Young), and its error.
 

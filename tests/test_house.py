@@ -39,10 +39,10 @@ ERRORS_ONLY = ("core", "algorithms")
 LEAVES = ("adaptsurgery_formats.errors", "adaptsurgery_formats.traits")
 CONFIG_FACTS = {
     "config.py": ("adaptsurgery_formats", "adaptsurgery_formats.peft_config"),
-    "lokr.py": ("adaptsurgery_formats.kronecker",),
+    "lokr.py": ("adaptsurgery_formats.lokr_cuts",),
 }
 # Of the jobs, live models may know the library's view of an adapter file.
-JOBS_FOR_MODULES = {"adaptsurgery.jobs.adapter", "adaptsurgery.jobs.report"}
+JOBS_FOR_MODULES = {"adaptsurgery.adapters.adapter", "adaptsurgery.adapters.report"}
 # What only some systems have: it knows nothing of the house but its errors, so all may ask it.
 SYSTEM = "adaptsurgery.checkpoint.system"
 # Within the jobs: a folder → what of it the single files may import.

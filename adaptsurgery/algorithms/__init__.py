@@ -17,8 +17,8 @@ from adaptsurgery.algorithms.loha import LoHa, LoHaConfig
 from adaptsurgery.algorithms.lokr import LoKr, LoKrConfig
 from adaptsurgery.algorithms.lora import LoRA, LoraConfig, Truncation
 from adaptsurgery.core.config import AdapterConfig
-from adaptsurgery.core.fit import Fit
 from adaptsurgery.core.update import Delta, Update, only_whole
+from adaptsurgery.nearest.goal import Fit
 from adaptsurgery_formats.errors import KeyRefused, ValueRefused, nearest
 from adaptsurgery_formats.traits import named as table
 from adaptsurgery_formats.traits import traits_of

@@ -27,10 +27,10 @@ from adaptsurgery.algorithms.lora import LoRA
 from adaptsurgery.core.config import AdapterConfig, Shapes, kaiming_
 from adaptsurgery.core.cost import Form, folding, price
 from adaptsurgery.core.exporting import plain_operations
-from adaptsurgery.core.fit import Fit, Goal, difference, norm_of, rank_for
 from adaptsurgery.core.geometry import Layer
-from adaptsurgery.core.procrustes import Procrustes, reflections
 from adaptsurgery.core.update import Rotation, compute_dtype, tracked, widened
+from adaptsurgery.nearest.goal import Fit, Goal, difference, norm_of, rank_for
+from adaptsurgery.nearest.procrustes import Procrustes, reflections
 from adaptsurgery_formats.errors import ShapeError, ValueRefused
 
 # Below this distance (of a unit column, from the span of those before it) float32 Gram–Schmidt

@@ -24,11 +24,11 @@ from torch import Tensor, nn
 from adaptsurgery.algorithms.lora import LoRA, Truncation
 from adaptsurgery.core.config import LycorisConfig, Shapes, kaiming_
 from adaptsurgery.core.cost import Form, price
-from adaptsurgery.core.fit import Fit, Goal, cut_down, difference, error_of, rank_for
 from adaptsurgery.core.geometry import Layer
-from adaptsurgery.core.hadamard import nearest_product
-from adaptsurgery.core.scaling import full_norm, in_range, powers
 from adaptsurgery.core.update import Delta
+from adaptsurgery.nearest.goal import Fit, Goal, cut_down, difference, error_of, rank_for
+from adaptsurgery.nearest.hadamard import nearest_product
+from adaptsurgery.nearest.scaling import full_norm, in_range, powers
 
 HALF = 128 * 1024  # numbers of each half of Δ that are built at a time
 

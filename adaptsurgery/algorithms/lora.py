@@ -21,11 +21,11 @@ from torch import Tensor, nn
 
 from adaptsurgery.core.config import PatternConfig, Shapes, kaiming_
 from adaptsurgery.core.cost import Form
-from adaptsurgery.core.fit import Fit, Goal, cut_down, difference, error_of, norm_of, rank_for
 from adaptsurgery.core.geometry import Layer
-from adaptsurgery.core.lanczos import Leading, leading, leading_until
 from adaptsurgery.core.linalg import Approximation, split, truncate_factors
 from adaptsurgery.core.update import Delta, Update, axis_norms, widened
+from adaptsurgery.nearest.goal import Fit, Goal, cut_down, difference, error_of, norm_of, rank_for
+from adaptsurgery.nearest.lanczos import Leading, leading, leading_until
 from adaptsurgery_formats.errors import ValueRefused
 
 SWEEPS, SETTLED = 20, 1e-5  # of the Tucker iteration: at most; a gain of ‖D‖² that ends it

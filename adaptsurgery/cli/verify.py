@@ -9,7 +9,7 @@ import click
 from adaptsurgery.cli import output
 
 if TYPE_CHECKING:
-    from adaptsurgery.jobs.report import Report
+    from adaptsurgery.adapters.report import Report
     from adaptsurgery_formats.errors import SurgeryError
 
 

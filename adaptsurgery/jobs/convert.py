@@ -9,16 +9,20 @@ from dataclasses import replace
 from functools import partial
 from pathlib import Path
 
+from adaptsurgery.adapters.loading import CONFIG, WEIGHTS, AnyPath, Loaded, format_named, load_state
+from adaptsurgery.adapters.renaming import names_for, renamed
+from adaptsurgery.adapters.report import Report, Row
+from adaptsurgery.adapters.rewritings import carry_out
+from adaptsurgery.adapters.updates import nonfinite_allowed
 from adaptsurgery.checkpoint import system
 from adaptsurgery.checkpoint.atomic import check_output, output
+from adaptsurgery.checkpoint.finite import Nonfinite
+from adaptsurgery.checkpoint.watched import check_watched
 from adaptsurgery.checkpoint.writer import layout, order, write_safetensors
 from adaptsurgery.jobs.apart import Guard, keep_apart
 from adaptsurgery.jobs.change import EXACT, as_lora
-from adaptsurgery.jobs.loading import CONFIG, WEIGHTS, AnyPath, Loaded, format_named, load_state
-from adaptsurgery.jobs.renaming import names_for, renamed
-from adaptsurgery.jobs.report import Report, Row
-from adaptsurgery.jobs.steps import carry_out
-from adaptsurgery.jobs.verify import VerificationError, compare, verdict
+from adaptsurgery.jobs.values import check_whole
+from adaptsurgery.jobs.verify import NO_NUMBER, VerificationError, compare, verdict
 from adaptsurgery_formats import WRITABLE, AdapterFile, AdapterState, Format
 from adaptsurgery_formats.errors import FileError, LayoutError
 from adaptsurgery_formats.metadata import sshs_hashes
@@ -42,6 +46,7 @@ def convert(
     algorithm: str | None = None,
     rank: int | None = None,
     allow_lossy: bool = False,
+    allow_nonfinite: bool = False,
     prefix: str = "",
     overwrite: bool = False,
     dry_run: bool = False,
@@ -56,7 +61,8 @@ def convert(
     sd15, sd2, sdxl, flux. ``algorithm`` "lora" changes LoHa, LoKr, HRA and DoRA into LoRA,
     truncated to ``rank`` if given; what cannot be exact needs ``allow_lossy``. ``prefix`` takes the
     place of lora_unet or lycoris for a model that no bundled table has. ``hashes`` False
-    leaves kohya's sshs hashes out, which take a second reading of the data. Nothing is written in
+    leaves kohya's sshs hashes out, which take a second reading of the data. NaN and infinity that are
+    only copied are told; what is computed of them is refused unless ``allow_nonfinite``. Nothing is written in
     a dry run, and nothing is left behind by a failure.
 
     Raises SurgeryError for any input that cannot be converted exactly: what, where, seen, next.
@@ -64,6 +70,8 @@ def convert(
     target = writable(to)
     if algorithm not in (None, "lora"):
         raise LayoutError(f"--as {algorithm} is not offered", next="--as lora", code="no-such-form")
+    if rank is not None:
+        check_whole("rank", rank)
     if rank is not None and algorithm is None:
         raise LayoutError("--rank goes with --as lora", code="rank-without-as")
     sources = [source] if isinstance(source, (str, os.PathLike)) else list(source)
@@ -75,6 +83,7 @@ def convert(
         Path(out),
         to,
         change=partial(as_lora, rank=rank, allow_lossy=allow_lossy) if algorithm else None,
+        allow_nonfinite=allow_nonfinite,
         overwrite=overwrite,
         dry_run=dry_run,
         hashes=hashes,
@@ -88,6 +97,7 @@ def write_adapter(
     to: str,
     *,
     change: Callable[[Loaded], AdapterState] | None = None,
+    allow_nonfinite: bool = False,
     overwrite: bool = False,
     dry_run: bool = False,
     hashes: bool = True,
@@ -102,16 +112,23 @@ def write_adapter(
     assert target.spell is not None
     keep_apart(loaded.paths, [out], guard=_guard(target))
     keep_apart([loaded.base_place], [out], guard="folder")
-    _find_names(loaded, target)
-    changed = change(loaded) if change else loaded.state
-    state = renamed(changed, loaded.names, target)
-    state = carry_out(state, target.plan(state, loaded.names), loaded.names)
-    files = target.spell(state, loaded.names)
-    rows = _checked(loaded, files, target, changed)
+    nonfinite = Nonfinite(allow_nonfinite)
+    with nonfinite_allowed(allow_nonfinite):
+        _find_names(loaded, target)
+        changed = change(loaded) if change else loaded.state
+        state = renamed(changed, loaded.names, target)
+        state = carry_out(state, target.plan(state, loaded.names), loaded.names)
+        files = target.spell(state, loaded.names)
+        rows = _checked(loaded, files, target, changed)
     report = _report(loaded, state, rows, target, files)
+    check_watched(loaded.watched)
     if not dry_run:
         inputs = [*loaded.inputs, *others]
-        report.outputs = _write(files, out, target, overwrite, hashes, progress, inputs)
+        landing = partial(check_watched, loaded.watched)
+        report.outputs = _write(
+            files, out, target, overwrite, hashes, progress, inputs, nonfinite, landing
+        )
+        report.notes += nonfinite.notes(str(out))
     return report
 
 
@@ -215,7 +232,7 @@ def _checked(
         state = _unflattened(state, changed)
     before = replace(loaded, state=changed)
     rows = list(compare(before, replace(loaded, state=state)))
-    wrong = [r for r in rows if not r.error <= EXACT]  # NaN is wrong too
+    wrong = [r for r in rows if r.change != NO_NUMBER and not r.error <= EXACT]  # NaN is wrong too
     if wrong:
         raise VerificationError(
             f"`{wrong[0].module}` would not keep its ΔW: nothing was written",
@@ -265,8 +282,10 @@ def _write(
     hashes: bool,
     progress: Progress | None,
     inputs: Sequence[AnyPath],
+    nonfinite: Nonfinite,
+    landing: Callable[[], object],
 ) -> list[str]:
-    """The files under their final names, whole or not at all."""
+    """The files under their final names, whole or not at all; ``landing`` has the last word."""
     total = sum(total_bytes(f.tensors.values()) for f in files)
     done = 0
 
@@ -284,13 +303,14 @@ def _write(
             at = place / file.component / WEIGHTS if folder else place
             at.parent.mkdir(exist_ok=True)
             _add_hashes(file, hashes)
-            write_safetensors(at, file.tensors, file.metadata, progress=tell)
+            write_safetensors(at, file.tensors, file.metadata, nonfinite=nonfinite, progress=tell)
             card = out / file.component / CARD
             if folder and card.is_file():  # the output's own model card stays
                 system.copy_file(card, at.parent / CARD)
             if file.config is not None:
                 text = json.dumps(file.config, indent=2, sort_keys=True)
                 system.write_text(at.parent / CONFIG, text)
+        landing()
     if not folder:
         return [str(out)]
     return [str(out / f.component / name) for f in files for name in (CONFIG, WEIGHTS)]

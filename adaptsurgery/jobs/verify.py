@@ -8,12 +8,20 @@ from collections.abc import Callable, Iterator
 from dataclasses import replace
 from typing import TYPE_CHECKING
 
+from adaptsurgery.adapters.loading import Loaded, load_state
+from adaptsurgery.adapters.renaming import comparable, uncut
+from adaptsurgery.adapters.report import Report, Row
+from adaptsurgery.adapters.updates import (
+    base_weight,
+    check_finite,
+    is_nonfinite_allowed,
+    nonfinite_of,
+    update_of,
+)
 from adaptsurgery.checkpoint.bridge import to_torch
+from adaptsurgery.checkpoint.finite import count_nonfinite
+from adaptsurgery.checkpoint.watched import unchanged
 from adaptsurgery.jobs.change import EXACT
-from adaptsurgery.jobs.loading import Loaded, load_state
-from adaptsurgery.jobs.renaming import comparable, uncut
-from adaptsurgery.jobs.report import Report, Row
-from adaptsurgery.jobs.updates import base_weight, check_finite, update_of
 from adaptsurgery_formats import AdapterState, ModuleState
 from adaptsurgery_formats.errors import LayoutError, NameLookupError, SurgeryError
 from adaptsurgery_formats.state import options_of
@@ -28,6 +36,7 @@ if TYPE_CHECKING:
     Rows = Callable[[int, int], torch.Tensor]
 
 IDENTICAL, ROUNDED, LOSSY = "identical", "rounded", "lossy"
+NO_NUMBER = "not finite"  # computed of what is not finite, and allowed: there is no distance
 SAME = (IDENTICAL, ROUNDED)
 _ROUNDING = 2.0**-48  # of ‖W‖: float64's, over the sums of a few thousand terms
 _BLOCK = 1 << 22  # numbers of ΔW held at a time
@@ -50,15 +59,26 @@ def verify(
 
     Raises VerificationError ("not-equal") unless every ΔW agrees to 1e-6 of its norm, a module that
     only one of them has being zero there; a base is needed for names that no bundled table has, and where an HRA or
-    a DoRA is held against another algorithm.
+    a DoRA is held against another algorithm. Bytes that are the same are the same update though they
+    be no numbers, and the verdict then says how many; ValueRefused ("non-finite") where others would
+    have to be measured.
     """
+    with unchanged():
+        return _verified(first, second, base)
+
+
+def _verified(
+    first: str | os.PathLike[str],
+    second: str | os.PathLike[str],
+    base: str | os.PathLike[str] | None,
+) -> Report:
     a, b = _loaded(first, base), _loaded(second, base)
     _share_names(a, b)
     _share_component(a, b)
     report = Report("verify", rows=list(compare(a, b)), notes=[*a.state.notes, *b.state.notes])
     wrong = [r for r in report.rows if r.change not in SAME]
     if not wrong:
-        report.verdict = verdict(report.rows)
+        report.verdict = verdict(report.rows) + _not_numbers(b.state)
         return report
     worst = max(wrong, key=lambda r: r.error)
     report.verdict = f"{len(wrong)} of {len(report.rows)} modules differ"
@@ -70,6 +90,14 @@ def verify(
     )
     error.report = report
     raise error
+
+
+def _not_numbers(state: AdapterState) -> str:
+    """What to add to a verdict where some of the bytes that agree are no numbers."""
+    tensors = [t for module in state.modules for t in module.tensors.values()]
+    tensors += [t for saved in state.saved.values() for t in saved.values()]
+    count = sum(map(count_nonfinite, tensors))
+    return f"; identical bytes, of which {count} are not numbers" if count else ""
 
 
 def _loaded(name: str | os.PathLike[str], base: str | os.PathLike[str] | None) -> Loaded:
@@ -135,7 +163,9 @@ def compare(a: Loaded, b: Loaded) -> Iterator[Row]:
 
 
 def _adds_nothing(module: ModuleState) -> bool:
-    """Whether ΔW is exactly zero because a factor is, or the scale."""
+    """Whether ΔW is exactly zero because a factor is, or the scale, and nothing is NaN or infinite."""
+    if nonfinite_of(module):
+        return False
     zero = {slot: not to_torch(t).any() for slot, t in module.tensors.items()}
     row = traits_of(module.algorithm)
     if row.dense:
@@ -171,6 +201,8 @@ def _row(mine: list[ModuleState], theirs: list[ModuleState], a: Loaded, b: Loade
     shown = "+".join(dict.fromkeys(m.algorithm for m in theirs))
     if len(mine) == len(theirs) and all(map(identical, mine, theirs)):
         return Row(label, shown, IDENTICAL)
+    if is_nonfinite_allowed() and (count := sum(map(nonfinite_of, mine))):
+        return Row(label, shown, NO_NUMBER, detail=f"{count} of its numbers are NaN or infinite")
     error = distance(mine, theirs, a, b)
     return Row(label, shown, ROUNDED if error <= EXACT else LOSSY, error)
 
@@ -308,6 +340,8 @@ def verdict(rows: list[Row]) -> str:
     """One line: how many modules are the same, and how far the farthest is off."""
     same = sum(r.change == IDENTICAL for r in rows)
     parts = [f"{same} identical"] if same else []
+    if measureless := sum(r.change == NO_NUMBER for r in rows):
+        parts.append(f"{measureless} not finite, and not measured")
     for change, word in ((ROUNDED, "equal to float32 rounding"), (LOSSY, "approximated")):
         errors = [r.error for r in rows if r.change == change]
         if errors:

@@ -14,8 +14,8 @@ from torch import Tensor
 
 from adaptsurgery.algorithms import hra
 from adaptsurgery.algorithms.hra import HRA
-from adaptsurgery.core.fit import Fit, Goal
-from adaptsurgery.core.procrustes import Procrustes, reflections
+from adaptsurgery.nearest.goal import Fit, Goal
+from adaptsurgery.nearest.procrustes import Procrustes, reflections
 from adaptsurgery_formats.errors import ShapeError, ValueRefused
 
 shapes = st.one_of(

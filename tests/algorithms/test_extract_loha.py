@@ -14,9 +14,9 @@ from hypothesis import strategies as st
 from torch import Tensor, nn
 
 from adaptsurgery.algorithms.loha import LoHa, extract, fit
-from adaptsurgery.core import hadamard
-from adaptsurgery.core.fit import Fit, Goal
 from adaptsurgery.core.geometry import Layer
+from adaptsurgery.nearest import hadamard
+from adaptsurgery.nearest.goal import Fit, Goal
 from adaptsurgery_formats.errors import SurgeryError, ValueRefused
 
 

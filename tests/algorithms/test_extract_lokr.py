@@ -15,11 +15,18 @@ from torch import Tensor, nn
 
 from adaptsurgery.algorithms import build
 from adaptsurgery.algorithms.lokr import LoKr, candidates, extract, fit, sweep
-from adaptsurgery.core.fit import Fit, Goal
 from adaptsurgery.core.geometry import Layer
-from adaptsurgery.core.kronecker import Cut, LowRank, Tucker, Whole, leading_vector, nearest_product
+from adaptsurgery.nearest.goal import Fit, Goal
+from adaptsurgery.nearest.kronecker import (
+    Cut,
+    LowRank,
+    Tucker,
+    Whole,
+    leading_vector,
+    nearest_product,
+)
 from adaptsurgery_formats.errors import SurgeryError, ValueRefused
-from adaptsurgery_formats.kronecker import (
+from adaptsurgery_formats.lokr_cuts import (
     FACTORIZATIONS,
     Storage,
     lycoris_factorization,

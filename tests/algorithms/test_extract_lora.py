@@ -14,7 +14,7 @@ from torch import Tensor
 
 from adaptsurgery.algorithms import lora
 from adaptsurgery.algorithms.lora import LoRA
-from adaptsurgery.core.fit import Fit, Goal
+from adaptsurgery.nearest.goal import Fit, Goal
 from adaptsurgery_formats.errors import ShapeError, ValueRefused
 
 shapes = st.one_of(

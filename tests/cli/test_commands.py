@@ -14,9 +14,9 @@ from adapter_files import lora_shapes, write_golden, write_kohya, write_zeros
 from safetensors.torch import save_file
 from unix import there
 
+from adaptsurgery.adapters.report import Row
 from adaptsurgery.cli import options, output
 from adaptsurgery.cli.app import COMMANDS
-from adaptsurgery.jobs.report import Row
 from adaptsurgery_formats import FORMATS, WRITABLE
 
 Command = Callable[..., Any]

@@ -24,7 +24,7 @@ from torch import Tensor
 
 from adaptsurgery.algorithms import hra, lora
 from adaptsurgery.algorithms.hra import HRA
-from adaptsurgery.core.fit import Goal
+from adaptsurgery.nearest.goal import Goal
 
 Factors = tuple[Tensor, Tensor]
 

@@ -13,8 +13,8 @@ from torch import Tensor
 from adaptsurgery.jobs.extract.extract import extract
 from adaptsurgery.jobs.merging.manifest import manifest_path
 from adaptsurgery.jobs.merging.merge import merge, unmerge
-from adaptsurgery.jobs.quickstart.making import Made
-from adaptsurgery.jobs.quickstart.students import Student
+from adaptsurgery.quickstart.making import Made
+from adaptsurgery.quickstart.students import Student
 
 TOLD = 1e-3  # relative, to which a merge has the error that an extraction tells
 

@@ -24,7 +24,7 @@ from adaptsurgery.checkpoint.bridge import to_torch
 from adaptsurgery.checkpoint.safetensors import read_safetensors
 from adaptsurgery.core.geometry import Layer
 from adaptsurgery.core.update import Update
-from adaptsurgery.jobs.quickstart import students
+from adaptsurgery.quickstart import students
 from adaptsurgery_formats.errors import FileError
 
 NAME = "all-MiniLM-L6-v2"

@@ -108,7 +108,7 @@ def _at_scale(module: ModuleState, scale: float) -> ModuleState:
 
 def _multiplied(state: AdapterState, levelled: Levelled) -> list[ModuleState]:
     """The ratios folded into the row factors, which keep their one dtype or all become float32."""
-    from adaptsurgery.jobs.steps import widened
+    from adaptsurgery.adapters.rewritings import widened
 
     modules = [module for module, _ in levelled]
     ratios = [ratio for _, ratio in levelled]
@@ -121,8 +121,8 @@ def _multiplied(state: AdapterState, levelled: Levelled) -> list[ModuleState]:
 
 
 def _slot_multiplied(modules: Parts, ratios: Sequence[float], slot: str) -> list[ModuleState]:
+    from adaptsurgery.adapters.rewritings import stored
     from adaptsurgery.checkpoint.bridge import to_torch
-    from adaptsurgery.jobs.steps import stored
 
     def product(n: int, like: list[Tensor]) -> Tensor:
         return stored(to_torch(modules[n].tensors[slot]).double() * ratios[n], like)

@@ -8,7 +8,7 @@
 """
 
 from adaptsurgery import submodules
-from adaptsurgery.jobs.quickstart.run import quickstart
+from adaptsurgery.quickstart.run import quickstart
 
 __all__ = ["quickstart"]
 

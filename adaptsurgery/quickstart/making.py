@@ -16,8 +16,8 @@ from torch import Tensor
 from adaptsurgery.algorithms import HRA, LoHa, LoKr, LoRA
 from adaptsurgery.core.geometry import Layer
 from adaptsurgery.core.update import Delta, Update
-from adaptsurgery.jobs.quickstart.students import Student
-from adaptsurgery_formats.kronecker import peft_factorization
+from adaptsurgery.quickstart.students import Student
+from adaptsurgery_formats.lokr_cuts import peft_factorization
 
 Shape = tuple[int, ...]
 Updates = Mapping[str, Update]

@@ -10,9 +10,9 @@ from pathlib import Path
 
 import torch
 
-from adaptsurgery.jobs.quickstart.making import Made
-from adaptsurgery.jobs.quickstart.students import Student, adapted
 from adaptsurgery.jobs.rewrite import rewrite
+from adaptsurgery.quickstart.making import Made
+from adaptsurgery.quickstart.students import Student, adapted
 
 PROGRAM = "model.pt2"
 

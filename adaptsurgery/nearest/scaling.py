@@ -7,7 +7,7 @@ import math
 import torch
 from torch import Tensor
 
-from adaptsurgery.core.fit import norm_of
+from adaptsurgery.nearest.goal import norm_of
 
 
 def in_range(delta: Tensor) -> tuple[Tensor, int]:

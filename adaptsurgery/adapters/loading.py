@@ -11,6 +11,8 @@ from typing import TYPE_CHECKING, Any
 
 from adaptsurgery.checkpoint import system
 from adaptsurgery.checkpoint.safetensors import read_safetensors
+from adaptsurgery.checkpoint.watched import Watched, watching
+from adaptsurgery.core.strength import is_lost
 from adaptsurgery_formats import FORMATS, AdapterFile, AdapterState, Format, ModuleState
 from adaptsurgery_formats.detect import detect
 from adaptsurgery_formats.errors import (
@@ -53,6 +55,7 @@ class Loaded:
     names: Names | None = None
     base: Base | None = None
     files: list[AdapterFile] = field(default_factory=list)
+    watched: Watched = field(default_factory=dict)  # all that was opened for it
 
     @property
     def inputs(self) -> list[Path]:
@@ -82,6 +85,18 @@ def load_state(
     detection; ``names`` is a list of modules that there is already. With ``look_up`` False flat names may stay flat, where no table knows them.
     Raises SurgeryError for whatever is wrong with the input.
     """
+    with watching() as watched:
+        loaded = _loaded(path, base, layout, look_up, names)
+    return replace(loaded, watched=watched)
+
+
+def _loaded(
+    path: AnyPath | Sequence[AnyPath],
+    base: AnyBase | None,
+    layout: str | None,
+    look_up: bool,
+    names: Names | None,
+) -> Loaded:
     given = [path] if isinstance(path, (str, os.PathLike)) else list(path)
     places = [_local_path(os.fspath(p)) for p in given]
     groups = [read_files(place) for place in places]
@@ -326,8 +341,15 @@ def format_named(name: str) -> Format:
 
 
 def check_values(state: AdapterState) -> None:
-    """Refuse what no adapter tensor may be: other dtypes than floats, and empty tensors."""
+    """Refuse what no adapter may hold: other dtypes than floats, empty tensors, scales of no size."""
     for module in state.modules:
+        if module.alpha and is_lost(module.scale):
+            raise ValueRefused(
+                f"`{module.label}`: alpha {module.alpha:g} over rank {module.rank} is no number",
+                where=state.where,
+                seen=f"a scale of {module.scale:g}",
+                code="out-of-range",
+            )
         for slot, tensor in module.tensors.items():
             if tensor.dtype not in FLOAT_DTYPES or 0 in tensor.shape:
                 raise _refused(tensor, _key_of(module, slot), state.where)

@@ -19,16 +19,16 @@ from typing import Any
 
 import torch
 
+from adaptsurgery.adapters.adapter import Adapter, load
+from adaptsurgery.adapters.loading import CONFIG, WEIGHTS, read_config
+from adaptsurgery.adapters.report import Report, Row
 from adaptsurgery.checkpoint.failures import as_file_error
 from adaptsurgery.checkpoint.safetensors import read_safetensors
-from adaptsurgery.jobs.adapter import Adapter, load
 from adaptsurgery.jobs.convert import convert
-from adaptsurgery.jobs.loading import CONFIG, WEIGHTS, read_config
-from adaptsurgery.jobs.quickstart import extracting, given, graphs, making, minilm, tiny
-from adaptsurgery.jobs.quickstart.making import Made
-from adaptsurgery.jobs.quickstart.students import Student
-from adaptsurgery.jobs.report import Report, Row
 from adaptsurgery.jobs.verify import verify
+from adaptsurgery.quickstart import extracting, given, graphs, making, minilm, tiny
+from adaptsurgery.quickstart.making import Made
+from adaptsurgery.quickstart.students import Student
 from adaptsurgery_formats.errors import FileError, SurgeryError
 from adaptsurgery_formats.tensors import same_bytes
 from adaptsurgery_formats.traits import named, title_of

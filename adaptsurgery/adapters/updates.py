@@ -2,13 +2,16 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterator
+from contextlib import contextmanager
+from contextvars import ContextVar
 from dataclasses import replace
 from typing import TYPE_CHECKING
 
+from adaptsurgery.adapters.loading import Loaded
 from adaptsurgery.checkpoint.bridge import from_torch, to_torch
-from adaptsurgery.checkpoint.finite import find_nonfinite
+from adaptsurgery.checkpoint.finite import count_nonfinite, find_nonfinite
 from adaptsurgery.checkpoint.writer import non_finite_error
-from adaptsurgery.jobs.loading import Loaded
 from adaptsurgery.jobs.orientation import is_transposed, turned_by
 from adaptsurgery_formats import ModuleState, Tensor
 from adaptsurgery_formats.errors import InexactError, LayoutError, ValueRefused
@@ -23,6 +26,23 @@ if TYPE_CHECKING:
     from adaptsurgery.core.update import Update
 
 
+_allowed: ContextVar[bool] = ContextVar("nonfinite allowed", default=False)
+
+
+@contextmanager
+def nonfinite_allowed(allowed: bool = True) -> Iterator[None]:
+    """Within, updates may be built of tensors that hold NaN or infinity: --allow-nonfinite."""
+    token = _allowed.set(allowed)
+    try:
+        yield
+    finally:
+        _allowed.reset(token)
+
+
+def is_nonfinite_allowed() -> bool:
+    return _allowed.get()
+
+
 def canonical_shape(module: ModuleState, names: Names | None) -> tuple[int, ...] | None:
     """The weight's shape (o, i, *k), turned round for weights stored (i, o); None if unknown."""
     component = names.components.get(module.component) if names else None
@@ -33,8 +53,8 @@ def canonical_shape(module: ModuleState, names: Names | None) -> tuple[int, ...]
 def update_of(module: ModuleState, names: Names | None, where: str = "") -> Update:
     """The module as an Update with torch tensors.
 
-    Raises ValueRefused ("non-finite") for NaN or infinity, InexactError for what is no update of a
-    weight at all.
+    Raises ValueRefused ("non-finite") for NaN or infinity but within ``nonfinite_allowed``,
+    InexactError for what is no update of a weight at all.
     """
     from adaptsurgery.algorithms import build
 
@@ -95,11 +115,19 @@ def _multiplied(update: Update, row: Traits) -> dict[str, torch.Tensor]:
 
 
 def check_finite(module: ModuleState, where: str) -> None:
-    """Raise ValueRefused ("non-finite") for NaN or infinity in any of a module's tensors."""
-    for slot, tensor in module.tensors.items():
+    """Raise ValueRefused ("non-finite") for NaN or infinity in any of a module's tensors.
+
+    Nothing is refused within ``nonfinite_allowed``.
+    """
+    for slot, tensor in module.tensors.items() if not _allowed.get() else ():
         index = find_nonfinite(tensor)
         if index is not None:
             raise non_finite_error(f"{module.label}.{slot}", tensor, index, where)
+
+
+def nonfinite_of(module: ModuleState) -> int:
+    """How many of a module's numbers are NaN or infinite. Reads them."""
+    return sum(map(count_nonfinite, module.tensors.values()))
 
 
 def base_weight(loaded: Loaded, module: ModuleState) -> torch.Tensor:

@@ -8,8 +8,7 @@ from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from adaptsurgery.jobs.convert import write_adapter
-from adaptsurgery.jobs.loading import (
+from adaptsurgery.adapters.loading import (
     AnyBase,
     AnyPath,
     Loaded,
@@ -18,8 +17,10 @@ from adaptsurgery.jobs.loading import (
     parse_files,
     read_files,
 )
-from adaptsurgery.jobs.report import Report
-from adaptsurgery.jobs.updates import modules_of, update_of
+from adaptsurgery.adapters.report import Report
+from adaptsurgery.adapters.updates import modules_of, update_of
+from adaptsurgery.checkpoint.watched import check_watched, watching
+from adaptsurgery.jobs.convert import write_adapter
 from adaptsurgery_formats import AdapterState, ModuleState, Note
 from adaptsurgery_formats.errors import NameLookupError, nearest
 from adaptsurgery_formats.names import Names
@@ -61,18 +62,20 @@ class Adapter(Mapping[str, "Update"]):
         the base does not have or has in several components, ShapeError for an update that does not
         fit its weight, ValueRefused for one that no file has a place for.
         """
-        names, read = names_of(base) if base is not None else (None, None)
+        with watching() as watched:
+            names, read = names_of(base) if base is not None else (None, None)
         state = AdapterState("memory", [], metadata=dict(metadata or {}), where="memory")
         for key, update in updates.items():
             component, path = _placed(key, names)
             state.modules += modules_of(path, update, component)
         state = resolve(state, names) if names else state
-        return cls(Loaded(state, [], names, read))
+        return cls(Loaded(state, [], names, read, watched=watched))
 
     def __getitem__(self, path: str) -> Update:
         modules = self.modules(path)
         where = self._loaded.state.where
         updates = [update_of(m, self._loaded.names, where) for m in modules]
+        self.check_unchanged()
         if len(updates) == 1:
             return updates[0]
         from adaptsurgery.core.update import compose
@@ -138,6 +141,13 @@ class Adapter(Mapping[str, "Update"]):
                 next=nearest(path, self._modules),
             )
         return self._modules[path]
+
+    def check_unchanged(self) -> None:
+        """Raise FileError "input-changed" where a file is not what it was when it was loaded.
+
+        Updates are read when they are asked for, and ask this themselves.
+        """
+        check_watched(self._loaded.watched)
 
     def provenance(self, path: str) -> dict[str, Any]:
         """File, layout, keys, and the scale with the rule that it follows from."""

@@ -18,7 +18,7 @@ from dataclasses import dataclass, field
 import torch
 from torch import Tensor
 
-from adaptsurgery.core.lanczos import leading
+from adaptsurgery.nearest.lanczos import leading
 
 STEPS = 30  # pairs of half-steps
 GAIN = 1e-8  # of ‖R‖²: a step that captures no more than that is the last

@@ -20,7 +20,7 @@ from adaptsurgery.checkpoint.bridge import to_torch
 from adaptsurgery.checkpoint.safetensors import read_safetensors
 from adaptsurgery.core.geometry import Layer
 from adaptsurgery.core.update import Update
-from adaptsurgery.jobs.quickstart import students
+from adaptsurgery.quickstart import students
 
 WIDTH, HEADS, WINDOW, BYTES = 64, 4, 64, 128
 # Modules that have been in the standard library for long, with much to read.

@@ -29,7 +29,7 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-from adaptsurgery.core.lanczos import Leading, leading
+from adaptsurgery.nearest.lanczos import Leading, leading
 
 SWEEPS = 80
 LIFTED = 4

@@ -8,11 +8,11 @@ from dataclasses import dataclass
 
 from torch import Tensor
 
+from adaptsurgery.adapters.loading import Loaded, names_of
+from adaptsurgery.adapters.updates import base_weight, modules_of
 from adaptsurgery.checkpoint.base import Base
 from adaptsurgery.jobs.inspect import last_name
-from adaptsurgery.jobs.loading import Loaded, names_of
-from adaptsurgery.jobs.quickstart.making import Shape, chosen
-from adaptsurgery.jobs.updates import base_weight, modules_of
+from adaptsurgery.quickstart.making import Shape, chosen
 from adaptsurgery_formats import AdapterState, ModuleState
 from adaptsurgery_formats.errors import LayoutError
 from adaptsurgery_formats.names import Component

@@ -17,7 +17,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from adaptsurgery.core.lanczos import leading
+from adaptsurgery.nearest.lanczos import leading
 
 STEPS, PATIENCE = 300, 12  # of the ascent: in all, and without gain
 EXACT = 1e-3  # an error below which the row space of D is the place to climb from

@@ -11,10 +11,10 @@ from collections.abc import Iterable, Sequence
 from dataclasses import replace
 from typing import TYPE_CHECKING
 
-from adaptsurgery.jobs.loading import Loaded, load_state
-from adaptsurgery.jobs.report import some
-from adaptsurgery.jobs.steps import stored
-from adaptsurgery.jobs.updates import canonical_shape, update_of
+from adaptsurgery.adapters.loading import Loaded, load_state
+from adaptsurgery.adapters.report import some
+from adaptsurgery.adapters.rewritings import stored
+from adaptsurgery.adapters.updates import canonical_shape, update_of
 from adaptsurgery_formats import AdapterState, Format, ModuleState, Tensor
 from adaptsurgery_formats.errors import InexactError, LayoutError, NameLookupError, SurgeryError
 from adaptsurgery_formats.names import Component, Names, to_diffusers, to_native

@@ -10,8 +10,8 @@ from collections.abc import Callable, Sequence
 from dataclasses import replace
 from typing import TYPE_CHECKING
 
+from adaptsurgery.adapters.updates import canonical_shape
 from adaptsurgery.checkpoint.bridge import dtype_name, from_torch, to_torch
-from adaptsurgery.jobs.updates import canonical_shape
 from adaptsurgery_formats import AdapterState, ModuleState, Step, Tensor
 from adaptsurgery_formats.errors import InexactError, ValueRefused
 from adaptsurgery_formats.files import FLATTEN_TUCKER, FOLD_MID, FOLD_SCALE, JOIN_W1, JOIN_W2
@@ -67,11 +67,13 @@ def stored(tensor: torch.Tensor, like: Sequence[Tensor]) -> Tensor:
         own = tensor.to(_DTYPES()[names.pop()])
         if torch.equal(own.double(), tensor):
             return from_torch(own)
+    numbers = tensor[tensor.isfinite()]
     wide = tensor.to(torch.float64 if "F64" in {t.dtype for t in like} else torch.float32)
-    if tensor.numel() and not (wide - tensor).abs().max() <= 1e-6 * tensor.abs().max():
+    apart = (wide - tensor)[tensor.isfinite()].abs()
+    if numbers.numel() and not apart.max() <= 1e-6 * numbers.abs().max():
         raise ValueRefused(
             "the rewritten factor has numbers too large or too small for float32",
-            seen=f"the largest is {float(tensor.abs().max()):.3g}",
+            seen=f"the largest is {float(numbers.abs().max()):.3g}",
             code="out-of-range",
         )
     return from_torch(wide.contiguous())

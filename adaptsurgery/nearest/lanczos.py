@@ -19,7 +19,7 @@ from torch import Tensor
 from torch.nn.functional import pad
 
 from adaptsurgery.core.linalg import Approximation, check_rank, split
-from adaptsurgery.core.scaling import in_range, powers
+from adaptsurgery.nearest.scaling import in_range, powers
 from adaptsurgery_formats.errors import ShapeError
 
 TOL = 1e-5  # a step that gains less than 2·TOL of what is left is the last,

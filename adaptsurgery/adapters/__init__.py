@@ -1,0 +1,1 @@
+"""A file becomes named modules and updates, and the way back."""

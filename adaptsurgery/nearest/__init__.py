@@ -1,0 +1,1 @@
+"""The nearest adapter to a difference: goals, Lanczos, Procrustes, Kronecker and Hadamard products."""

@@ -95,6 +95,13 @@ class Base:
     configs: Mapping[str, Mapping[str, Any]] = field(default_factory=dict)
 
     @property
+    def inputs(self) -> list[Path]:
+        """Its files, and the folder that they lie in where that was named."""
+        if self.folder is None:
+            return [Path(self.where)]
+        return [self.folder, *(self.folder / file.name for file in self.files)]
+
+    @property
     def components(self) -> dict[str, dict[str, tuple[int, ...]]]:
         """Component → module path → the shape of its weight."""
         return {

@@ -22,7 +22,7 @@ _LONGEST_LIST = 1 << 20  # bytes of one list of numbers
 _WS = rb"[ \t\n\r]*"
 _NUMBER = rb"(?:0|[1-9][0-9]{0,17})"  # surely of 64 bits; longer ones take the longer way
 _COUNT = rb"(" + _NUMBER + rb")"
-_COUNTS = _NUMBER + _WS + rb"(?:," + _WS + _NUMBER + _WS + rb"){0,8}"
+_COUNTS = _NUMBER + rb"(?:, ?" + _NUMBER + rb"){0,8}"
 _TEXT = rb'"([^"\\\x00-\x1f]*)"'
 
 
@@ -33,13 +33,11 @@ def _tokens(*tokens: bytes) -> re.Pattern[bytes]:
 
 _KEY = _tokens(_TEXT, b":")
 # "a.weight": {"dtype": "F16", "shape": [2, 3], "data_offsets": [0, 12]}: as nearly all are written
-_ENTRY = _tokens(
-    _TEXT, b":", rb"\{",
-    b'"dtype"', b":", rb'"([A-Z0-9_]{1,16})"', b",",
-    b'"shape"', b":", rb"\[", rb"((?:" + _COUNTS + rb")?)\]", b",",
-    b'"data_offsets"', b":", rb"\[", _COUNT, b",", _COUNT, rb"\]", rb"\}", rb"([,}])",
+_ENTRY = re.compile(
+    rb" ?" + _TEXT + rb': ?\{"dtype": ?"([A-Z0-9_]{1,16})", ?"shape": ?\[((?:' + _COUNTS
+    + rb')?)\], ?"data_offsets": ?\[' + _COUNT + rb", ?" + _COUNT + rb"\]\}([,}])"
 )  # fmt: skip
-_PAIR = _tokens(_TEXT, b":", _TEXT)
+_PAIR = re.compile(rb" ?" + _TEXT + b": ?" + _TEXT)
 _LIST = _tokens(rb"(\[[-+.0-9eE, \t\n\r]*\])")
 _SCALAR = _tokens(rb"(?:-?[0-9][-+.0-9eE]{0,99}|true|false|null)")
 _QUOTE, _COLON, _OPEN = _tokens(b'"'), _tokens(b":"), _tokens(rb"\{")

@@ -36,6 +36,7 @@ from adaptsurgery_formats.errors import FileError
 SCHEMA = 8  # the major version of torch's schema that ``descriptions`` knows
 _DESCRIPTION = 256 << 20  # bytes of a graph's description, more than any model's
 _UNPACKED = 16 << 20  # bytes that an archive may unpack to beside four times its own
+_WIDE = 16 << 20  # bytes of a description in letters that take Python four bytes each
 _PICKLE = 512 << 10  # bytes of a pickle of sample inputs: the tensors' bytes lie beside it
 _EMPTY = 256 << 20  # bytes of tensors whose record is smaller: expanded, or without numbers
 
@@ -176,7 +177,10 @@ class _Program:
             raise self.unsafe(f"a record that no program has: `{record.name}`")
 
     def described(self) -> Description:
-        text = self.archive.bytes_of(self.records[_MODEL]).decode()
+        data = self.archive.bytes_of(self.records[_MODEL])
+        if len(data) > _WIDE and not data.isascii():
+            raise Misplaced("its description is not in ASCII, which torch writes")
+        text = data.decode()
         self.check_version(text)
         if self.trust:
             return _as_it_says(text)

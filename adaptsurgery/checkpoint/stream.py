@@ -12,7 +12,9 @@ from __future__ import annotations
 
 import math
 import os
+from collections import Counter
 from collections.abc import Callable, Iterator, Mapping
+from contextlib import contextmanager
 from dataclasses import dataclass
 from functools import partial
 from threading import Lock
@@ -237,7 +239,8 @@ class _Copy:
         span = self.part
         assert isinstance(span, Span)
         with about(self.key):
-            done = self.plan.target.take(self.plan.sources.open(span.path), span, self.at)
+            with self.plan.sources.lent(span.path) as source:
+                done = self.plan.target.take(source, span, self.at)
             while done < span.nbytes:
                 piece = desk.bytes("raw", min(PIECE, span.nbytes - done))
                 self.plan.sources.read(span.window(done, done + len(piece)), piece)
@@ -414,10 +417,16 @@ class _Target:
 
 
 class _Sources:
-    """Files that bytes come from, each opened once and read at offsets from any worker."""
+    """Files that bytes come from, read at offsets from any worker; at most a few open at once.
+
+    One that is lent out stays open until it is given back.
+    """
+
+    limit = 16
 
     def __init__(self) -> None:
-        self.files: dict[str, int] = {}
+        self.files: dict[str, int] = {}  # the one that was used last comes last
+        self.lent_out: Counter[str] = Counter()
         self.lock = Lock()
 
     def __enter__(self) -> _Sources:
@@ -427,24 +436,46 @@ class _Sources:
         for fd in self.files.values():
             os.close(fd)
 
-    def open(self, path: str) -> int:
+    @contextmanager
+    def lent(self, path: str) -> Iterator[int]:
+        """The descriptor of a file for as long as the block lasts."""
         with self.lock:
-            if path not in self.files:
-                try:
-                    self.files[path] = system.open_input(path)
-                except OSError as error:
-                    raise as_file_error(error, path, writing=False) from error
-            return self.files[path]
+            fd = self._open(path)
+            self.lent_out[path] += 1
+        try:
+            yield fd
+        finally:
+            with self.lock:
+                self.lent_out[path] -= 1
+
+    def _open(self, path: str) -> int:
+        fd = self.files.pop(path, -1)
+        if fd < 0:
+            self._make_room()
+            try:
+                fd = system.open_input(path)
+            except OSError as error:
+                raise as_file_error(error, path, writing=False) from error
+        self.files[path] = fd
+        return fd
+
+    def _make_room(self) -> None:
+        """Close files that nobody reads now, those first that were not read for the longest time."""
+        idle = [path for path in self.files if not self.lent_out[path]]
+        for path in idle[: max(0, len(self.files) - self.limit + 1)]:
+            os.close(self.files.pop(path))
+            del self.lent_out[path]
 
     def read(self, span: Span, into: memoryview) -> None:
         """Fill ``into`` with a span's bytes. FileError "truncated-file" where the file ends first."""
-        fd, done = self.open(span.path), 0
+        done = 0
         try:
-            while done < span.nbytes:
-                got = system.read_into(fd, into[done:], span.offset + done)
-                if not got:
-                    end = span.offset + span.nbytes
-                    raise cut_short(span.path, end, span.offset + done)
-                done += got
+            with self.lent(span.path) as fd:
+                while done < span.nbytes:
+                    got = system.read_into(fd, into[done:], span.offset + done)
+                    if not got:
+                        end = span.offset + span.nbytes
+                        raise cut_short(span.path, end, span.offset + done)
+                    done += got
         except OSError as error:
             raise as_file_error(error, span.path, writing=False) from error

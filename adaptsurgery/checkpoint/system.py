@@ -30,6 +30,7 @@ _STEP, _COPY = 1 << 20, 1 << 26  # bytes read, and bytes that the kernel moves, 
 _MOST = 1 << 30  # bytes in one call: macOS and Windows refuse 2 GiB
 _PLAIN = getattr(os, "O_BINARY", 0) | getattr(os, "O_CLOEXEC", 0) | getattr(os, "O_NOINHERIT", 0)
 _NO_WAIT = getattr(os, "O_NONBLOCK", 0)
+_NO_LINK = getattr(os, "O_NOFOLLOW", 0)
 _FICLONE = 0x40049409  # Linux: <linux/fs.h>, _IOW(0x94, 9, int)
 _AT_FDCWD, _EXCHANGE, _SWAP = -100, 2, 2  # Linux's renameat2, macOS's renamex_np
 _NO_KERNEL_COPY = {
@@ -102,9 +103,9 @@ def new_file(path: Path) -> BinaryIO:
     return os.fdopen(open_new(path), "wb")
 
 
-def open_lock(path: Path) -> int:
-    """A descriptor of a file that serves as a lock, made where it is missing."""
-    return os.open(path, os.O_RDWR | os.O_CREAT | _PLAIN, 0o666)
+def open_lock(path: Path, *, make: bool = True) -> int:
+    """A descriptor of a file that serves as a lock, made where it is missing; no link is followed."""
+    return os.open(path, os.O_RDWR | (os.O_CREAT if make else 0) | _NO_LINK | _PLAIN, 0o666)
 
 
 def read_file(path: Path, limit: int = LARGEST_TEXT) -> bytes:

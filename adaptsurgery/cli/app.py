@@ -19,7 +19,7 @@ from typing import IO, Any, NoReturn
 import click
 
 from adaptsurgery import __version__
-from adaptsurgery.cli.output import Session, say
+from adaptsurgery.cli.output import Session, forget_landed, interrupted, say
 
 FAILED, INTERRUPTED = 1, 130
 # A command's name → where it lives; its function is called ``command``.
@@ -99,6 +99,7 @@ def main() -> NoReturn:
 def run(args: Sequence[str] | None = None) -> int:
     """Run a command line (sys.argv's by default); returns the exit code, whatever happens."""
     _never_fail_to_print(sys.stdout, sys.stderr)
+    forget_landed()
     restore = _terminate_as_interrupt()
     try:
         code = _guarded(list(args) if args is not None else None)
@@ -114,7 +115,7 @@ def _guarded(args: list[str] | None) -> int:
         result = group.main(args, "adaptsurgery", standalone_mode=False, obj=session)
         return result if isinstance(result, int) else 0
     except (KeyboardInterrupt, click.Abort):
-        say("interrupted; nothing was left behind")
+        interrupted()
         return INTERRUPTED
     except SystemExit as left:  # click's own, where nobody reads stdout any more
         sys.stdout, sys.stderr = streams  # which it has wrapped, closed ones too

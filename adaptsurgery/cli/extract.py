@@ -113,7 +113,7 @@ def command(as_json: bool, quiet: bool, base: str, tuned: str, out: str, **given
         try:
             report = extract(base, tuned, out, progress=tell, **given)
         except KeyboardInterrupt:
-            output.say("interrupted; finished layers are kept: the same command goes on from them")
+            output.interrupted("finished layers are kept: the same command goes on from them")
             raise SystemExit(INTERRUPTED) from None
     if as_json:
         output.print_json({"ok": True, **report.as_dict(), "peak_memory": output.peak_memory()})

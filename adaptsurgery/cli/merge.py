@@ -125,7 +125,7 @@ def _run(job: Callable[..., Report], as_json: bool, quiet: bool, given: dict[str
         try:
             report = job(base, adapters, out, progress=tell, **given)
         except KeyboardInterrupt:
-            output.say("interrupted; finished shards are kept: the same command goes on from them")
+            output.interrupted("finished shards are kept: the same command goes on from them")
             raise SystemExit(INTERRUPTED) from None
     if as_json:
         output.print_json({"ok": True, **report.as_dict(), "peak_memory": output.peak_memory()})

@@ -26,6 +26,24 @@ class Session:
     json = False
 
 
+def forget_landed() -> None:
+    """Begin a command line: what earlier ones in this process put in place is not its own."""
+    _landed().clear()
+
+
+def interrupted(left: str = "nothing was left behind") -> None:
+    """Tell what an interrupted command has left: its output, where that was in place already."""
+    if landed := list(dict.fromkeys(_landed())):
+        left = "in place already: " + ", ".join(map(printable, landed))
+    say(f"interrupted; {left}")
+
+
+def _landed() -> list[str]:
+    atomic = sys.modules.get("adaptsurgery.checkpoint.atomic")  # none before a job needs it
+    landed: list[str] = getattr(atomic, "landed", [])
+    return landed
+
+
 def printable(text: str) -> str:
     """Text from a file or a command line without what would steer the terminal."""
     from adaptsurgery_formats import errors  # late: --help has no need of it

@@ -92,8 +92,12 @@ def write_adapter(
     dry_run: bool = False,
     hashes: bool = True,
     progress: Progress | None = None,
+    others: Sequence[AnyPath] = (),
 ) -> Report:
-    """A loaded adapter in a layout, after a change of its algorithm if one is asked for."""
+    """A loaded adapter in a layout, after a change of its algorithm if one is asked for.
+
+    ``others`` are what it was made of besides: nobody may read the output who may not read them all.
+    """
     target = writable(to)
     assert target.spell is not None
     keep_apart(loaded.paths, [out], guard=_guard(target))
@@ -106,7 +110,8 @@ def write_adapter(
     rows = _checked(loaded, files, target, changed)
     report = _report(loaded, state, rows, target, files)
     if not dry_run:
-        report.outputs = _write(files, out, target, overwrite, hashes, progress)
+        inputs = [*loaded.inputs, *others]
+        report.outputs = _write(files, out, target, overwrite, hashes, progress, inputs)
     return report
 
 
@@ -259,6 +264,7 @@ def _write(
     overwrite: bool,
     hashes: bool,
     progress: Progress | None,
+    inputs: Sequence[AnyPath],
 ) -> list[str]:
     """The files under their final names, whole or not at all."""
     total = sum(total_bytes(f.tensors.values()) for f in files)
@@ -272,7 +278,7 @@ def _write(
 
     folder = target.name == "peft"
     with output(
-        out, overwrite=overwrite, directory=folder, replaceable=_OURS, needed=total
+        out, overwrite=overwrite, directory=folder, replaceable=_OURS, needed=total, inputs=inputs
     ) as place:
         for file in files:
             at = place / file.component / WEIGHTS if folder else place

@@ -55,6 +55,13 @@ class Loaded:
     files: list[AdapterFile] = field(default_factory=list)
 
     @property
+    def inputs(self) -> list[Path]:
+        """The files and folders that it was read from, its base's among them."""
+        files = [Path(file.where) for file in self.files]
+        configs = [config for file in files if (config := file.parent / CONFIG).is_file()]
+        return [*self.paths, *files, *configs, *(self.base.inputs if self.base else ())]
+
+    @property
     def base_place(self) -> str | None:
         """Where the base was read, if there is one."""
         return self.base.where if self.base is not None else None
@@ -250,6 +257,8 @@ def _read_file(path: Path, config: dict[str, Any] | None) -> AdapterFile:
 def read_config(path: Path) -> dict[str, Any]:
     """An adapter_config.json as an object; raises FileError for anything else."""
     try:
+        if path.stat().st_size > MAX_CONFIG:
+            raise FileError("it is too large for a config", where=str(path), code="bad-config")
         return parsed_config(system.read_file(path, MAX_CONFIG), str(path))
     except OSError as error:
         raise FileError(f"it cannot be read: {error.strerror}", where=str(path)) from None

@@ -6,13 +6,13 @@ import io
 import logging
 import os
 import warnings
-from collections.abc import Collection, Iterable, Iterator, Mapping
+from collections.abc import Collection, Iterable, Iterator, Mapping, Sequence
 from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass, fields
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, BinaryIO
 
-from adaptsurgery.checkpoint import atomic, system
+from adaptsurgery.checkpoint import atomic, privacy, system
 from adaptsurgery.checkpoint.failures import as_file_error
 from adaptsurgery.checkpoint.programs import check_program
 from adaptsurgery.jobs.adapter import Adapter
@@ -159,7 +159,8 @@ def _rewritten(
     changed = _changed(program, chosen, name, mode, merge, seed)
     report.facts["parameters"] = _parameters(program, changed, name, merge)
     if not dry_run:
-        report.outputs = _write(changed, out, onnx, overwrite)
+        inputs = _inputs(source, config, adapter, base)
+        report.outputs = _write(changed, out, onnx, overwrite, inputs)
         report.facts["bytes"] = sum(os.path.getsize(path) for path in report.outputs)
     return report
 
@@ -330,8 +331,18 @@ def _parameters(
     }
 
 
+def _inputs(*given: AnyPath | None) -> list[AnyPath]:
+    """The files that were named, and of folders all files that may have been read."""
+    named = [path for path in given if path is not None and os.path.exists(path)]
+    return [each for path in named for each in privacy.below(Path(path))]
+
+
 def _write(
-    program: ExportedProgram, out: AnyPath | None, onnx: AnyPath | None, overwrite: bool
+    program: ExportedProgram,
+    out: AnyPath | None,
+    onnx: AnyPath | None,
+    overwrite: bool,
+    inputs: Sequence[AnyPath],
 ) -> list[str]:
     """The files that were written. ONNX comes first, since it may fail."""
 
@@ -339,10 +350,14 @@ def _write(
 
     with ExitStack() as stack:
         if out is not None:
-            _save(program, stack.enter_context(atomic.output(out, overwrite=overwrite)))
+            landing = atomic.output(out, overwrite=overwrite, inputs=inputs)
+            _save(program, stack.enter_context(landing))
         if onnx is not None:
             try:
-                export_onnx(program, onnx, overwrite=overwrite)
+                with atomic.outputs(
+                    onnx, overwrite=overwrite, beside=[".data"], inputs=inputs
+                ) as folder:
+                    export_onnx(program, folder / Path(onnx).name)
             except OSError as error:
                 raise as_file_error(error, onnx, writing=True) from error
     more = files_of(program, onnx) if onnx is not None else []

@@ -212,3 +212,29 @@ def test_memory_is_a_few_megabytes_whatever_the_tensor(tmp_path: Path) -> None:
     done = subprocess.run(arguments, capture_output=True, text=True, check=True)
     assert int(done.stdout) < 40_000
     assert (tmp_path / "out").stat().st_size > 64000 * 4096 * 2
+
+
+@pytest.mark.parametrize("workers", [1, 6])
+@pytest.mark.parametrize("kernel", [True, False])
+def test_a_few_sources_are_open_at_once_however_many_there_are(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, workers: int, kernel: bool
+) -> None:
+    monkeypatch.setattr(stream._Sources, "limit", 4)
+    if not kernel:
+        monkeypatch.setattr(stream.system, "kernel_copy", lambda *_: 0)
+    entries, most = {}, [0]
+    for n in range(60):
+        save_file({f"w{n}": torch.full((64,), float(n))}, tmp_path / f"{n}.safetensors")
+        entries[f"w{n}"] = Entry(read_safetensors(tmp_path / f"{n}.safetensors").tensors[f"w{n}"])
+    real = stream._Sources._open
+
+    def counted(sources: stream._Sources, path: str) -> int:
+        fd = real(sources, path)
+        most[0] = max(most[0], len(sources.files))
+        return fd
+
+    monkeypatch.setattr(stream._Sources, "_open", counted)
+    write_stream(tmp_path / "out", entries, workers=workers)
+    got = load_file(tmp_path / "out")
+    assert all(torch.equal(got[f"w{n}"], torch.full((64,), float(n))) for n in range(60))
+    assert 0 < most[0] <= 4 + workers

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import gc
 import json
 import sys
 from collections.abc import Callable
@@ -82,6 +83,8 @@ def cut_short(call: Callable[[], object], at: int, error: type[BaseException]) -
         pass
     finally:
         sys.settrace(before)
+        torch.set_grad_enabled(True)  # a trace may raise where a `with` ends, which no signal does
+        gc.enable()
     return left <= 0
 
 

@@ -79,6 +79,7 @@ def combine(
     report = write_adapter(
         result, Path(out), target.name,
         overwrite=overwrite, dry_run=dry_run, hashes=hashes, progress=progress,
+        others=[path for one in loaded for path in one.inputs],
     )  # fmt: skip
     notes = [*repeated(one.paths[0] for one in loaded), *sum_.notes, *notes]
     return _told(report, rows, parts, notes)

@@ -179,7 +179,10 @@ def _original(
 
 def _shown(plan: MergePlan) -> str:
     """The base's path as a person would type it from here; the plan holds it in full."""
-    near = os.path.relpath(plan.base) if os.path.isabs(plan.base) else plan.base
+    try:
+        near = os.path.relpath(plan.base) if os.path.isabs(plan.base) else plan.base
+    except (OSError, ValueError):  # the working directory was removed; it is on another drive
+        return plan.base
     return plan.base if near.startswith("..") else near
 
 

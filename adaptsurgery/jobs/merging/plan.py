@@ -20,6 +20,7 @@ from typing import Any
 from adaptsurgery.checkpoint import system
 from adaptsurgery.checkpoint.base import PICKLES, Base, BaseFile
 from adaptsurgery.jobs.inputs import Input, base_input, refuse_pickles
+from adaptsurgery.jobs.loading import CONFIG, read_files
 from adaptsurgery.jobs.merging.configs import config_changes
 from adaptsurgery.jobs.merging.copies import Beside, look_beside, refused_links
 from adaptsurgery.jobs.merging.matched import Change, Matched, Saved, Target
@@ -291,11 +292,12 @@ def _check_device(device: str) -> None:
 
 
 def adapter_input(path: Path, weight: float, layout: str) -> AdapterInput:
-    """An adapter with the hashes of its files: the weights and the config beside them."""
-    if path.is_dir():
-        names = [p for p in path.rglob("*") if p.suffix in (".safetensors", ".json", ".bin")]
-    else:
-        names = [path, *(p for p in [path.parent / "adapter_config.json"] if system.is_there(p))]
+    """An adapter with the hashes of its own files: the weights and the config beside them.
+
+    What else lies in its folder is no part of it: a training's checkpoints, or an output.
+    """
+    files = [Path(file.where) for file in read_files(path)]
+    names = {*files, *(c for file in files if (c := file.parent / CONFIG).is_file())}
     return AdapterInput(str(path.resolve()), weight, layout, tuple(map(_hashed, sorted(names))))
 
 

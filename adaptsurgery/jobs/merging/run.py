@@ -1,7 +1,8 @@
 """A plan carried out: shard by shard into a partial output, which becomes the output at the end.
 
 See ``jobs.partial``: ``files/`` is what OUT will be, a shard there in full or not at all, and
-``norms/`` holds ‖W‖ and ‖W' − W‖ of each finished shard's tensors.
+``norms/`` holds ‖W‖ and ‖W' − W‖ of each finished shard's tensors. A single file lands together with
+its manifest; a folder holds its own.
 """
 
 from __future__ import annotations
@@ -9,13 +10,13 @@ from __future__ import annotations
 import glob
 import json
 import os
-from collections.abc import Callable, Mapping, Sequence
-from contextlib import suppress
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import ExitStack
 from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from adaptsurgery.checkpoint import atomic
+from adaptsurgery.checkpoint import atomic, locks, privacy, system
 from adaptsurgery.checkpoint.base import read_json
 from adaptsurgery.checkpoint.safetensors import read_safetensors
 from adaptsurgery.checkpoint.writer import file_size
@@ -28,7 +29,7 @@ from adaptsurgery.jobs.merging.manifest import manifest_of, manifest_path
 from adaptsurgery.jobs.merging.matched import Change
 from adaptsurgery.jobs.merging.plan import MANIFEST, MergePlan, ShardJob, TensorEdit, stem_of
 from adaptsurgery.jobs.merging.quantised import Scale
-from adaptsurgery.jobs.partial import GoneError, Partial, busy, replace_json, write_json
+from adaptsurgery.jobs.partial import GoneError, Partial, replace_json, write_json
 from adaptsurgery_formats import AdapterState
 from adaptsurgery_formats.errors import FileError, SurgeryError
 from adaptsurgery_formats.reading import typed
@@ -42,7 +43,6 @@ if TYPE_CHECKING:
 
 Progress = Callable[[int, int], object]
 Norms = dict[str, dict[str, float]]
-_FICLONE = 0x40049409
 
 
 def check_plan(
@@ -67,7 +67,14 @@ def check_plan(
         directory=plan.folder,
         replaceable=_replaceable(plan, out),
         needed=plan.nbytes - _finished(plan, out) if needed else 0,
+        beside=() if plan.folder else (atomic.RECORD,),
+        inner=[*(job.name for job in plan.jobs), *plan.copies] if plan.folder else (),
     )
+
+
+def _copied(plan: MergePlan) -> list[Path]:
+    base = plan.home
+    return [base / name for name in plan.copies]
 
 
 def run_plan(
@@ -99,25 +106,36 @@ def run_plan(
     check_inputs(_inputs(plan))
     runner = _Runner(plan, place, states, workers, progress, norms)
     try:
-        with place.tidy(alone=count == 1):
-            place.make(out)
+        with place.entered(alone=count == 1):
             if place.landed(out):
-                with place.lock("finish"):
-                    return True, _close(plan, place, out)
+                return True, _close(plan, place, out)
             if count > 1 and (made := _made(plan, out)) is not None:  # just now, by another
-                if not busy(place.root):
+                if not place.busy():
                     place.remove()
                 return True, made
+            place.check_files(place.known())
             for number in range(index, len(plan.jobs), count):
                 runner.job(number)
-            return _finish(plan, place, out, overwrite)
+            complete, measured = _finish(runner, out, overwrite)
+            if not complete and count == 1:  # all jobs were done: a twin has the output in place
+                raise GoneError
+            return complete, measured
     except GoneError:
         made = _made(plan, out)
         if made is not None:
             return True, made  # another process was faster
         raise place.vanished() from None
+    except FileError as error:
+        made = _made(plan, out) if error.code == "output-exists" else None
+        if made is None:
+            error.where = error.where.replace(str(place.root / "work"), str(out))
+            raise
+        return True, made
     except OSError as error:
-        raise place.said(error, out) from error
+        made = _made(plan, out) if isinstance(error, FileNotFoundError) else None
+        if made is None:
+            raise place.said(error, out) from error
+        return True, made
     except SurgeryError as error:
         error.where = error.where.replace(str(place.root / "work"), str(out))
         raise
@@ -130,13 +148,25 @@ class _Place(Partial):
         super().__init__(plan.digest, out)
         self.plan = plan
         self.content = self.files if plan.folder else self.shard(0)
+        self.manifest = self.root / "manifest.json"  # a single file's
 
     def shard(self, number: int) -> Path:
         return self.files / (self.plan.jobs[number].name or "output.safetensors")
 
     def done(self, number: int) -> bool:
         """Whether a shard is there: it comes under its name only when it is whole and on disk."""
-        return self.shard(number).is_file()
+        return self.result(number) is not None
+
+    def result(self, number: int) -> Norms | None:
+        """The norms of a finished shard's tensors; None where it is not there as it was finished."""
+        norms: Norms | None = self.recorded(number, self.shard(number))
+        return norms
+
+    def known(self) -> set[str]:
+        """Relative names of all that may lie in ``files``."""
+        plan = self.plan
+        shards = {self.shard(n).relative_to(self.files).as_posix() for n in range(len(plan.jobs))}
+        return {*shards, *plan.copies, *plan.indexes, MANIFEST} if plan.folder else shards
 
 
 def abandoned(plan: MergePlan, out: Path) -> list[Path]:
@@ -167,6 +197,7 @@ class _Runner:
         self.parsed = list(states) if states is not None else None
         self.bases: dict[int, Mapping[str, Tensor]] = {}
         self.done = 0
+        self.bits: int | None = None
 
     @property
     def states(self) -> list[AdapterState]:
@@ -188,10 +219,22 @@ class _Runner:
             except BaseException:
                 work.unlink(missing_ok=True)
                 raise
-            write_json(self.place.norms(number), norms)
             target = self.place.shard(number)
-            target.parent.mkdir(parents=True, exist_ok=True)
-            os.rename(work, target)
+            self._make_parents(target)
+            self._narrow(work)
+            os.replace(work, target)  # over one that is not what its record says
+            self.place.record(number, norms, target)
+
+    def _make_parents(self, target: Path) -> None:
+        """The folders of a shard below ``files``, which is not made again where it has landed."""
+        for folder in list(target.relative_to(self.place.files).parents)[-2::-1]:
+            (self.place.files / folder).mkdir(exist_ok=True)
+
+    def _narrow(self, work: Path) -> None:
+        """Before it is recorded: a later change of its mode would make another file of it."""
+        if self.bits is None:
+            self.bits = privacy.shared_bits(_sources(self.plan, self.place.out), _group(work))
+        privacy.narrow_to(work, self.bits)
 
     def _tell(self, count: int) -> None:
         self.done += count
@@ -200,7 +243,7 @@ class _Runner:
 
     def _write(self, job: ShardJob, work: Path) -> Norms:
         if job.clone >= 0:
-            _clone(self.plan.files[job.clone].path, work)
+            system.copy_file(self.plan.files[job.clone].path, work)
             self._tell(job.nbytes)
             return {}
         import torch  # noqa: F401  before the workers start, who would all import it at once
@@ -279,45 +322,89 @@ def _norms(found: Any) -> dict[str, float]:
 # -- The end
 
 
-def _finish(plan: MergePlan, place: _Place, out: Path, overwrite: bool) -> tuple[bool, Norms]:
+def _finish(runner: _Runner, out: Path, overwrite: bool) -> tuple[bool, Norms]:
     """Indexes, configs, other files, the manifest, and the rename; if every shard is there."""
-    with place.lock("finish"):
-        missing = [n for n in range(len(plan.jobs)) if not place.done(n)]
+    plan, place = runner.plan, runner.place
+    with ExitStack() as held:
+        held.enter_context(place.lock("finish"))
+        if place.landed(out):  # by a twin, who is about to remove the rest
+            return True, _made(plan, out) or {}
+        for number in range(len(plan.jobs)):
+            if place.shard(number).exists() and not place.done(number):
+                runner.job(number)
         norms = _all_norms(plan, place)
-        if missing:
+        if not all(map(place.done, range(len(plan.jobs)))):
             return False, norms
         check_inputs(_inputs(plan))
         _check_sizes(plan, place)
-        if plan.folder:
-            _complete(plan, place.files)
-            write_json(place.files / MANIFEST, manifest_of(plan, norms))
-            atomic.sync(place.files)
-        else:  # so that a file never stands beside another one's manifest
-            manifest_path(out, False).unlink(missing_ok=True)
-        place.land(out, overwrite)
-        return True, _close(plan, place, out)
+        _make_ready(plan, place, out, norms)
+        with locks.alone(out), locks.unbroken():
+            place.land(out, overwrite, None if plan.folder else place.manifest)
+            held.close()  # nothing that is open may lie in what is removed
+            return True, _close(plan, place, out)
+
+
+def _make_ready(plan: MergePlan, place: _Place, out: Path, norms: Norms) -> None:
+    """All that lands besides the shards, on disk, and none of it open to more people than an input."""
+    sources = list(_sources(plan, out))
+    if plan.folder:
+        _complete(plan, place.files)
+        _write_new(place.files / MANIFEST, manifest_of(plan, norms))
+        place.check_files(place.known())
+    else:
+        replace_json(place.manifest, manifest_of(plan, norms))
+        privacy.narrow(place.manifest, sources)
+        atomic.sync(place.manifest)
+    privacy.narrow(place.content, sources)
+    atomic.sync(place.content)
+
+
+def _sources(plan: MergePlan, out: Path) -> Iterator[str]:
+    """Whose privacy the output keeps: what it is made of, and the one that it replaces."""
+    yield from _read(plan)
+    if os.path.lexists(out):
+        yield from privacy.below(out)
+
+
+def _group(path: Path) -> int:
+    return os.lstat(path).st_gid
+
+
+def _read(plan: MergePlan) -> Iterator[str]:
+    """All files that the output is made of, and the folders that were named."""
+    yield from (given.path for given in _inputs(plan))
+    yield from (path for path in (plan.base, *(a.path for a in plan.adapters)))
+    yield from map(str, _copied(plan))
+
+
+def _write_new(path: Path, data: Mapping[str, Any]) -> None:
+    path.unlink(missing_ok=True)
+    write_json(path, data)
 
 
 def _close(plan: MergePlan, place: _Place, out: Path) -> Norms:
-    """What comes after the rename: a file's manifest, and the partial output removed.
+    """What comes after the rename: a file's manifest, if a kill came before it, and the rest removed.
 
     A run that was killed while it removed that has written the manifest, from norms that may be gone.
     """
-    norms = _made(plan, out)
-    if norms is None:
-        norms = _all_norms(plan, place)
-        if not plan.folder:
-            replace_json(manifest_path(out, False), manifest_of(plan, norms))
-    atomic.sync_folder(out.parent)
-    place.remove()
+    with locks.alone(out), locks.unbroken():
+        norms = _made(plan, out)
+        if norms is None:
+            norms = _all_norms(plan, place)
+            if not plan.folder and place.landed(out):
+                if not place.manifest.exists():
+                    replace_json(place.manifest, manifest_of(plan, norms))
+                    privacy.narrow(place.manifest, [*_read(plan), out])
+                atomic.put_record(place.manifest, out, atomic.identity(out))
+        atomic.sync_folder(out.parent)
+        place.remove()
     return norms
 
 
 def _all_norms(plan: MergePlan, place: _Place) -> Norms:
     norms: Norms = {}
     for number in range(len(plan.jobs)):
-        if place.norms(number).is_file():
-            norms |= json.loads(place.norms(number).read_text("utf-8"))
+        norms |= place.result(number) or {}
     return norms
 
 
@@ -347,13 +434,28 @@ def _complete(plan: MergePlan, content: Path) -> None:
         target = content / name
         target.parent.mkdir(parents=True, exist_ok=True)
         target.unlink(missing_ok=True)
-        _clone(str(base / name), target)
+        system.copy_file(base / name, target)
     for component, changes in plan.configs.items():
         path = content / component / "config.json"
-        config = json.loads(path.read_text("utf-8"))
-        replace_json(path, patched(config, changes))
+        _write_new(path, patched(_object(path, base / component / "config.json"), changes))
     for name, component in plan.indexes.items():
-        write_json(content / name, _index(plan, component, base / name))
+        _write_new(content / name, _index(plan, component, base / name))
+
+
+def _object(path: Path, source: Path) -> dict[str, Any]:
+    """A JSON object that was one when the plan was made."""
+    try:
+        data = json.loads(system.read_text(path))
+    except (ValueError, RecursionError):
+        data = None
+    if not isinstance(data, dict):
+        raise FileError(
+            "it is no longer a JSON object, as it was when the plan was made",
+            where=str(source),
+            next="plan again",
+            code="input-changed",
+        )
+    return data
 
 
 def _index(plan: MergePlan, component: str, old: Path) -> dict[str, Any]:
@@ -369,34 +471,6 @@ def _index(plan: MergePlan, component: str, old: Path) -> dict[str, Any]:
         metadata["total_parameters"] = sum(Tensor(t.dtype, t.shape, ()).numel for t in tensors)
     weight_map = {t.key: job.name.rpartition("/")[2] for job in jobs for t in job.tensors}
     return {"metadata": metadata, "weight_map": dict(sorted(weight_map.items()))}
-
-
-def _clone(source: str, target: Path) -> None:
-    """A file's bytes under another name: shared where the file system can, else copied."""
-    import fcntl
-
-    with open(source, "rb") as a, open(target, "xb") as b:
-        try:
-            fcntl.ioctl(b.fileno(), _FICLONE, a.fileno())
-        except OSError:
-            size = os.fstat(a.fileno()).st_size
-            _copy(a.fileno(), b.fileno(), size)
-        os.fsync(b.fileno())
-
-
-def _copy(source: int, target: int, size: int) -> None:
-    at = 0
-    with suppress(OSError):
-        while at < size:
-            moved = os.copy_file_range(source, target, min(size - at, 1 << 26), at, at)
-            if not moved:
-                break
-            at += moved
-    while at < size:
-        data = os.pread(source, min(size - at, 1 << 22), at)
-        if not data:
-            raise FileError("it ended early", where=str(source), code="truncated-file")
-        at += os.pwrite(target, data, at)
 
 
 # -- What is refused
@@ -424,7 +498,7 @@ def _replaceable(plan: MergePlan, out: Path) -> list[str]:
     names = {*(job.name for job in plan.jobs), *plan.copies, MANIFEST}
     for index in {*plan.indexes, *(f"{stem}.safetensors.index.json" for stem in stems)}:
         names |= {index, *_listed(out, index)}
-    if _manifest(out / MANIFEST):
+    if atomic.is_record(out / MANIFEST):
         names |= {f"{stem}.safetensors" for stem in stems}
     shards = [f"{glob.escape(stem)}-?????-of-?????.safetensors" for stem in stems]
     return [*map(glob.escape, names), *shards]
@@ -432,40 +506,26 @@ def _replaceable(plan: MergePlan, out: Path) -> list[str]:
 
 def _listed(out: Path, index: str) -> set[str]:
     """The shards that an index in a folder names, relative to the folder."""
-    files = _json(out / index).get("weight_map")
+    files = atomic.read_json(out / index).get("weight_map")
     if not isinstance(files, dict):
         return set()
     folder = index.rpartition("/")[0]
     return {f"{folder}/{name}" if folder else str(name) for name in files.values()}
 
 
-def _json(path: Path) -> dict[str, Any]:
-    """A file's JSON object, empty where there is none."""
-    try:
-        data = json.loads(path.read_text("utf-8"))
-    except (OSError, ValueError, RecursionError):
-        return {}
-    return data if isinstance(data, dict) else {}
-
-
-def _manifest(path: Path) -> dict[str, Any]:
-    """A merge's manifest, empty where there is none."""
-    data = _json(path)
-    return data if data.get("job") in ("merge", "unmerge") else {}
-
-
 def _made(plan: MergePlan, out: Path) -> Norms | None:
     """The norms of an output that says it is this plan's, else None."""
-    found = _manifest(manifest_path(out, plan.folder))
-    if not out.exists() or found.get("plan") != plan.digest:
+    path = manifest_path(out, plan.folder)
+    if not out.exists() or not atomic.is_record(path):
         return None
-    norms: Norms = found.get("norms") or {}
-    return norms
+    manifest = atomic.read_json(path)
+    norms: Norms = manifest.get("norms") or {}
+    return norms if manifest.get("plan") == plan.digest else None
 
 
 def _check_manifest(path: Path) -> None:
     """Refuse to replace what has the name of the output's manifest and is none."""
-    if os.path.lexists(path) and not _manifest(path):
+    if os.path.lexists(path) and not atomic.is_record(path):
         raise FileError(
             "the output's manifest would replace this, which is not a merge's manifest",
             where=str(path),

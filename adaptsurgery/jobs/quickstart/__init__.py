@@ -2,7 +2,8 @@
 
 - ``run``: the steps, and what is compared
 - ``making``: four adapters, trained or made
-- ``tiny``: a small language model that is trained on the spot
+- ``students``: what a model that is taught has; ``minilm``, a real one; ``tiny``, a small one that is
+  trained on the spot
 - ``given``: a model of the user's
 """
 

@@ -10,24 +10,24 @@ from pathlib import Path
 
 import torch
 
-from adaptsurgery.jobs.quickstart import tiny
 from adaptsurgery.jobs.quickstart.making import Made
+from adaptsurgery.jobs.quickstart.students import Student, adapted
 from adaptsurgery.jobs.rewrite import rewrite
 
 PROGRAM = "model.pt2"
 
 
 def exported(
-    model: tiny.TinyModel, made: Made, files: Path, seed: int, tell: Callable[[str], object]
+    student: Student, made: Made, files: Path, tell: Callable[[str], object]
 ) -> dict[str, float]:
     """File → how far its outputs are from the live model's, of the adapter's own effect on them.
 
     At another batch size than the program was exported with.
     """
-    generator = torch.Generator().manual_seed(seed)
-    text = tiny.pieces(tiny.unseen_code(), 3, generator)[:, :-1].contiguous()
-    sizes = ({0: torch.export.Dim.AUTO},)
-    program = torch.export.export(model.eval(), (text[:2],), dynamic_shapes=sizes)
+    inputs = student.example(3)
+    sizes = tuple({0: torch.export.Dim.AUTO} for _ in inputs)
+    two = tuple(x[:2] for x in inputs)
+    program = torch.export.export(student.module.eval(), two, dynamic_shapes=sizes)
     torch.export.save(program, str(files / PROGRAM))
     out, onnx = f"{made.name}.pt2", f"{made.name}.onnx" if _has_onnx() else ""
     words = ["rewrite", PROGRAM, "--adapter", made.name, "-o", out]
@@ -35,22 +35,22 @@ def exported(
     rewrite(
         files / PROGRAM, files / out, adapter=files / made.name, onnx=files / onnx if onnx else None
     )
-    found = {out: torch.export.load(str(files / out)).module()(text).detach()}
-    ran = _onnx_output(str(files / onnx), text) if onnx else None
-    found |= {} if ran is None else {onnx: ran}
+    got = {out: torch.export.load(str(files / out)).module()(*inputs).detach()}
+    ran = _onnx_output(str(files / onnx), inputs) if onnx else None
+    got |= {} if ran is None else {onnx: ran}
     with torch.no_grad():
-        plain = model(text)
-        with tiny.adapted(model, made.updates):
-            wanted = model(text)
+        plain = student.module(*inputs)
+        with adapted(student.module, made.updates):
+            wanted = student.module(*inputs)
     effect = float((wanted - plain).abs().max())
-    return {name: float((y - wanted).abs().max()) / effect for name, y in found.items()}
+    return {name: float((y - wanted).abs().max()) / effect for name, y in got.items()}
 
 
 def _has_onnx() -> bool:
     return all(find_spec(name) is not None for name in ("onnx", "onnxscript"))
 
 
-def _onnx_output(path: str, text: torch.Tensor) -> torch.Tensor | None:
+def _onnx_output(path: str, inputs: tuple[torch.Tensor, ...]) -> torch.Tensor | None:
     """What an ONNX runtime makes of the file, where one is installed."""
     if find_spec("onnxruntime") is None:
         return None
@@ -58,4 +58,5 @@ def _onnx_output(path: str, text: torch.Tensor) -> torch.Tensor | None:
     options = runtime.SessionOptions()
     options.log_severity_level = 3  # errors
     session = runtime.InferenceSession(path, options, providers=["CPUExecutionProvider"])
-    return torch.from_numpy(session.run(None, {session.get_inputs()[0].name: text.numpy()})[0])
+    given = {slot.name: x.numpy() for slot, x in zip(session.get_inputs(), inputs)}
+    return torch.from_numpy(session.run(None, given)[0])

@@ -1,4 +1,4 @@
-"""The four adapters: trained on the tiny model, or made for some weights of a model of the user's.
+"""The four adapters: trained on a student, or made for some weights of a model of the user's.
 
 Each has an alpha other than its rank, where it has one: a scale lost on the way would show.
 """
@@ -16,7 +16,7 @@ from torch import Tensor
 from adaptsurgery.algorithms import HRA, LoHa, LoKr, LoRA
 from adaptsurgery.core.geometry import Layer
 from adaptsurgery.core.update import Delta, Update
-from adaptsurgery.jobs.quickstart import tiny
+from adaptsurgery.jobs.quickstart.students import Student
 from adaptsurgery_formats.kronecker import peft_factorization
 
 Shape = tuple[int, ...]
@@ -29,8 +29,8 @@ STRENGTH = 0.03  # ‖ΔW‖/‖W‖ of an adapter that is made, not trained
 class Made:
     """An adapter in memory, and how to see what it does.
 
-    ``probe`` gives outputs with any such updates in place: the tiny model's, or each layer's.
-    ``before`` and ``after`` are the losses in bits per byte; ``moved`` is ‖ΔW‖/‖W‖.
+    ``probe`` gives outputs with any such updates in place: the student's, or each layer's.
+    ``before`` and ``after`` are the student's losses; ``moved`` is ‖ΔW‖/‖W‖.
     """
 
     recipe: Recipe
@@ -115,29 +115,26 @@ def factors(update: Update) -> dict[str, Tensor]:
     return update.tensors()
 
 
-def train(model: tiny.TinyModel, recipe: Recipe, steps: int, seed: int) -> Made:
-    """An adapter of the tiny model that has learned code by gradient, through ``Update.apply``."""
+def train(student: Student, recipe: Recipe, seed: int) -> Made:
+    """An adapter of a student that has learned its task by gradient, through ``Update.apply``."""
     generator = torch.Generator().manual_seed(seed)
-    layers = model.adapted()
+    layers = student.layers()
     updates = {
         path: recipe.fresh(layer.shape, generator)
         for path, layer in layers.items()
         if len(layer.shape) in recipe.dims
     }
     trained = [t.requires_grad_() for u in updates.values() for t in factors(u).values()]
-    before = tiny.measured(model, tiny.unseen_code(), updates)
-    tiny.teach(model, trained, updates, tiny.code(), steps, seed, rate=6e-3)
+    before = student.measured(updates)
+    student.teach(trained, updates, student.steps, seed, student.rate)
     for tensor in trained:
         tensor.requires_grad_(False)
-    after = tiny.measured(model, tiny.unseen_code(), updates)
-    sample = tiny.pieces(tiny.unseen_code(), 8, generator)
 
     def probe(updates: Updates) -> list[Tensor]:
-        with torch.no_grad(), tiny.adapted(model, updates):
-            return [model(sample)]
+        return [student.outputs(updates)]
 
     weights = {path: layers[path].canonical() for path in updates}
-    return Made(recipe, updates, probe, moved(updates, weights), before, after)
+    return Made(recipe, updates, probe, moved(updates, weights), before, student.measured(updates))
 
 
 def make(recipe: Recipe, weights: Mapping[str, Tensor], seed: int) -> Made:

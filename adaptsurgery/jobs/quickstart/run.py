@@ -12,7 +12,7 @@ import shutil
 import tempfile
 import time
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, nullcontext
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -24,30 +24,36 @@ from adaptsurgery.checkpoint.safetensors import read_safetensors
 from adaptsurgery.jobs.adapter import Adapter, load
 from adaptsurgery.jobs.convert import convert
 from adaptsurgery.jobs.loading import CONFIG, WEIGHTS, read_config
-from adaptsurgery.jobs.quickstart import extracting, given, graphs, making, tiny
+from adaptsurgery.jobs.quickstart import extracting, given, graphs, making, minilm, tiny
 from adaptsurgery.jobs.quickstart.making import Made
+from adaptsurgery.jobs.quickstart.students import Student
 from adaptsurgery.jobs.report import Report, Row
 from adaptsurgery.jobs.verify import verify
 from adaptsurgery_formats.errors import FileError, SurgeryError
 from adaptsurgery_formats.tensors import same_bytes
 from adaptsurgery_formats.traits import named, title_of
 
+RESTORED = 1e-6  # of ‖W‖, up to which an adapter comes out of a float32 checkpoint again
 AGREE = 1e-4  # of the adapter's own effect on the output, up to which two forms of it agree
 MODEL = "model.safetensors"
 TUNED = "tuned.safetensors"
-BASE_STEPS, ADAPTER_STEPS, TUNING_STEPS = 240, 40, 60
+BASE_STEPS = 240  # of the small model's own training
 Tell = Callable[[str], object]
 
 
 @dataclass
 class Work:
-    """What the steps share: ``files`` is where they write, ``base`` the user's model if any."""
+    """What the steps share: ``files`` is where they write, ``base`` the user's model if any.
+
+    ``real`` is the folder of the installed MiniLM, None where the small made model stands in.
+    """
 
     files: Path
     base: str | None
     seed: int
     tell: Tell
-    trained: tiny.TinyModel | None = None
+    real: Path | None = None
+    student: Student | None = None
     adapters: list[Made] = field(default_factory=list)
     results: dict[str, dict[str, Any]] = field(default_factory=dict)
     facts: dict[str, Any] = field(default_factory=dict)
@@ -97,19 +103,22 @@ def quickstart(
     folder: str | os.PathLike[str] | None = None,
     *,
     base: str | os.PathLike[str] | None = None,
+    small: bool = False,
     seed: int = 0,
     tell: Tell = lambda _: None,
 ) -> Report:
-    """Train a small model and adapters of it, convert them around, extract others, and compare.
+    """Train adapters of a model, convert and merge them around, extract others, and compare.
 
-    The files stay in ``folder``, which must be new or empty; without one they are removed. With a
-    ``base`` adapters are made for some layers of that model. ``tell`` gets each line of text as
+    The model is MiniLM where it is installed (the extra ``demo``) and ``small`` is False; else a
+    small one that is trained on the spot. The files stay in ``folder``, which must be new or empty;
+    without one they are removed. With a ``base`` adapters are made for some layers of that model. ``tell`` gets each line of text as
     the work goes on. What does not agree is in ``facts["failed"]``. Raises FileError
     ("output-exists") for a folder that holds something, and SurgeryError for a base that cannot be
     used.
     """
-    with _place(folder) as files, _one_thread():
-        work = Work(files, None if base is None else os.fspath(base), seed, tell)
+    real = None if small else minilm.folder()
+    with _place(folder) as files, nullcontext() if real and base is None else _one_thread():
+        work = Work(files, None if base is None else os.fspath(base), seed, tell, real)
         for step in STEPS:
             step(work)
         return _report(work, folder)
@@ -162,7 +171,7 @@ def _place(folder: str | os.PathLike[str] | None) -> Iterator[Path]:
 def adapters(work: Work) -> None:
     """A model and four adapters of it, written as PEFT folders."""
     if work.base is None:
-        _adapters_of_tiny(work)
+        _adapters_of_student(work)
     else:
         _adapters_of_given(work, work.base)
     for made in work.adapters:
@@ -180,37 +189,45 @@ def adapters(work: Work) -> None:
             "moved": made.moved,
             "error": 0.0,
         }
-        work.tell(f"  {made.name + '/':<6} {_said(made)}")
+        work.tell(f"  {made.name + '/':<6} {_said(made, work.student)}")
         better = made.before is None or (made.after or 0) < made.before
         work.expect(better, f"{made.name}: the loss did not fall")
 
 
-def _said(made: Made) -> str:
+def _said(made: Made, student: Student | None) -> str:
     size = f"{made.numbers:,} numbers on {len(made.updates)} layers, rank {made.recipe.rank}"
     size += f", alpha {made.recipe.alpha:g}" if made.recipe.alpha is not None else ""
     size += f"; ‖ΔW‖ = {made.moved:.1%} of ‖W‖"
-    if made.before is None or made.after is None:
+    if made.before is None or made.after is None or student is None:
         return size
-    return f"{size}; {made.before:.2f} → {made.after:.2f} bits per byte"
+    return f"{size}; {made.before:.2f} → {made.after:.2f} {student.unit}"
 
 
-def _adapters_of_tiny(work: Work) -> None:
-    work.title("Train a small language model on English: the docstrings of Python's library")
-    model = tiny.trained(BASE_STEPS, work.seed)
-    extracting.save(model, work.files / MODEL)
-    work.trained = model
-    numbers = sum(p.numel() for p in model.parameters())
-    english, code = (tiny.measured(model, t, {}) for t in (tiny.prose(), tiny.unseen_code()))
+def _adapters_of_student(work: Work) -> None:
+    student = work.student = _small(work) if work.real is None else _real(work, work.real)
+    student.write(work.files / MODEL)
+    numbers = sum(p.numel() for p in student.module.parameters())
+    before = student.measured({})
     work.tell(
-        f"  {MODEL}: {numbers:,} numbers, {BASE_STEPS} steps; a byte of English takes it "
-        f"{english:.2f} bits, of Python code {code:.2f}"
+        f"  {MODEL}: {numbers:,} numbers; to {student.task} takes it {before:.2f} {student.unit}"
     )
     work.facts["model"] = {
-        "where": MODEL, "numbers": numbers, "loss_english": english, "loss_code": code
+        "where": MODEL, "name": "small" if work.real is None else minilm.NAME, "numbers": numbers,
+        "loss": before, "unit": student.unit,
     }  # fmt: skip
-    work.title("Teach it code with adapters (the library's code; measured on modules not taught)")
+    work.title(f"Teach it to {student.task}, by adapters; measured on text that is not taught")
     for number, recipe in enumerate(making.RECIPES):
-        work.adapters.append(making.train(model, recipe, ADAPTER_STEPS, work.seed + number))
+        work.adapters.append(making.train(student, recipe, work.seed + number))
+
+
+def _real(work: Work, home: Path) -> Student:
+    work.title(f"Take {minilm.NAME}, a real model that is installed here")
+    return minilm.Student.read(home / minilm.WEIGHTS)
+
+
+def _small(work: Work) -> Student:
+    work.title("Train a small language model on English: the docstrings of Python's library")
+    return tiny.Student(tiny.trained(BASE_STEPS, work.seed))
 
 
 def _adapters_of_given(work: Work, base: str) -> None:
@@ -263,47 +280,68 @@ def as_lora(work: Work) -> None:
             _around(work, made, out)
 
 
-def extraction(work: Work) -> None:
-    """The same code taught to the whole model; each kind of adapter out of the two checkpoints."""
-    model = work.trained
-    if model is None:
+def merging(work: Work) -> None:
+    """Every adapter into the checkpoint, and out of it again."""
+    student = work.student
+    if student is None:
         return
-    work.title("Teach the code to all of the model's weights, and get adapters out of that")
-    tuned = extracting.tuned(model, TUNING_STEPS, work.seed)
-    extracting.save(tuned, work.files / TUNED)
-    losses = [tiny.measured(m, tiny.unseen_code(), {}) for m in (model, tuned)]
-    work.tell(f"  {TUNED}: {losses[0]:.2f} → {losses[1]:.2f} bits per byte")
-    found = []
+    work.title("Merge each into the checkpoint, and take it out again")
+    for made in work.adapters:
+        inside, outside = f"{made.name}-in.safetensors", f"{made.name}-out.safetensors"
+        work.tell(f"$ adaptsurgery merge {MODEL} {made.name} -o {inside}")
+        work.tell(f"$ adaptsurgery unmerge {inside} {made.name} -o {outside}")
+        off = extracting.merged(student, made, work.files / MODEL, work.files / made.name)
+        work.results[made.name] |= {"merged_output": off["output"], "unmerged": off["back"]}
+        work.expect(off["output"] <= AGREE, f"{inside}: its outputs are off by {off['output']:.2g}")
+        work.expect(off["back"] <= RESTORED, f"{outside}: off by {off['back']:.2g} of the weights")
+        work.tell(
+            f"  merged, its outputs differ by {off['output']:.1g} of the adapter's effect; "
+            f"taken out, its weights by {off['back']:.1g} of ‖W‖"
+        )
+
+
+def extraction(work: Work) -> None:
+    """The same task taught to the model's own weights; each kind of adapter out of the two."""
+    before = work.student
+    if before is None:
+        return
+    work.title("Teach the same to the model's own weights, and get adapters out of that")
+    after = before.tuned(work.seed)
+    after.write(work.files / TUNED)
+    losses = [student.measured({}) for student in (before, after)]
+    work.tell(f"  {TUNED}: {losses[0]:.2f} → {losses[1]:.2f} {before.unit}")
+    results = []
     for algorithm in named(lambda row: row.extracts):
         out = f"extracted-{algorithm}"
         words = ["extract", MODEL, TUNED, "-o", out, "--algorithm", algorithm]
-        words += ["--budget", str(extracting.BUDGET)]
+        words += ["--budget", str(before.budget)]
         work.tell(f"$ adaptsurgery {shlex.join(words)}")
         base, fine = work.files / MODEL, work.files / TUNED
-        told = extracting.extracted(base, fine, work.files / out, algorithm)
-        work.tell(_extracted(told))
-        off = abs(told["error_merged"] - told["error"])
-        work.expect(off <= extracting.TOLD * told["error"], f"{out}: merged it has another error")
-        work.expect(told["loss"] < losses[0], f"{out}: it has nothing of the fine-tune")
-        found.append(told)
-    work.facts["extracted"] = {"before": losses[0], "after": losses[1], "adapters": found}
+        result = extracting.extracted(before, after, base, fine, work.files / out, algorithm)
+        work.tell(_extracted(result, before.unit))
+        off = abs(result["error_merged"] - result["error"])
+        work.expect(off <= extracting.TOLD * result["error"], f"{out}: merged it has another error")
+        work.expect(result["loss"] < losses[0], f"{out}: it has nothing of the fine-tune")
+        results.append(result)
+    work.facts["extracted"] = {"before": losses[0], "after": losses[1], "adapters": results}
 
 
-def _extracted(told: dict[str, Any]) -> str:
+def _extracted(result: dict[str, Any], unit: str) -> str:
     return (
-        f"  {told['parameters']:,} parameters on {told['layers']} layers, {told['layers_error']:.2f} of "
-        f"their change lost; merged back: weights off by {told['error_merged']:.2f} of the change, "
-        f"outputs by {told['output_error']:.2f}, {told['loss']:.2f} bits per byte"
+        f"  {result['parameters']:,} parameters on {result['layers']} layers, "
+        f"{result['layers_error']:.2f} of their change lost; merged back: weights off by "
+        f"{result['error_merged']:.2f} of the change, outputs by {result['output_error']:.2f}, "
+        f"{result['loss']:.2f} {unit}"
     )
 
 
 def exported(work: Work) -> None:
     """An adapter put into the exported model, which then needs no source."""
-    if work.trained is None:
+    if work.student is None:
         return
     work.title("Export the model by torch.export, and put the LoKr into the program")
     made = next(made for made in work.adapters if made.name == "lokr")
-    found = graphs.exported(work.trained, made, work.files, work.seed, work.tell)
+    found = graphs.exported(work.student, made, work.files, work.tell)
     work.facts["programs"] = found
     for name, off in found.items():
         work.expect(off <= AGREE, f"{name}: its outputs are off by {off:.2g}")
@@ -311,7 +349,7 @@ def exported(work: Work) -> None:
 
 
 STEPS: tuple[Callable[[Work], None], ...] = (
-    adapters, around, refusal, as_lora, extraction, exported
+    adapters, around, refusal, as_lora, merging, extraction, exported
 )  # fmt: skip
 
 

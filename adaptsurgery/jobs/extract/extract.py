@@ -280,7 +280,7 @@ def _write(state: Any, runner: Runner, place: Place, out: Path) -> Report:
     loaded = _loaded(state, runner.models["base"])
     written = write_adapter(loaded, place.content, runner.plan.options.to, hashes=False)
     for card in out.glob(f"**/{CARD}") if out.is_dir() else ():  # a model card stays
-        shutil.copy2(card, place.content / card.relative_to(out))
+        system.copy_file(card, place.content / card.relative_to(out))
     old = privacy.below(out) if os.path.lexists(out) else ()
     privacy.narrow(place.content, [*runner.inputs, *old])
     atomic.sync(place.content)

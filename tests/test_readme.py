@@ -16,8 +16,8 @@ import pytest
 from safetensors.torch import load_file
 
 from adaptsurgery.cli import run
-from adaptsurgery.jobs.quickstart import quickstart
-from adaptsurgery.jobs.quickstart.tiny import TinyModel
+from adaptsurgery.quickstart import quickstart
+from adaptsurgery.quickstart.tiny import TinyModel
 
 README = (Path(__file__).resolve().parent.parent / "README.md").read_text("utf-8")
 
@@ -25,7 +25,7 @@ README = (Path(__file__).resolve().parent.parent / "README.md").read_text("utf-8
 @pytest.fixture(scope="module")
 def kept(tmp_path_factory: pytest.TempPathFactory) -> Path:
     folder = tmp_path_factory.mktemp("readme") / "try"
-    assert quickstart(folder).facts["failed"] == []
+    assert quickstart(folder, small=True).facts["failed"] == []
     return folder
 
 

@@ -25,9 +25,11 @@ from adaptsurgery.checkpoint import system
 from adaptsurgery.checkpoint.failures import as_file_error, missing_file
 from adaptsurgery.checkpoint.safetensors import read_safetensors
 from adaptsurgery_formats.errors import FileError, NameLookupError, nearest
+from adaptsurgery_formats.paths import check_name
 from adaptsurgery_formats.reading import MAX_JSON, JsonObject, json_object, typed
 from adaptsurgery_formats.tensors import Tensor
 
+UNTRUSTED = "do not trust this model; its index was tampered with"
 PICKLES = (".bin", ".pt", ".pth", ".ckpt")
 # The weights' names within a folder, best first; each may have an .index.json instead.
 STEMS = ("model", "diffusion_pytorch_model", "pytorch_model")
@@ -91,6 +93,13 @@ class Base:
     folder: Path | None = None
     local: bool = True
     configs: Mapping[str, Mapping[str, Any]] = field(default_factory=dict)
+
+    @property
+    def inputs(self) -> list[Path]:
+        """Its files, and the folder that they lie in where that was named."""
+        if self.folder is None:
+            return [Path(self.where)]
+        return [self.folder, *(self.folder / file.name for file in self.files)]
 
     @property
     def components(self) -> dict[str, dict[str, tuple[int, ...]]]:
@@ -220,7 +229,7 @@ def _read_pipeline(folder: Path) -> Base:
     for component, value in index.items():
         if component.startswith("_") or not isinstance(value, list):
             continue
-        check_name(component, folder / "model_index.json")
+        check_name(component, str(folder / "model_index.json"), UNTRUSTED)
         place = folder / component
         if not place.is_dir() or not find_weights(os.listdir(place)):
             continue
@@ -315,7 +324,7 @@ def _is_training_state(name: str) -> bool:
 
 
 def _config(place: Path) -> Mapping[str, Any]:
-    return read_json(place / "config.json") if (place / "config.json").is_file() else {}
+    return read_json(place / "config.json") if system.is_there(place / "config.json") else {}
 
 
 def _class_of(config: Mapping[str, Any]) -> str:
@@ -361,7 +370,8 @@ def _read_index(index: Path, root: Path, component: str) -> list[BaseFile]:
 
 def parse_index(index: Mapping[str, Any], where: Path) -> dict[str, set[str]]:
     """Shard name → the keys it should hold; raises FileError ``bad-index``, ``path-escapes``."""
-    typed(index, "metadata", dict, str(where))
+    if index.get("metadata"):
+        typed(index, "metadata", dict, str(where))
     weight_map = index.get("weight_map")
     if not isinstance(weight_map, dict) or not weight_map:
         raise FileError("the index has no weight_map", where=str(where), code="bad-index")
@@ -373,21 +383,9 @@ def parse_index(index: Mapping[str, Any], where: Path) -> dict[str, set[str]]:
                 code="bad-index",
             )  # fmt: skip
         if name not in shards:
-            check_name(name, where)
+            check_name(name, str(where), UNTRUSTED)
         shards.setdefault(name, set()).add(key)
     return dict(sorted(shards.items()))
-
-
-def check_name(name: str, where: Path) -> None:
-    """Refuse a name that would lead out of its folder (FileError ``path-escapes``)."""
-    if name in ("", ".", "..") or any(c in name for c in "/\\\0:"):
-        raise FileError(
-            "a file name leads out of the folder",
-            where=str(where),
-            seen=repr(name),
-            next="do not trust this model; its index was tampered with",
-            code="path-escapes",
-        )
 
 
 def _check_shard(file: BaseFile, keys: set[str], index: Path) -> None:

@@ -9,6 +9,7 @@ from pathlib import Path
 from adaptsurgery_formats.errors import FileError, nearest
 
 FULL = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG)
+_IN_USE = (32, 33)  # Windows' sharing and lock violations
 _DENIED = (errno.EACCES, errno.EPERM, errno.EROFS)
 
 
@@ -23,6 +24,14 @@ def as_file_error(error: OSError, where: str | os.PathLike[str], *, writing: boo
             seen=seen,
             next="free some space, or write to another disk",
             code="no-space",
+        )
+    if getattr(error, "winerror", None) in _IN_USE:
+        return FileError(
+            "another program has it open",
+            where=place,
+            seen=seen,
+            next="close what uses it, and run again",
+            code="in-use",
         )
     if error.errno in _DENIED:
         verb, code = ("written", "not-writable") if writing else ("read", "not-readable")

@@ -17,11 +17,12 @@ from adaptsurgery_formats.tensors import DTYPE_BITS
 
 _METADATA = "__metadata__"
 _MOST_OTHERS = 100  # faults that are put aside to tell of a name that comes twice
+_LONGEST_NAME = 1 << 24  # bytes of a key
 _LONGEST_LIST = 1 << 20  # bytes of one list of numbers
 _WS = rb"[ \t\n\r]*"
 _NUMBER = rb"(?:0|[1-9][0-9]{0,17})"  # surely of 64 bits; longer ones take the longer way
 _COUNT = rb"(" + _NUMBER + rb")"
-_COUNTS = _NUMBER + _WS + rb"(?:," + _WS + _NUMBER + _WS + rb"){0,8}"
+_COUNTS = _NUMBER + rb"(?:, ?" + _NUMBER + rb"){0,8}"
 _TEXT = rb'"([^"\\\x00-\x1f]*)"'
 
 
@@ -32,13 +33,11 @@ def _tokens(*tokens: bytes) -> re.Pattern[bytes]:
 
 _KEY = _tokens(_TEXT, b":")
 # "a.weight": {"dtype": "F16", "shape": [2, 3], "data_offsets": [0, 12]}: as nearly all are written
-_ENTRY = _tokens(
-    _TEXT, b":", rb"\{",
-    b'"dtype"', b":", rb'"([A-Z0-9_]{1,16})"', b",",
-    b'"shape"', b":", rb"\[", rb"((?:" + _COUNTS + rb")?)\]", b",",
-    b'"data_offsets"', b":", rb"\[", _COUNT, b",", _COUNT, rb"\]", rb"\}", rb"([,}])",
+_ENTRY = re.compile(
+    rb" ?" + _TEXT + rb': ?\{"dtype": ?"([A-Z0-9_]{1,16})", ?"shape": ?\[((?:' + _COUNTS
+    + rb')?)\], ?"data_offsets": ?\[' + _COUNT + rb", ?" + _COUNT + rb"\]\}([,}])"
 )  # fmt: skip
-_PAIR = _tokens(_TEXT, b":", _TEXT)
+_PAIR = re.compile(rb" ?" + _TEXT + b": ?" + _TEXT)
 _LIST = _tokens(rb"(\[[-+.0-9eE, \t\n\r]*\])")
 _SCALAR = _tokens(rb"(?:-?[0-9][-+.0-9eE]{0,99}|true|false|null)")
 _QUOTE, _COLON, _OPEN = _tokens(b'"'), _tokens(b":"), _tokens(rb"\{")
@@ -101,7 +100,7 @@ def _check_end(raw: bytes, at: int, others: Mapping[str, int], where: str) -> No
 
 def _plain(entry: re.Match[bytes], where: str) -> tuple[str, Entry]:
     name, dtype, shape, begin, end, _ = entry.groups()
-    key = _decoded(name, where)
+    key = _named(name, where)
     if not name:
         bad_header("a tensor has an empty name", where, seen=_at(entry.string, entry.start()))
     known = dtype.decode()
@@ -186,7 +185,7 @@ def _after(raw: bytes, at: int, where: str) -> tuple[bool, int]:
 def _key(raw: bytes, at: int, where: str) -> tuple[str, int]:
     """A key, and where its value begins."""
     if (plain := _KEY.match(raw, at)) is not None:
-        return _decoded(plain[1], where), plain.end()
+        return _named(plain[1], where), plain.end()
     quote = _QUOTE.match(raw, at)
     if quote is None:
         bad_header("the header is not JSON", where, seen=f"at byte {at}: {_at(raw, at)}")
@@ -220,6 +219,13 @@ def _text(raw: bytes, at: int, where: str) -> tuple[str, int]:
 def _characters(raw: bytes, at: int) -> int:
     part = _CHARACTERS.match(raw, at)
     return part.end() if part is not None else at
+
+
+def _named(name: bytes, where: str) -> str:
+    """A key as text; one of megabytes is no name, and is not decoded."""
+    if len(name) > _LONGEST_NAME:
+        bad_header(f"a name has {len(name)} bytes", where, seen=_at(name, 0))
+    return _decoded(name, where)
 
 
 def _decoded(text: bytes, where: str) -> str:

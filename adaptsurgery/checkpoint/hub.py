@@ -27,14 +27,15 @@ from adaptsurgery.checkpoint.base import (
     Base,
     BaseFile,
     assemble,
-    check_name,
     find_weights,
     parse_index,
     read_base,
     read_json,
 )
 from adaptsurgery.checkpoint.failures import missing_file
+from adaptsurgery.checkpoint.system import local_path
 from adaptsurgery_formats.errors import FileError, nearest
+from adaptsurgery_formats.paths import check_name, misnamed
 from adaptsurgery_formats.tensors import Tensor
 
 Kind = Literal["adapter", "base"]
@@ -67,9 +68,8 @@ def resolve(spec: str, *, kind: Kind) -> Path:
     Raises FileError: ``no-such-file`` (neither a path nor a Hub name), ``hub-offline``,
     ``hub-not-found``, ``hub-denied``, ``path-escapes``, ``ambiguous-adapter``, ``no-weights``.
     """
-    local = Path(spec).expanduser()
-    if spec and os.path.lexists(local):
-        return local
+    if (local := local_path(spec)) is not None:
+        return Path(local)
     named = parse_spec(spec)
     one_file = PurePosixPath(named.inner).suffix in (*_WEIGHTS, *_SMALL)
     try:
@@ -94,8 +94,7 @@ def base_headers(spec: str) -> Base:
     A base that is not on disk is not downloaded: its shapes and names are there, its weights refuse
     with FileError ``names-only``. Raises as ``resolve`` and ``read_base`` do.
     """
-    local = Path(spec).expanduser()
-    if spec and os.path.lexists(local):
+    if (local := local_path(spec)) is not None:
         return read_base(local)
     named = parse_spec(spec)
     if cached := _cached_base(named):
@@ -104,10 +103,10 @@ def base_headers(spec: str) -> Base:
 
 
 def parse_spec(spec: str) -> Spec:
-    """A Hub name taken apart; raises FileError ``no-such-file`` or ``path-escapes``."""
+    """A Hub name taken apart; raises FileError ``no-such-file``, ``path-escapes``, ``bad-name``."""
     found = _SPEC.fullmatch(spec)
     if not found or (not found["inner"] and spec.endswith(_WEIGHTS)):
-        error = missing_file(Path(spec).expanduser())
+        error = missing_file(os.path.expanduser(spec))
         also = "a model on the Hub is named org/name[@revision][:file]"
         raise FileError(
             error.what,
@@ -117,8 +116,23 @@ def parse_spec(spec: str) -> Spec:
         )
     inner = (found["inner"] or "").strip("/")
     for part in inner.split("/") if inner else ():
-        check_name(part, Path(spec))
+        check_name(part, spec)
+    _check_revision(found["revision"], spec)
     return Spec(found["repo"], found["revision"], inner)
+
+
+def _check_revision(revision: str | None, where: str) -> None:
+    """A branch may have slashes in its name, which is a path in the cache: raise as ``parse_spec``."""
+    for part in revision.split("/") if revision else ():
+        check_name(part, where)
+        if why := misnamed(part):
+            raise FileError(
+                f"the Hub has no revision of this name: {why}",
+                where=where,
+                seen=repr(part),
+                next="name a branch, a tag or a full commit hash",
+                code="bad-name",
+            )
 
 
 # -- What to fetch ---------------------------------------------------------------------------------
@@ -247,13 +261,25 @@ def _cached_root(spec: Spec) -> Path | None:
         )
     except (LocalEntryNotFoundError, ValueError):
         return None
+    except OSError as error:
+        raise _hub_error("the cache cannot be read", spec, error, "", "hub-failed") from error
     return Path(found)
+
+
+def cached_path(spec: str) -> Path | None:
+    """What the local cache has of a name; None for what is no name on the Hub, or not there."""
+    try:
+        named = parse_spec(spec)
+        root = _cached_root(named)
+    except FileError:
+        return None
+    return root / named.inner if root is not None else None
 
 
 def _from_cache(spec: Spec, kind: Kind, one_file: bool, error: FileError) -> Path:
     """What the cache has of a spec; raises the network's error where it has nothing."""
     root = _cached_root(spec)
-    if root is None or not (root / spec.inner).exists():
+    if root is None or not os.path.exists(root / spec.inner):
         raise error
     if one_file:
         return root / spec.inner
@@ -416,7 +442,7 @@ def _other(error: Exception, spec: Spec) -> Exception:
         "HTTPError",
     }:
         return _not_cached(spec, f"{type(error).__name__}: {_line(error)}")
-    if isinstance(error, OSError):
+    if isinstance(error, (OSError, ValueError)):  # a name that no address can have
         return _hub_error("it cannot be fetched", spec, error, "", "hub-failed")
     return error
 

@@ -5,18 +5,32 @@ from __future__ import annotations
 import os
 import pickle
 import re
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
+from adaptsurgery.checkpoint.archives import BadArchive, read_archive
 from adaptsurgery.checkpoint.failures import as_file_error
+from adaptsurgery.checkpoint.system import open_input, read_at
 from adaptsurgery_formats.errors import FileError, SurgeryError
 from adaptsurgery_formats.tensors import Tensor
+
+if TYPE_CHECKING:
+    import torch
+
+_PACKED, _RATIO = (
+    50 << 20,
+    20,
+)  # bytes that a packed file may unpack to, beside a multiple of its own
+_EXPANDED = 256 << 20  # bytes of a tensor that is larger than its memory
 
 
 def read_pickle(path: str | os.PathLike[str]) -> dict[str, Tensor]:
     """The state dict in a torch pickle, loaded by torch's restricted unpickler; imports torch.
 
-    A Lightning checkpoint's ``state_dict`` is unwrapped. Raises FileError ``unsafe-pickle`` for
-    anything but plain data, ``bad-file`` for a damaged file or one that holds no tensors by name.
+    A Lightning checkpoint's ``state_dict`` is unwrapped. A file whose records are packed (torch packs
+    none, other zip tools do) is unpacked into memory, all else is mapped. Raises FileError
+    ``unsafe-pickle`` for anything but plain data, ``absurd-size`` for what would unpack to far more
+    than the file or is expanded far beyond it, ``bad-file`` for a damaged file or one that holds no
+    tensors by name.
     """
     where = os.fspath(path)
     found = _load(where)
@@ -36,13 +50,10 @@ def _load(where: str) -> Any:
     import torch
 
     try:
-        os.stat(where)
-        try:
-            return torch.load(where, map_location="cpu", weights_only=True, mmap=True)
-        except RuntimeError as error:
-            if "mmap" not in str(error):
-                raise
-            return torch.load(where, map_location="cpu", weights_only=True)  # the old format
+        mapped = _may_be_mapped(where)
+        return torch.load(where, map_location="cpu", weights_only=True, mmap=mapped)
+    except SurgeryError:
+        raise
     except pickle.UnpicklingError as error:
         raise _refused(error, where) from error
     except OSError as error:
@@ -54,6 +65,35 @@ def _load(where: str) -> Any:
             seen=f"{type(error).__name__}: {_line(error)}",
             next="fetch the file again",
         ) from error
+
+
+def _may_be_mapped(where: str) -> bool:
+    """Whether torch may map the file: all records of a zip archive lie there as they are.
+
+    torch maps packed records too, and takes their packed bytes for numbers. The old format, which is
+    no archive, is never mapped.
+    """
+    fd = open_input(where)
+    try:
+        length = os.fstat(fd).st_size
+        if read_at(fd, 4, 0) != b"PK\3\4":
+            return False
+        archive = read_archive(lambda at, count: read_at(fd, count, at), length)
+    except BadArchive as error:
+        raise FileError(
+            "the pickle is damaged", where=where, seen=str(error), next="fetch the file again"
+        ) from error
+    finally:
+        os.close(fd)
+    if archive.size > _PACKED + _RATIO * length:
+        raise FileError(
+            "the pickle says of itself that it unpacks to far more than a file of its size holds",
+            where=where,
+            seen=f"{length} bytes that unpack to {archive.size}",
+            next="save it again by torch.save, which packs nothing",
+            code="absurd-size",
+        )
+    return archive.stored
 
 
 # "Trying to load unsupported GLOBAL posix.mkdir whose module posix is blocked."
@@ -106,7 +146,30 @@ def _tensors(found: dict[Any, Any], where: str) -> dict[str, Tensor]:
     tensors: dict[str, Tensor] = {}
     for key, value in found.items():
         try:
-            tensors[key] = from_torch(value)
+            _check_memory(value)
+            tensors[key] = from_torch(value, where)
         except SurgeryError as error:
-            raise FileError(f"`{key}`: {error.what}", where=where, seen=error.seen) from error
+            code = "absurd-size" if error.code == "absurd-size" else "bad-file"
+            raise FileError(
+                f"`{key}`: {error.what}", where=where, seen=error.seen, code=code
+            ) from error
     return tensors
+
+
+def _check_memory(t: torch.Tensor) -> None:
+    """Refuse a tensor that repeats its few numbers so often that no memory holds it."""
+    if t.is_nested or t.layout != _strided() or t.device.type != "cpu":
+        return  # which ``from_torch`` refuses by what it is
+    needed = t.numel() * t.element_size()
+    if needed > _EXPANDED and needed > t.untyped_storage().nbytes():
+        raise FileError(
+            "a tensor is far larger than the memory that it is a view of",
+            seen=f"{list(t.shape)} of {t.untyped_storage().nbytes()} bytes",
+            code="absurd-size",
+        )
+
+
+def _strided() -> torch.layout:
+    import torch
+
+    return torch.strided

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import sys
 import threading
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import contextmanager, suppress
 from typing import Generic, TypeVar
 
@@ -36,15 +36,26 @@ def run(jobs: Iterable[Callable[[Desk], object]], desk: Callable[[], Desk], work
 def _in_threads(line: _Line[Desk], desk: Callable[[], Desk], workers: int) -> None:
     threads = [threading.Thread(target=line.work, args=(desk,)) for _ in range(workers)]
     try:
+        if not _started(threads):
+            line.work(desk)
         for thread in threads:
-            thread.start()
-        for thread in threads:
-            thread.join()
+            if thread.ident is not None:
+                thread.join()
     finally:  # Ctrl-C too ends the work before the files are closed
         line.ended = True
         for thread in threads:
             with suppress(RuntimeError):  # one that never started
                 thread.join()
+
+
+def _started(threads: Sequence[threading.Thread]) -> int:
+    """How many threads could be started: a limit of memory or of processes leaves fewer of them."""
+    for count, thread in enumerate(threads):
+        try:
+            thread.start()
+        except RuntimeError:
+            return count
+    return len(threads)
 
 
 class _Line(Generic[Desk]):

@@ -23,7 +23,7 @@ from adaptsurgery_formats.tensors import DTYPE_BITS, Tensor
 
 MAX_HEADER = 100_000_000  # the safetensors library's own limit
 _MAX_ELEMENTS = 1 << 60
-_LARGE = 8 << 20  # a header's bytes from which on it is gone through before anything is kept
+_LARGE = 6 << 20  # a header's bytes from which on it is gone through before anything is kept
 
 
 @dataclass(frozen=True, slots=True)

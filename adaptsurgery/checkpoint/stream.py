@@ -12,7 +12,9 @@ from __future__ import annotations
 
 import math
 import os
+from collections import Counter
 from collections.abc import Callable, Iterator, Mapping
+from contextlib import contextmanager
 from dataclasses import dataclass
 from functools import partial
 from threading import Lock
@@ -21,6 +23,7 @@ from typing import TYPE_CHECKING
 from adaptsurgery.checkpoint import system
 from adaptsurgery.checkpoint.bridge import torch_device, torch_dtype
 from adaptsurgery.checkpoint.failures import as_file_error
+from adaptsurgery.checkpoint.finite import Nonfinite
 from adaptsurgery.checkpoint.pool import about, run
 from adaptsurgery.checkpoint.safetensors import Span, cut_short
 from adaptsurgery.checkpoint.writer import Progress, layout, order
@@ -73,6 +76,7 @@ def write_stream(
     norms: bool = False,
     sync: bool = True,
     device: str = "cpu",
+    nonfinite: Nonfinite | None = None,
 ) -> dict[str, Norms]:
     """Write a new safetensors file; returns the norms of every edited tensor where ``norms``.
 
@@ -82,7 +86,8 @@ def write_stream(
     all and names the tensor; the file is left unfinished, for ``atomic.output`` to remove.
 
     Raises ValueRefused ("quantised-weight" for an edit or a cast of a dtype that is not F64, F32,
-    F16 or BF16, "non-finite" for an edit whose result is not finite or a cast that overflows),
+    F16 or BF16, "non-finite" for an edit or a cast whose result is not finite, unless ``nonfinite``
+    allows and counts it; bytes that only move are not looked at),
     ShapeError where parts or an edit do not make up the shape, FileError ("output-exists",
     "no-space", "not-writable"), and what sources and edits raise.
     """
@@ -95,11 +100,15 @@ def write_stream(
     where_changed = torch_device(device) if device != "cpu" else None
     with _Target(where, size, progress) as target, _Sources() as sources:
         target.write(head, 0)
-        plan = _Plan(target, sources, compute, norms, where_changed)
+        allowed = nonfinite is not None and nonfinite.allowed
+        plan = _Plan(target, sources, compute, norms, where_changed, allowed)
         jobs = plan.jobs({key: entries[key] for key in order(outputs)}, len(head))
         run(jobs, partial(_Desk, where_changed), workers)
         if sync:
             target.sync()
+    if nonfinite is not None:
+        for key, count in plan.nonfinite:
+            nonfinite.computed[key] += count
     return plan.norms()
 
 
@@ -163,9 +172,12 @@ class _Plan:
         compute: str,
         measured: bool,
         device: torch.device | None,
+        allowed: bool = False,
     ) -> None:
         self.target, self.sources = target, sources
         self.compute, self.measured, self.device = compute, measured, device
+        self.allowed = allowed
+        self.nonfinite: list[tuple[str, int]] = []
         self.pieces: list[tuple[int, str, Norms]] = []
 
     def norms(self) -> dict[str, Norms]:
@@ -237,7 +249,8 @@ class _Copy:
         span = self.part
         assert isinstance(span, Span)
         with about(self.key):
-            done = self.plan.target.take(self.plan.sources.open(span.path), span, self.at)
+            with self.plan.sources.lent(span.path) as source:
+                done = self.plan.target.take(source, span, self.at)
             while done < span.nbytes:
                 piece = desk.bytes("raw", min(PIECE, span.nbytes - done))
                 self.plan.sources.read(span.window(done, done + len(piece)), piece)
@@ -290,7 +303,9 @@ class _Change:
         stride = min(stop - start, stride_of(self.columns))
         scratch = desk.wide("block", stride, self.columns, self.compute)
         norms = self._norms()
-        change_rows(self.edit, source, target, start, scratch, norms)
+        allowed = self.plan.allowed
+        bad = change_rows(self.edit, source, target, start, scratch, norms, allowed=allowed)
+        self._count(bad)
         self._write(target, start, norms)
 
     def _together(self, desk: _Desk, start: int, stop: int) -> None:
@@ -308,8 +323,12 @@ class _Change:
             if norms is not None:
                 norms.take(self._read(desk, a, b), block, self.out)
             target = desk.numbers("out", b - a, self.columns, self.out)
-            settle(block, target, True, a)
+            self._count(settle(block, target, a, allowed=self.plan.allowed))
             self._write(target, a, norms)
+
+    def _count(self, bad: int) -> None:
+        if bad:
+            self.plan.nonfinite.append((self.key, bad))
 
     def _read(self, desk: _Desk, start: int, stop: int) -> torch.Tensor:
         """Stored rows [start, stop)."""
@@ -414,10 +433,16 @@ class _Target:
 
 
 class _Sources:
-    """Files that bytes come from, each opened once and read at offsets from any worker."""
+    """Files that bytes come from, read at offsets from any worker; at most a few open at once.
+
+    One that is lent out stays open until it is given back.
+    """
+
+    limit = 16
 
     def __init__(self) -> None:
-        self.files: dict[str, int] = {}
+        self.files: dict[str, int] = {}  # the one that was used last comes last
+        self.lent_out: Counter[str] = Counter()
         self.lock = Lock()
 
     def __enter__(self) -> _Sources:
@@ -427,24 +452,46 @@ class _Sources:
         for fd in self.files.values():
             os.close(fd)
 
-    def open(self, path: str) -> int:
+    @contextmanager
+    def lent(self, path: str) -> Iterator[int]:
+        """The descriptor of a file for as long as the block lasts."""
         with self.lock:
-            if path not in self.files:
-                try:
-                    self.files[path] = system.open_input(path)
-                except OSError as error:
-                    raise as_file_error(error, path, writing=False) from error
-            return self.files[path]
+            fd = self._open(path)
+            self.lent_out[path] += 1
+        try:
+            yield fd
+        finally:
+            with self.lock:
+                self.lent_out[path] -= 1
+
+    def _open(self, path: str) -> int:
+        fd = self.files.pop(path, -1)
+        if fd < 0:
+            self._make_room()
+            try:
+                fd = system.open_input(path)
+            except OSError as error:
+                raise as_file_error(error, path, writing=False) from error
+        self.files[path] = fd
+        return fd
+
+    def _make_room(self) -> None:
+        """Close files that nobody reads now, those first that were not read for the longest time."""
+        idle = [path for path in self.files if not self.lent_out[path]]
+        for path in idle[: max(0, len(self.files) - self.limit + 1)]:
+            os.close(self.files.pop(path))
+            del self.lent_out[path]
 
     def read(self, span: Span, into: memoryview) -> None:
         """Fill ``into`` with a span's bytes. FileError "truncated-file" where the file ends first."""
-        fd, done = self.open(span.path), 0
+        done = 0
         try:
-            while done < span.nbytes:
-                got = system.read_into(fd, into[done:], span.offset + done)
-                if not got:
-                    end = span.offset + span.nbytes
-                    raise cut_short(span.path, end, span.offset + done)
-                done += got
+            with self.lent(span.path) as fd:
+                while done < span.nbytes:
+                    got = system.read_into(fd, into[done:], span.offset + done)
+                    if not got:
+                        end = span.offset + span.nbytes
+                        raise cut_short(span.path, end, span.offset + done)
+                    done += got
         except OSError as error:
             raise as_file_error(error, span.path, writing=False) from error

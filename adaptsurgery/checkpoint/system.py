@@ -16,9 +16,12 @@ import threading
 import time
 from contextlib import suppress
 from io import BufferedReader, FileIO
+from pathlib import PureWindowsPath
 from typing import Any, BinaryIO
 
+from adaptsurgery.checkpoint.watched import note
 from adaptsurgery_formats.errors import FileError
+from adaptsurgery_formats.paths import is_device
 
 Path = str | os.PathLike[str]
 Buffer = bytes | bytearray | memoryview
@@ -28,6 +31,7 @@ _STEP, _COPY = 1 << 20, 1 << 26  # bytes read, and bytes that the kernel moves, 
 _MOST = 1 << 30  # bytes in one call: macOS and Windows refuse 2 GiB
 _PLAIN = getattr(os, "O_BINARY", 0) | getattr(os, "O_CLOEXEC", 0) | getattr(os, "O_NOINHERIT", 0)
 _NO_WAIT = getattr(os, "O_NONBLOCK", 0)
+_NO_LINK = getattr(os, "O_NOFOLLOW", 0)
 _FICLONE = 0x40049409  # Linux: <linux/fs.h>, _IOW(0x94, 9, int)
 _AT_FDCWD, _EXCHANGE, _SWAP = -100, 2, 2  # Linux's renameat2, macOS's renamex_np
 _NO_KERNEL_COPY = {
@@ -55,10 +59,12 @@ def open_input(path: Path) -> int:
             raise not_a_file(path) from error
         raise
     try:
-        _check_regular(os.fstat(fd).st_mode, path)
+        described = os.fstat(fd)
+        _check_regular(described.st_mode, path)
     except BaseException:
         os.close(fd)
         raise
+    note(path, described)
     return fd
 
 
@@ -67,6 +73,11 @@ def _check_regular(mode: int, path: Path) -> None:
         raise IsADirectoryError(errno.EISDIR, os.strerror(errno.EISDIR), os.fspath(path))
     if not stat.S_ISREG(mode):
         raise not_a_file(path)
+
+
+def is_there(path: Path) -> bool:
+    """Whether a file is there, or what is none and will be refused when it is opened; no folder."""
+    return os.path.exists(path) and not os.path.isdir(path)
 
 
 def open_file(path: Path) -> BufferedReader:
@@ -95,9 +106,9 @@ def new_file(path: Path) -> BinaryIO:
     return os.fdopen(open_new(path), "wb")
 
 
-def open_lock(path: Path) -> int:
-    """A descriptor of a file that serves as a lock, made where it is missing."""
-    return os.open(path, os.O_RDWR | os.O_CREAT | _PLAIN, 0o666)
+def open_lock(path: Path, *, make: bool = True) -> int:
+    """A descriptor of a file that serves as a lock, made where it is missing; no link is followed."""
+    return os.open(path, os.O_RDWR | (os.O_CREAT if make else 0) | _NO_LINK | _PLAIN, 0o666)
 
 
 def read_file(path: Path, limit: int = LARGEST_TEXT) -> bytes:
@@ -223,6 +234,39 @@ def share(source: int, target: int) -> bool:
 # -- Names
 
 
+def local_path(spec: str) -> str | None:
+    """The path that a name has where it is there: below the home that its ``~`` means, or so called."""
+    for path in (os.path.expanduser(spec), spec):
+        if path and os.path.lexists(path):
+            return path
+    return None
+
+
+def refused_name(path: Path) -> str:
+    """Why this system has no file of such a name, or another one under it; empty where it has."""
+    return windows_refuses(os.fspath(path)) if os.name == "nt" else ""
+
+
+def windows_refuses(path: str) -> str:
+    """``refused_name`` on Windows: devices' names, endings that are left away, streams, wildcards."""
+    whole = PureWindowsPath(path)
+    for part in whole.parts[bool(whole.anchor) :]:
+        if part == "..":
+            continue
+        if is_device(part):
+            return f"`{part}` is a device's name"
+        if part.endswith((".", " ")):
+            return f"`{part}` ends in a dot or a space, which Windows leaves away"
+        if strange := [c for c in part if c in '<>:"|?*' or ord(c) < 32]:
+            return f"`{part}` has a {strange[0]!r} in it"
+    return ""
+
+
+def names_folder(path: Path) -> bool:
+    """Whether a path is written as a folder's, with a separator at its end."""
+    return os.fspath(path).endswith(tuple(filter(None, (os.sep, os.altsep))))
+
+
 def exchange(a: Path, b: Path) -> bool:
     """Swap two names in one step; False where the system or the file system cannot."""
     try:
@@ -277,7 +321,10 @@ def free_space(folder: Path) -> int:
     """Bytes that may still be written below a folder."""
     import shutil
 
-    return shutil.disk_usage(folder).free
+    try:
+        return shutil.disk_usage(folder).free
+    except AttributeError:  # neither way here: the disk itself will tell
+        return sys.maxsize
 
 
 # -- Locks, which go with their process
@@ -324,6 +371,13 @@ def _lock_by_msvcrt(fd: int, wait: bool) -> bool:
 
 
 # -- The process
+
+
+def to_nowhere(fd: int) -> None:
+    """Let what is written to a descriptor vanish from now on."""
+    nowhere = os.open(os.devnull, os.O_WRONLY | _PLAIN)
+    os.dup2(nowhere, fd)
+    os.close(nowhere)
 
 
 def peak_memory() -> int:

@@ -7,18 +7,19 @@ so that neither torch nor numpy is paid for unless numbers are needed.
 
 from __future__ import annotations
 
+import codecs
 import gc
 import importlib
-import os
 import signal
 import sys
 from collections.abc import Sequence
+from contextlib import suppress
 from typing import IO, Any, NoReturn
 
 import click
 
 from adaptsurgery import __version__
-from adaptsurgery.cli.output import Session, say
+from adaptsurgery.cli.output import Session, forget_landed, interrupted, say
 
 FAILED, INTERRUPTED = 1, 130
 # A command's name → where it lives; its function is called ``command``.
@@ -85,7 +86,12 @@ def group(ctx: click.Context) -> None:
 def main() -> NoReturn:
     """The entry point of the ``adaptsurgery`` script."""
     gc.set_threshold(100_000, 20, 20)  # a short process that allocates much and drops little
-    code = run()
+    code = INTERRUPTED
+    with suppress(KeyboardInterrupt):  # a second one, while the first was being told
+        code = run()
+    with suppress(ValueError):  # not in the main thread
+        signal.signal(signal.SIGINT, signal.SIG_IGN)  # Python's own exit would show a traceback
+    exec("")  # and die of the signal where that cut short another exec, as a dataclass is made by
     gc.freeze()  # nothing is left to collect on the way out
     sys.exit(code)
 
@@ -93,6 +99,7 @@ def main() -> NoReturn:
 def run(args: Sequence[str] | None = None) -> int:
     """Run a command line (sys.argv's by default); returns the exit code, whatever happens."""
     _never_fail_to_print(sys.stdout, sys.stderr)
+    forget_landed()
     restore = _terminate_as_interrupt()
     try:
         code = _guarded(list(args) if args is not None else None)
@@ -103,18 +110,22 @@ def run(args: Sequence[str] | None = None) -> int:
 
 def _guarded(args: list[str] | None) -> int:
     session = Session()
+    streams = sys.stdout, sys.stderr
     try:
         result = group.main(args, "adaptsurgery", standalone_mode=False, obj=session)
         return result if isinstance(result, int) else 0
     except (KeyboardInterrupt, click.Abort):
-        say("interrupted; nothing was left behind")
+        interrupted()
         return INTERRUPTED
     except SystemExit as left:  # click's own, where nobody reads stdout any more
+        sys.stdout, sys.stderr = streams  # which it has wrapped, closed ones too
         return left.code if isinstance(left.code, int) else FAILED
     except BrokenPipeError:
         return FAILED
     except click.ClickException as error:
-        error.show()
+        with suppress(OSError):
+            if sys.stderr:
+                error.show()
         return error.exit_code
     except Exception as error:
         from adaptsurgery.cli import failures
@@ -127,7 +138,28 @@ def _never_fail_to_print(*streams: IO[str] | None) -> None:
     for stream in streams:
         reconfigure: Any = getattr(stream, "reconfigure", None)
         if reconfigure:
-            reconfigure(errors="backslashreplace")
+            plain = (getattr(stream, "encoding", "") or "").lower() in (
+                "ascii",
+                "us-ascii",
+                "ansi_x3.4-1968",
+            )
+            reconfigure(encoding=_PLAIN if plain else None, errors="backslashreplace")
+
+
+_PLAIN = "plain-ascii"  # by its own name: click writes UTF-8 to what says that it is ASCII
+
+
+def _plain_ascii(name: str) -> codecs.CodecInfo | None:
+    if name.replace("_", "-") != _PLAIN:
+        return None
+    ascii = codecs.lookup("ascii")
+    return codecs.CodecInfo(
+        ascii.encode, ascii.decode, name=_PLAIN,
+        incrementalencoder=ascii.incrementalencoder, incrementaldecoder=ascii.incrementaldecoder,
+    )  # fmt: skip
+
+
+codecs.register(_plain_ascii)
 
 
 def _terminate_as_interrupt() -> Any:
@@ -159,4 +191,8 @@ def _flushed() -> bool:
 
 
 def _silence() -> None:
-    os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+    """Send stdout nowhere, so that Python's exit does not try its rest again."""
+    from adaptsurgery.checkpoint import system
+
+    with suppress(OSError, ValueError):
+        system.to_nowhere(sys.stdout.fileno())

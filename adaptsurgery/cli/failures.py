@@ -8,6 +8,7 @@ error[no-such-file]: no such file
 from __future__ import annotations
 
 import os
+from contextlib import suppress
 
 from adaptsurgery.cli.output import Session, paint, print_json, printable, say
 from adaptsurgery_formats.errors import SurgeryError
@@ -20,7 +21,8 @@ def report(error: Exception, session: Session) -> int:
     """Tell an error on stderr, and on stdout too where JSON was asked for; returns the exit code."""
     told = error if isinstance(error, SurgeryError) else _unexpected(error)
     if session.json:
-        print_json({"ok": False, "error": told.as_dict()})
+        with suppress(OSError):  # a full disk behind stdout, which may be the error itself
+            print_json({"ok": False, "error": told.as_dict()})
     say(text(told))
     if told is not error and os.environ.get("ADAPTSURGERY_DEBUG"):
         import traceback

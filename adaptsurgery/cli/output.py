@@ -14,7 +14,7 @@ import click
 if TYPE_CHECKING:
     from collections.abc import Iterator
 
-    from adaptsurgery.jobs.report import Row
+    from adaptsurgery.adapters.report import Row
 
 _F = TypeVar("_F", bound=Callable[..., Any])
 _SHOWN = 10  # rows in the text; --json has them all
@@ -24,6 +24,24 @@ class Session:
     """What the handling of errors has to know of the command line."""
 
     json = False
+
+
+def forget_landed() -> None:
+    """Begin a command line: what earlier ones in this process put in place is not its own."""
+    _landed().clear()
+
+
+def interrupted(left: str = "nothing was left behind") -> None:
+    """Tell what an interrupted command has left: its output, where that was in place already."""
+    if landed := list(dict.fromkeys(_landed())):
+        left = "in place already: " + ", ".join(map(printable, landed))
+    say(f"interrupted; {left}")
+
+
+def _landed() -> list[str]:
+    atomic = sys.modules.get("adaptsurgery.checkpoint.atomic")  # none before a job needs it
+    landed: list[str] = getattr(atomic, "landed", [])
+    return landed
 
 
 def printable(text: str) -> str:
@@ -54,11 +72,17 @@ def json_option(command: _F) -> _F:
 
 def print_json(data: Mapping[str, Any]) -> None:
     """One JSON object; numbers that JSON does not have (an error of infinity) become strings."""
+    plain = not _speaks_utf8(sys.stdout)
     try:
-        text = json.dumps(data, ensure_ascii=False, allow_nan=False)
+        text = json.dumps(data, ensure_ascii=plain, allow_nan=False)
     except ValueError:
-        text = json.dumps(_finite(data), ensure_ascii=False)
+        text = json.dumps(_finite(data), ensure_ascii=plain)
     click.echo(text.encode("utf-8", "backslashreplace"))
+
+
+def _speaks_utf8(stream: Any) -> bool:
+    name = str(getattr(stream, "encoding", "") or "utf-8").lower()
+    return name.replace("_", "-") in ("utf-8", "utf8")
 
 
 def _finite(data: Any) -> Any:
@@ -125,10 +149,16 @@ def peak_memory() -> int:
     return system.peak_memory()
 
 
+def peak() -> list[str]:
+    """``peak RSS 45.1 MB``, as a part of a summary; no part where the system does not say."""
+    count = peak_memory()
+    return [f"peak RSS {size(count)}"] if count else []
+
+
 @contextmanager
 def progress(quiet: bool) -> Iterator[Callable[[int, int], None] | None]:
     """A bar of bytes on stderr, where that is a terminal; else None."""
-    if quiet or not sys.stderr.isatty():
+    if quiet or sys.stderr is None or not sys.stderr.isatty():
         yield None
         return
     from tqdm import tqdm

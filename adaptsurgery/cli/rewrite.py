@@ -9,7 +9,7 @@ import click
 from adaptsurgery.cli import output
 
 if TYPE_CHECKING:
-    from adaptsurgery.jobs.report import Report
+    from adaptsurgery.adapters.report import Report
 
 
 @click.command()
@@ -27,11 +27,20 @@ if TYPE_CHECKING:
     help="Beside the layer, or folded into its weight on every call.",
 )  # fmt: skip
 @click.option("--base", metavar="BASE", help="Where flat names are looked up, if not in the program.")  # fmt: skip
-@click.option("--seed", type=int, help="With --config: of the initial values.")
+@click.option(
+    "--seed",
+    type=click.IntRange(-(1 << 63), (1 << 64) - 1),
+    help="With --config: of the initial values.",
+)
 @click.option(
     "--table",
     is_flag=True,
     help="Print every layer; without an adapter, all there are. Needs no output.",
+)
+@click.option(
+    "--trust",
+    is_flag=True,
+    help="The program is your own: load it though it runs code (pickles, formulas, imports).",
 )
 @click.option("--overwrite", is_flag=True, help="Replace the outputs if they are there.")
 @click.option("--dry-run", is_flag=True, help="Do everything but write.")
@@ -49,6 +58,7 @@ def command(
     base: str | None,
     seed: int | None,
     table: bool,
+    trust: bool,
     overwrite: bool,
     dry_run: bool,
     quiet: bool,
@@ -63,7 +73,8 @@ def command(
     adaptsurgery rewrite model.pt2 --adapter lora/ -o adapted.pt2 --onnx adapted.onnx
     adaptsurgery rewrite model.pt2 --adapter lora/ --onnx adapted.onnx
 
-    The model's Python source is not needed. Outputs are there in full or not at all.
+    The model's Python source is not needed. MODEL.pt2 is looked through before torch loads it, and
+    refused where loading it would run code. Outputs are there in full or not at all.
     """
     if seed is not None and config is None:
         raise click.UsageError("--seed goes with --config")
@@ -82,6 +93,7 @@ def command(
         seed=seed,
         overwrite=overwrite,
         dry_run=dry_run or (table and out is None and onnx is None),
+        trust=trust,
     )
     if as_json:
         output.print_json({"ok": True, **report.as_dict(), "peak_memory": output.peak_memory()})
@@ -105,5 +117,5 @@ def _print(report: Report, table: bool, out: str | None, onnx: str | None, merge
         parts += [f"wrote {output.size(facts['bytes'])} to {named}"]
     else:
         parts += [f"dry run: would write {named}" if named else "nothing written: no -o, no --onnx"]
-    parts += [f"peak RSS {output.size(output.peak_memory())}"]
+    parts += output.peak()
     click.echo(output.paint(" · ".join(parts), "green" if report.outputs else "yellow"))

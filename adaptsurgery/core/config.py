@@ -25,7 +25,7 @@ from adaptsurgery.core.exporting import plain_operations
 from adaptsurgery.core.geometry import KERNEL_DIMS
 from adaptsurgery.core.update import Update
 from adaptsurgery_formats import peft_config
-from adaptsurgery_formats.errors import FileError, LayoutError, ShapeError, ValueRefused, nearest
+from adaptsurgery_formats.errors import FileError, ShapeError, ValueRefused, nearest
 from adaptsurgery_formats.traits import traits_of
 
 FILE = "adapter_config.json"
@@ -235,16 +235,16 @@ class AdapterConfig(ABC, metaclass=_Checked):
 
     @classmethod
     def from_pretrained(cls, path: str | Path) -> Self:
-        """The config of a local folder with an adapter_config.json, or of that file itself."""
+        """The config of a local folder with an adapter_config.json, or of that file itself.
+
+        Raises FileError for what is no regular file, too large, or no JSON object of finite numbers.
+        """
         file = Path(path) / FILE if Path(path).is_dir() else Path(path)
         try:
-            said = json.loads(system.read_text(file))
+            text = system.read_file(file, peft_config.MAX_CONFIG)
         except OSError as error:
             raise FileError(f"no config: {error.strerror}", where=str(file)) from None
-        except (ValueError, RecursionError) as error:
-            raise FileError(f"not JSON: {error}", where=str(file)) from None
-        if not isinstance(said, dict):
-            raise LayoutError("a config is an object", where=str(file), code="bad-config")
+        said = peft_config.parsed_config(text, str(file))
         return cls.from_dict(said, str(file))
 
     def save_pretrained(self, folder: str | Path) -> None:

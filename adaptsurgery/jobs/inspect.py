@@ -9,8 +9,9 @@ from collections.abc import Iterable
 from dataclasses import dataclass, field, replace
 from typing import Any
 
-from adaptsurgery.jobs.loading import Loaded, load_state
-from adaptsurgery.jobs.renaming import Levelled, fold_step, names_for, renamed
+from adaptsurgery.adapters.loading import Loaded, load_state
+from adaptsurgery.adapters.renaming import Levelled, fold_step, names_for, renamed
+from adaptsurgery.checkpoint.watched import unchanged
 from adaptsurgery_formats import FORMATS, WRITABLE, AdapterFile, AdapterState, Format, ModuleState
 from adaptsurgery_formats.errors import SurgeryError
 from adaptsurgery_formats.metadata import HASH_KEYS, sshs_hashes
@@ -72,7 +73,12 @@ def inspect(
     hashes computed anew, to tell whether the recorded ones are stale. Raises SurgeryError for
     whatever is wrong with the file.
     """
-    loaded = load_state(path, base=base, layout=layout, look_up=False)
+    with unchanged():
+        loaded = load_state(path, base=base, layout=layout, look_up=False)
+        return _inspection(loaded, layout, hashes)
+
+
+def _inspection(loaded: Loaded, layout: str | None, hashes: bool) -> Inspection:
     modules = loaded.state.modules
     tensors = [t for file in loaded.files for t in file.tensors.values()]
     adapted = [m for m in modules if m.rank is not None]

@@ -2,23 +2,25 @@
 
 from __future__ import annotations
 
-import json
+import io
 import logging
 import os
-import re
 import warnings
-import zipfile
-from collections.abc import Iterator, Mapping
+from collections.abc import Collection, Iterable, Iterator, Mapping, Sequence
 from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass, fields
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, BinaryIO
 
-from adaptsurgery.checkpoint import atomic, system
-from adaptsurgery.checkpoint.failures import as_file_error, missing_file
-from adaptsurgery.jobs.adapter import Adapter
-from adaptsurgery.jobs.loading import load_state
-from adaptsurgery.jobs.report import Report, Row
+from adaptsurgery.adapters.adapter import Adapter
+from adaptsurgery.adapters.loading import load_state
+from adaptsurgery.adapters.report import Report, Row
+from adaptsurgery.checkpoint import atomic, privacy, system
+from adaptsurgery.checkpoint.apart import keep_apart
+from adaptsurgery.checkpoint.failures import as_file_error
+from adaptsurgery.checkpoint.programs import check_program
+from adaptsurgery.checkpoint.watched import check_watched, current, watching
+from adaptsurgery.jobs.values import SEEDS, is_whole
 from adaptsurgery_formats import Note
 from adaptsurgery_formats.errors import FileError, LayoutError, nearest
 from adaptsurgery_formats.names import names_of_base
@@ -32,7 +34,10 @@ if TYPE_CHECKING:
     from adaptsurgery.graph.sites import Site
 
 AnyPath = str | os.PathLike[str]
-_HEADER = 256 << 20  # bytes of a graph's description, more than any model's
+TRUSTED = (
+    "it was not looked through: torch unpickles what the file holds, evaluates its formulas and imports "
+    "what it names, all of which can run any code"
+)
 
 
 def rewrite(
@@ -49,6 +54,7 @@ def rewrite(
     seed: int | None = None,
     overwrite: bool = False,
     dry_run: bool = False,
+    trust: bool = False,
 ) -> Report:
     """Write the program of ``source`` (torch.export.save's .pt2) with an adapter in it.
 
@@ -57,10 +63,12 @@ def rewrite(
     folder in any layout, whose names are looked up in the program's own modules unless ``base``
     names another list. Exactly one of the two; with neither and no output the report has all layers
     of the program. ``mode`` is that of graph.attach; ``merge`` folds the adapter into the weights.
+    A program is looked through before torch loads it, and refused where that would run code;
+    ``trust`` loads one's own without that.
 
     ``facts["table"]`` is the plan as text, ``facts["sites"]`` as data, ``facts["bytes"]`` the size of
     all that was written; a note names a field of the config that is not known. Raises LayoutError
-    ("config-or-adapter", "nothing-to-write", "no-effect"), FileError for a program that ``read_program``
+    ("config-or-adapter", "nothing-to-write", "no-effect", "bad-seed"), FileError for a program that ``read_program``
     refuses, and what graph.plan, graph.attach, loading and writing raise.
     """
     listing = config is None and adapter is None and out is None and onnx is None
@@ -78,10 +86,11 @@ def rewrite(
         )
     _check_effect(config, listing, {"merge": merge, "mode": mode != "auto", "base": base is not None,
                                     "name": name != "default", "seed": seed is not None})  # fmt: skip
-    _check_outputs((source, config, adapter), out, onnx, overwrite)
-    with _torch_to_itself():
+    _check_seed(seed)
+    _check_outputs((source, config, adapter, base), out, onnx, overwrite)
+    with _torch_to_itself(), watching():
         return _rewritten(
-            source, out, listing, config, adapter, name, mode, merge, onnx, base, seed, overwrite, dry_run
+            source, out, listing, config, adapter, name, mode, merge, onnx, base, seed, overwrite, dry_run, trust
         )  # fmt: skip
 
 
@@ -97,12 +106,22 @@ def _check_effect(config: AnyPath | None, listing: bool, said: Mapping[str, bool
         )
 
 
+def _check_seed(seed: int | None) -> None:
+    if seed is not None and not is_whole(seed, *SEEDS):
+        raise LayoutError(
+            "the seed is no number of 64 bits",
+            seen=str(seed)[:60],
+            next=f"a seed from 0 to {SEEDS[1]}",
+            code="bad-seed",
+        )
+
+
 @contextmanager
 def _torch_to_itself() -> Iterator[None]:
     """Without what torch's exporters say about their own insides; errors are errors still."""
     import torch.export  # noqa: F401 — it sets the levels of its loggers as it is imported
 
-    loggers = [logging.getLogger(name) for name in ("torch.onnx", "torch.export")]
+    loggers = [logging.getLogger(name) for name in ("torch.onnx", "torch.export", "torch._export")]
     before = [logger.level for logger in loggers]
     for logger in loggers:
         logger.setLevel(logging.ERROR)
@@ -129,16 +148,21 @@ def _rewritten(
     seed: int | None,
     overwrite: bool,
     dry_run: bool,
+    trust: bool,
 ) -> Report:
-    program = read_program(source)
+    program = read_program(source, trust=trust)
     chosen = _chosen(program, source, config, adapter, base)
     report = _report(source, chosen)
+    if trust:
+        report.notes.insert(0, Note("trusted", os.fspath(source), TRUSTED))
     if listing:
         return report
     changed = _changed(program, chosen, name, mode, merge, seed)
+    check_watched(current())  # all that is read has been
     report.facts["parameters"] = _parameters(program, changed, name, merge)
     if not dry_run:
-        report.outputs = _write(changed, out, onnx, overwrite)
+        inputs = _inputs(source, config, adapter, base)
+        report.outputs = _write(changed, out, onnx, overwrite, inputs)
         report.facts["bytes"] = sum(os.path.getsize(path) for path in report.outputs)
     return report
 
@@ -153,111 +177,41 @@ class _Chosen:
     notes: tuple[Note, ...] = ()
 
 
-def read_program(path: AnyPath) -> ExportedProgram:
-    """The program of a .pt2 file.
+def read_program(path: AnyPath, *, trust: bool = False) -> ExportedProgram:
+    """The program of a .pt2 file, which is looked through before torch loads it.
 
-    Raises FileError: ``no-such-file``, ``not-a-program`` (by its first bytes or by what is in it),
-    ``truncated`` (it begins as a zip archive and is none), ``newer-schema`` (of a torch that is newer
-    than this one), ``unknown-class`` (it returns an object that torch rebuilds by its Python class alone).
+    ``trust`` leaves that out, for a file of one's own: torch then unpickles, imports and evaluates
+    whatever is in it.
+
+    Raises FileError: what ``check_program`` raises, and ``unknown-class`` where it takes or returns an
+    object that torch rebuilds by a Python class which is not imported.
     """
     import torch
+    from torch._export.serde.schema import SCHEMA_VERSION
 
     where = os.fspath(path)
-    _check_archive(Path(path), where)
+    description = check_program(path, newest=SCHEMA_VERSION[0], trust=trust)
+    _check_classes(description.classes, where)
     try:
         return torch.export.load(where)
     except OSError as error:
         raise as_file_error(error, where, writing=False) from error
     except Exception as error:
+        reasons = str(error).strip().splitlines() or [type(error).__name__]
         raise FileError(
             "torch cannot load this program",
             where=where,
-            seen=str(error).strip().splitlines()[0],
+            seen=reasons[0],
             next=f"save it again by torch.export.save of torch {torch.__version__}",
             code="not-a-program",
         ) from error
 
 
-def _check_archive(path: Path, where: str) -> None:
-    """What a .pt2 says of itself, before torch reads it."""
-    try:
-        _check_begin(path, where)
-        with zipfile.ZipFile(path) as archive:
-            names = archive.namelist()
-            models = [n for n in names if "/models/" in f"/{n}" and n.endswith(".json")]
-            if not models or archive.getinfo(models[0]).file_size > _HEADER:
-                raise FileError(
-                    "this is no exported program",
-                    where=where,
-                    seen=_kind(names),
-                    next="a file that torch.export.save wrote",
-                    code="not-a-program",
-                )
-            said = json.loads(archive.read(models[0]))
-    except FileNotFoundError:
-        raise missing_file(where) from None
-    except OSError as error:
-        raise as_file_error(error, where, writing=False) from error
-    except (zipfile.BadZipFile, ValueError, EOFError) as error:
-        raise FileError(
-            "this is no whole .pt2 archive",
-            where=where,
-            seen=f"{path.stat().st_size} bytes: {error}",
-            next="copy or export it again",
-            code="truncated",
-        ) from error
-    _check_schema(said, where)
-    _check_types(said, where)
-
-
-def _check_begin(path: Path, where: str) -> None:
-    """A .pt2 is a zip archive, and what begins otherwise is no part of one either."""
-    with system.open_file(path) as file:
-        first = file.read(16)
-    if not first.startswith(b"PK"):
-        raise FileError(
-            "this is no .pt2, which is a zip archive",
-            where=where,
-            seen=_seen(first),
-            next="a file that torch.export.save wrote",
-            code="not-a-program",
-        )
-
-
-def _seen(first: bytes) -> str:
-    """What a file is by its first bytes."""
-    if not first:
-        return "an empty file"
-    if first[8:9] == b"{":
-        return "a safetensors file"
-    if first[0] == 0x80 and first[1:2] in (b"\2", b"\3", b"\4", b"\5"):  # its protocol
-        return "a pickle"
-    if first[0] == 0x08 and first[2:3] in (b"\x12", b"\x1a", b"\x3a"):
-        return "an ONNX file"
-    if first[:1] in (b"{", b"["):
-        return "JSON"
-    return f"a file that begins with {first!r}"
-
-
-def _kind(names: list[str]) -> str:
-    """What an archive is by the names in it."""
-    if any("/aotinductor/" in name for name in names):
-        return "a package of AOTInductor, whose graph is compiled away"
-    if any("/code/" in name for name in names):
-        return "TorchScript"
-    if any(name.endswith("/data.pkl") for name in names):
-        return "a checkpoint of torch.save"
-    return f"an archive of {len(names)} files, such as {names[:1]}"
-
-
-def _check_types(said: Any, where: str) -> None:
+def _check_classes(classes: Collection[str], where: str) -> None:
     """Classes that the program takes or returns, which torch rebuilds only where they were imported."""
     from torch.utils._pytree import SERIALIZED_TYPE_TO_PYTHON_TYPE as KNOWN
 
-    calls = said.get("graph_module", {}).get("module_call_graph", [])
-    signatures = [call.get("signature") or {} for call in calls]
-    specs = " ".join(str(s.get(name, "")) for s in signatures for name in ("in_spec", "out_spec"))
-    strange = sorted(set(re.findall(r'"type": "([^"]+)"', specs)) - KNOWN.keys())
+    strange = sorted(set(classes) - KNOWN.keys())
     if strange:
         raise FileError(
             "this program returns or takes an object of a class that is not imported",
@@ -269,38 +223,17 @@ def _check_types(said: Any, where: str) -> None:
         )
 
 
-def _check_schema(said: Any, where: str) -> None:
-    import torch
-    from torch._export.serde.schema import SCHEMA_VERSION
-
-    version = said.get("schema_version", {}) if isinstance(said, dict) else {}
-    if version.get("major", SCHEMA_VERSION[0]) > SCHEMA_VERSION[0]:
-        raise FileError(
-            "this program is of a newer torch",
-            where=where,
-            seen=f"schema {version.get('major')}.{version.get('minor')} of torch "
-            f"{said.get('torch_version', '?')}; this torch reads {SCHEMA_VERSION[0]}.{SCHEMA_VERSION[1]}",
-            next=f"a torch newer than {torch.__version__}",
-            code="newer-schema",
-        )
-
-
 def _check_outputs(
-    inputs: tuple[AnyPath | None, ...], out: AnyPath | None, onnx: AnyPath | None, overwrite: bool
+    inputs: Iterable[AnyPath | None], out: AnyPath | None, onnx: AnyPath | None, overwrite: bool
 ) -> None:
-    given = [path for path in inputs if path is not None and os.path.exists(path)]
+    """Refuse outputs that are read, that are one another, or that cannot be written."""
+    beside = None if onnx is None else f"{os.fspath(onnx)}.data"  # where its weights are many
+    keep_apart(map(_here, inputs), (out, onnx, beside), code="output-is-input")
     swapped = ((out, ".onnx", "a .pt2", "--onnx"), (onnx, ".pt2", "ONNX", "-o"))
     for path, ending, meant, other in swapped:
         if path is None:
             continue
         atomic.check_output(Path(path), overwrite=overwrite)
-        if os.path.exists(path) and any(os.path.samefile(path, one) for one in given):
-            raise FileError(
-                "the output is a file that is read",
-                where=os.fspath(path),
-                next="another path",
-                code="output-is-input",
-            )
         if os.fspath(path).endswith(ending):
             raise FileError(
                 f"{meant} is to be written here, and the name ends in {ending}",
@@ -308,8 +241,15 @@ def _check_outputs(
                 next=f"{other} {os.fspath(path)}",
                 code="other-ending",
             )
-    if out is not None and onnx is not None and os.path.abspath(out) == os.path.abspath(onnx):
-        raise FileError("both outputs have one path", where=os.fspath(out), code="output-exists")
+
+
+def _here(spec: AnyPath | None) -> AnyPath | None:
+    """What an input is on this disk: a path, or what the Hub's cache has of a name."""
+    if spec is None or (local := system.local_path(os.fspath(spec))) is not None:
+        return spec if spec is None else local
+    from adaptsurgery.checkpoint.hub import cached_path
+
+    return cached_path(os.fspath(spec))
 
 
 def _chosen(
@@ -393,23 +333,77 @@ def _parameters(
     }
 
 
+def _inputs(*given: AnyPath | None) -> list[AnyPath]:
+    """The files that were named, and of folders all files that may have been read."""
+    named = [path for path in given if path is not None and os.path.exists(path)]
+    return [each for path in named for each in privacy.below(Path(path))]
+
+
 def _write(
-    program: ExportedProgram, out: AnyPath | None, onnx: AnyPath | None, overwrite: bool
+    program: ExportedProgram,
+    out: AnyPath | None,
+    onnx: AnyPath | None,
+    overwrite: bool,
+    inputs: Sequence[AnyPath],
 ) -> list[str]:
     """The files that were written. ONNX comes first, since it may fail."""
-    import torch
 
     from adaptsurgery.graph.onnx import export_onnx, files_of
 
     with ExitStack() as stack:
         if out is not None:
-            temporary = stack.enter_context(atomic.output(out, overwrite=overwrite))
-            with system.new_file(temporary) as file:
-                torch.export.save(program, file)
+            landing = atomic.output(out, overwrite=overwrite, inputs=inputs)
+            _save(program, stack.enter_context(landing))
         if onnx is not None:
-            export_onnx(program, onnx, overwrite=overwrite)
+            try:
+                with atomic.outputs(
+                    onnx, overwrite=overwrite, beside=[".data"], inputs=inputs
+                ) as folder:
+                    export_onnx(program, folder / Path(onnx).name)
+            except OSError as error:
+                raise as_file_error(error, onnx, writing=True) from error
     more = files_of(program, onnx) if onnx is not None else []
     return [os.fspath(path) for path in (*([out] if out is not None else []), *more)]
+
+
+def _save(program: ExportedProgram, path: Path) -> None:
+    """Write a program; raises what went wrong, such as OSError where the disk is full."""
+    import torch
+
+    with system.new_file(path) as file:
+        sink = _Sink(file)
+        torch.export.save(program, sink)  # type: ignore[arg-type]
+        if sink.error is not None:
+            raise sink.error
+
+
+class _Sink(io.RawIOBase):
+    """A file for torch's writer, which ends the process where a write raises: the error is kept."""
+
+    def __init__(self, file: BinaryIO) -> None:
+        self.file = file
+        self.error: BaseException | None = None
+
+    def writable(self) -> bool:
+        return True
+
+    def readable(self) -> bool:
+        return True
+
+    def seekable(self) -> bool:
+        return True
+
+    def seek(self, offset: int, whence: int = 0, /) -> int:
+        return offset  # torch goes back to the start when it has written all
+
+    def write(self, data: Any, /) -> int:
+        if self.error is None:
+            try:
+                self.file.write(data)
+                self.file.flush()
+            except BaseException as error:
+                self.error = error
+        return len(data)
 
 
 def _report(source: AnyPath, chosen: _Chosen) -> Report:

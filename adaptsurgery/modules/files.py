@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import json
 import tempfile
-from collections.abc import Collection, Iterable, Iterator, Mapping
+from collections.abc import Collection, Iterable, Iterator, Mapping, Sequence
 from dataclasses import replace
 from fnmatch import fnmatchcase
 from pathlib import Path
@@ -17,22 +17,25 @@ from pathlib import Path
 import torch
 from torch import Tensor, nn
 
+from adaptsurgery.adapters.adapter import load, parts
+from adaptsurgery.adapters.report import Report
 from adaptsurgery.checkpoint import system
 from adaptsurgery.checkpoint.atomic import output
 from adaptsurgery.checkpoint.bridge import from_torch, to_torch
 from adaptsurgery.checkpoint.hub import resolve
 from adaptsurgery.checkpoint.pickles import read_pickle
 from adaptsurgery.checkpoint.safetensors import read_safetensors
+from adaptsurgery.checkpoint.watched import unchanged
 from adaptsurgery.checkpoint.writer import write_safetensors
 from adaptsurgery.core.config import FILE, AdapterConfig
 from adaptsurgery.core.update import is_finite
-from adaptsurgery.jobs.adapter import load, parts
-from adaptsurgery.jobs.report import Report
 from adaptsurgery.modules import slots
 from adaptsurgery.modules.layer import AdaptedLayer
 from adaptsurgery.modules.model import AdaptedModel
+from adaptsurgery_formats import Tensor as LazyTensor
 from adaptsurgery_formats.errors import FileError, KeyRefused, ShapeError, ValueRefused
 from adaptsurgery_formats.peft import PREFIX
+from adaptsurgery_formats.tensors import Tensor as FileTensor
 
 WEIGHTS = "adapter_model.safetensors"
 _IN_FILES = {"lora_magnitude_vector.weight": "lora_magnitude_vector"}
@@ -87,10 +90,37 @@ def write_folder(model: AdaptedModel, adapter: str, folder: Path) -> None:
     tensors = {key: from_torch(t.contiguous()) for key, t in adapter_state(model, adapter).items()}
     said = replace(model.peft_config[adapter], inference_mode=True).to_dict()
     folder.mkdir(parents=True, exist_ok=True)
-    with output(folder / WEIGHTS, overwrite=True) as path:
-        write_safetensors(path, tensors, {"format": "pt"})
-    with output(folder / FILE, overwrite=True) as path:
-        system.write_text(path, json.dumps(said, indent=2, sort_keys=True))
+    _write_both(folder, tensors, json.dumps(said, indent=2, sort_keys=True))
+
+
+def _write_both(folder: Path, tensors: Mapping[str, FileTensor], text: str) -> None:
+    """Weights and config, both new or, after an error or an interrupt, both as they were."""
+    weights, config = folder / WEIGHTS, folder / FILE
+    old = system.read_file(config) if config.is_file() else None
+    was = _file_number(weights)
+    try:
+        with output(weights, overwrite=True) as path:
+            write_safetensors(path, tensors, {"format": "pt"})
+            with output(config, overwrite=True) as beside:
+                system.write_text(beside, text)
+    except BaseException:
+        if _file_number(weights) == was:
+            _put_back(config, old)
+        raise
+
+
+def _put_back(config: Path, old: bytes | None) -> None:
+    """A config as it was before another was put in its place."""
+    if old is None:
+        config.unlink(missing_ok=True)
+    elif system.read_file(config) != old:
+        with output(config, overwrite=True) as path, system.new_file(path) as file:
+            file.write(old)
+
+
+def _file_number(path: Path) -> int | None:
+    """What tells a file from the one that had its name before."""
+    return path.stat().st_ino if path.exists() else None
 
 
 def write_layout(
@@ -110,9 +140,8 @@ def read_adapter(
 
     A flat name is looked up in ``base``, by default in the live model's own modules.
     """
-    place = Path(path)
-    place = place if place.exists() else resolve(str(path), kind="adapter")
-    if place.is_dir() and (place / FILE).is_file():
+    place = resolve(str(path), kind="adapter")
+    if place.is_dir() and system.is_there(place / FILE):
         return AdapterConfig.from_pretrained(place), _tensors(place)
     _check_one_model(place)
     with tempfile.TemporaryDirectory() as folder:
@@ -140,13 +169,16 @@ def _check_one_model(place: Path) -> None:
 
 
 def _tensors(folder: Path) -> dict[str, Tensor]:
-    if (folder / WEIGHTS).is_file():
-        found = read_safetensors(folder / WEIGHTS).tensors
-    elif (folder / "adapter_model.bin").is_file():
-        found = read_pickle(folder / "adapter_model.bin")
-    else:
-        raise FileError(f"there is no {WEIGHTS} in it", where=str(folder), code="no-such-file")
-    return {key: to_torch(tensor) for key, tensor in found.items()}
+    with unchanged():
+        return {key: to_torch(tensor) for key, tensor in _read(folder).items()}
+
+
+def _read(folder: Path) -> Mapping[str, LazyTensor]:
+    if system.is_there(folder / WEIGHTS):
+        return read_safetensors(folder / WEIGHTS).tensors
+    if system.is_there(folder / "adapter_model.bin"):
+        return read_pickle(folder / "adapter_model.bin")
+    raise FileError(f"there is no {WEIGHTS} in it", where=str(folder), code="no-such-file")
 
 
 def shapes_of(model: nn.Module) -> dict[str, tuple[int, ...]]:
@@ -211,8 +243,22 @@ def load_state(
             next="the file is damaged, or its training diverged: take an earlier one",
             code="non-finite",
         )
-    for key in given.keys() & homes.keys():
-        homes[key][0].set(given[key])
+    _set_all([(homes[key][0], given[key]) for key in given.keys() & homes.keys()])
+
+
+def _set_all(numbers: Sequence[tuple[_Home, Tensor]]) -> None:
+    """Every tensor into its place; where that is cut short, none."""
+    before: list[tuple[Tensor, Tensor]] = []
+    try:
+        for home, tensor in numbers:
+            if not home.held.is_meta:
+                before.append((home.held, home.held.detach().clone()))
+            home.set(tensor)
+    except BaseException:
+        with torch.no_grad():
+            for held, old in before:
+                held.copy_(old)
+        raise
 
 
 def _of_groups(model: AdaptedModel, adapter: str, keys: Iterable[str]) -> str:

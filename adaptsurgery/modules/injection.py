@@ -18,27 +18,16 @@ from adaptsurgery.core.update import Update
 from adaptsurgery.modules import slots
 from adaptsurgery.modules.layer import AdaptedLayer
 from adaptsurgery.modules.saved import SavedModule
-from adaptsurgery.modules.walk import Walk
+from adaptsurgery.modules.walk import Walk, holders
 from adaptsurgery.targeting import Target
 from adaptsurgery_formats.errors import SurgeryError, ValueRefused
+from adaptsurgery_formats.paths import misnamed
 from adaptsurgery_formats.peft import SUFFIXES
 
 
 def _whole(name: str) -> bool:
     """Whether a parameter belongs to a module that is saved whole, or to the original of one."""
     return not {"modules_to_save", "original_module"}.isdisjoint(name.split("."))
-
-
-@contextmanager
-def trainable_as_before(model: nn.Module) -> Iterator[None]:
-    """Where what is within fails, the parameters that were trainable are so again."""
-    trained = [p for p in model.parameters() if p.requires_grad]
-    try:
-        yield
-    except BaseException:
-        for parameter in trained:
-            parameter.requires_grad_(True)
-        raise
 
 
 @contextmanager
@@ -65,18 +54,33 @@ def located(name: str) -> Iterator[None]:
         raise
 
 
+def check_unadapted(model: nn.Module) -> None:
+    """Raise ValueRefused for a model that another holds the adapters of."""
+    if next(holders(model), None) is not None:
+        raise ValueRefused(
+            "the model has adapters in it already",
+            next="add_adapter on what holds them, or unload() first",
+            code="adapted-already",
+        )
+
+
 def check_name(name: str, taken: Collection[str]) -> None:
-    """Raise ValueRefused for a name that no adapter can have."""
+    """Raise ValueRefused for a name that no adapter can have: it is a part of keys and of a path."""
+    if not isinstance(name, str):
+        raise ValueRefused(
+            f"{name!r} is no adapter's name", next="a string without dots", code="bad-name"
+        )
     if name in taken:
         raise ValueRefused(
             f"there is an adapter `{name}` already",
             next="another name, or delete_adapter first",
             code="name-taken",
         )
-    if not isinstance(name, str) or not name.isprintable() or not name.strip() or "." in name:
+    if "." in name or not name.strip() or (why := misnamed(name)):
+        why = "it has a dot" if "." in name else "it is empty" if not name.strip() else why
         raise ValueRefused(
-            f"{name!r} is no adapter's name: it is a part of its tensors' keys",
-            next="a name without dots",
+            f"{name!r} is no adapter's name: {why}",
+            next="it is a part of its tensors' keys, and its folder's name: letters, digits, - and _",
             code="bad-name",
         )
     if hasattr(slots.Bank(), name) or hasattr(nn.ModuleDict(), name):

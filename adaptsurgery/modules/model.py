@@ -18,17 +18,18 @@ from adaptsurgery.core.update import Update
 from adaptsurgery.modules.injection import (
     attach,
     check_name,
+    check_unadapted,
     located,
     of_keys,
     planned,
     save_whole,
     tied,
     train_biases,
-    trainable_as_before,
     uncollected,
 )
 from adaptsurgery.modules.layer import AdaptedLayer
 from adaptsurgery.modules.saved import SavedModule
+from adaptsurgery.modules.undo import Before
 from adaptsurgery.modules.walk import Walk, holders, model_type, outputs
 from adaptsurgery.targeting import Targets, find_targets
 from adaptsurgery_formats.errors import (
@@ -67,30 +68,23 @@ class AdaptedModel(nn.Module):
         autocast_adapter_dtype: bool = True,
     ) -> None:
         super().__init__()
-        if next(holders(model), None) is not None:
-            raise ValueRefused(
-                "the model has adapters in it already",
-                next="add_adapter on what holds them, or unload() first",
-                code="adapted-already",
-            )
+        check_unadapted(model)
         self.model = model
         self.training = model.training
         self.peft_config: dict[str, AdapterConfig] = {}
         self.active_adapters: list[str] = []
         self.enabled, self.inference = True, False  # adapters compute; the active ones do not train
-        configs = config if isinstance(config, Mapping) else {adapter_name: config}
+        configs = list(config.items()) if isinstance(config, Mapping) else [(adapter_name, config)]
         given: dict[str, Any] = {"autocast_adapter_dtype": autocast_adapter_dtype}
-        with trainable_as_before(model):
+        before = Before(model)
+        try:
             model.requires_grad_(False)
-            try:
-                for name, one in configs.items():
-                    self.add_adapter(name, one, low_cpu_mem_usage, state_dict=state_dict, **given)
-            except BaseException:
-                self._unload([], False, False)
-                raise
-        self.set_adapter(
-            next(iter(configs)), inference_mode=next(iter(configs.values())).inference_mode
-        )
+            for name, one in configs:
+                self.add_adapter(name, one, low_cpu_mem_usage, state_dict=state_dict, **given)
+            self.set_adapter(configs[0][0], inference_mode=configs[0][1].inference_mode)
+        except BaseException:
+            before.restore()
+            raise
 
     def __getattr__(self, name: str) -> Any:
         try:
@@ -191,11 +185,17 @@ class AdaptedModel(nn.Module):
             warnings.warn(f"{note.where}: {note.text} [{note.code}]", stacklevel=4)
         with uncollected():
             layers = planned(walk, found.chosen, config, low_cpu_mem_usage, autocast_adapter_dtype)
-            attach(walk, adapter_name, config, layers)
-        save_whole(walk, adapter_name, found.saved)
-        self.peft_config[adapter_name] = config
-        train_biases(self.model, config, [layer for layer, _ in layers])
-        self._activate()
+        before = Before(self)
+        try:
+            with uncollected():
+                attach(walk, adapter_name, config, layers)
+            save_whole(walk, adapter_name, found.saved)
+            self.peft_config[adapter_name] = config
+            train_biases(self.model, config, [layer for layer, _ in layers])
+            self._activate()
+        except BaseException:
+            before.restore()
+            raise
 
     def _targets(self, walk: Walk, config: AdapterConfig) -> Targets:
         kind, heads = model_type(self.model), outputs(walk, self.model)
@@ -235,11 +235,7 @@ class AdaptedModel(nn.Module):
         ``weights`` multiply what each adds; a rotation and a DoRA take 1. NameLookupError for an
         unknown name, ValueRefused while adapters are merged.
         """
-        names = (
-            [adapter_name] if isinstance(adapter_name, str) else list(dict.fromkeys(adapter_name))
-        )
-        for name in names:
-            self._known(name)
+        names = list(dict.fromkeys(self._each(adapter_name)))
         if self.merged_adapters:
             raise ValueRefused(
                 f"{', '.join(self.merged_adapters)} is merged",
@@ -285,10 +281,15 @@ class AdaptedModel(nn.Module):
                 for tensor in parameters_of(module, name):
                     tensor.requires_grad_(trained)
 
-    def _known(self, name: str) -> str:
-        if name not in self.peft_config:
+    def _each(self, names: Names) -> list[str]:
+        """The adapters of a name or several, each known."""
+        several = isinstance(names, Iterable) and not isinstance(names, str)
+        return [self._known(name) for name in (names if several else [names])]
+
+    def _known(self, name: Any) -> str:
+        if not isinstance(name, str) or name not in self.peft_config:
             hint = (
-                nearest(name, self.peft_config)
+                nearest(str(name), self.peft_config)
                 or f"there are {', '.join(self.peft_config) or 'none'}"
             )
             raise NameLookupError(
@@ -391,7 +392,7 @@ class AdaptedModel(nn.Module):
                     code="none-active",
                 )
             return list(self.active_adapters)
-        return [self._known(n) for n in ([names] if isinstance(names, str) else names)]
+        return self._each(names)
 
     def _merge(self, names: Sequence[str], safe: bool, keep: bool) -> None:
         done = []

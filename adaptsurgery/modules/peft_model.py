@@ -10,12 +10,13 @@ from typing import Any
 
 from torch import nn
 
+from adaptsurgery.adapters.report import Report
 from adaptsurgery.core.config import AdapterConfig
-from adaptsurgery.jobs.report import Report
 from adaptsurgery.modules import files, status
-from adaptsurgery.modules.injection import trainable_as_before
+from adaptsurgery.modules.injection import check_unadapted
 from adaptsurgery.modules.layer import AdaptedLayer
 from adaptsurgery.modules.model import AdaptedModel, model_of
+from adaptsurgery.modules.undo import Before
 from adaptsurgery.modules.walk import Walk
 from adaptsurgery_formats.errors import ValueRefused
 
@@ -142,13 +143,20 @@ class PeftModel(nn.Module):
         """
         read, state = files.read_adapter(os.fspath(model_id), model, base)
         config = replace(config or read, inference_mode=not is_trainable)
-        with trainable_as_before(model):
+        check_unadapted(model)
+        before = Before(model)
+        try:
             made = cls(
                 model, config, adapter_name, mixed, low_cpu_mem_usage=not ignore,
                 autocast_adapter_dtype=autocast_adapter_dtype,
             )  # fmt: skip
-            made._load(adapter_name, state, ignore, os.fspath(model_id), whole=True)
-        return made
+            files.load_state(
+                made.base_model, adapter_name, state, ignore=ignore, where=os.fspath(model_id)
+            )
+            return made
+        except BaseException:
+            before.restore()
+            raise
 
     def load_adapter(
         self,
@@ -163,22 +171,17 @@ class PeftModel(nn.Module):
         """Put an adapter from a file beside the others, not active; see ``from_pretrained``."""
         config, state = files.read_adapter(os.fspath(model_id), self.get_base_model(), base)
         config = replace(config, inference_mode=not is_trainable)
-        self.add_adapter(
-            adapter_name, config, low_cpu_mem_usage=not ignore,
-            autocast_adapter_dtype=autocast_adapter_dtype,
-        )  # fmt: skip
-        self._load(adapter_name, state, ignore, os.fspath(model_id))
-
-    def _load(
-        self, adapter: str, state: Any, ignore: Collection[str], where: str, whole: bool = False
-    ) -> None:
+        before = Before(self)
         try:
-            files.load_state(self.base_model, adapter, state, ignore=ignore, where=where)
+            self.add_adapter(
+                adapter_name, config, low_cpu_mem_usage=not ignore,
+                autocast_adapter_dtype=autocast_adapter_dtype,
+            )  # fmt: skip
+            files.load_state(
+                self.base_model, adapter_name, state, ignore=ignore, where=os.fspath(model_id)
+            )
         except BaseException:
-            if whole:
-                self.base_model.unload()
-            else:
-                self.base_model.delete_adapter(adapter)
+            before.restore()
             raise
 
     def hotswap_adapter(self, model_id: AnyPath, adapter_name: str = "default") -> None:
@@ -202,13 +205,19 @@ class PeftModel(nn.Module):
         hint = (
             "load_adapter under another name, or bring it to the same rank by `adaptsurgery resize`"
         )
-        files.load_state(self.base_model, adapter, state, where=os.fspath(model_id), hint=hint)
-        for layer, scale in scales:
-            said = layer.settings[adapter]
-            layer.settings[adapter] = replace(
-                said, scale=scale, options=config.options, config=config
-            )
-        self.base_model.peft_config[adapter] = replace(config, inference_mode=held.inference_mode)
+        taken = replace(config, inference_mode=held.inference_mode)
+        before = Before(self)
+        try:
+            for layer, scale in scales:
+                setting = layer.settings[adapter]
+                layer.settings[adapter] = replace(
+                    setting, scale=scale, options=config.options, config=config
+                )
+            self.base_model.peft_config[adapter] = taken
+            files.load_state(self.base_model, adapter, state, where=os.fspath(model_id), hint=hint)
+        except BaseException:
+            before.restore()
+            raise
 
     def _new_scales(
         self, adapter: str, config: AdapterConfig, where: str
@@ -268,10 +277,16 @@ def get_peft_model(
     name = getattr(getattr(model, "config", None), "_name_or_path", None)
     if isinstance(peft_config, AdapterConfig) and peft_config.base_model_name_or_path is None:
         peft_config = replace(peft_config, base_model_name_or_path=name or None)
-    return PeftModel(
-        model, peft_config, adapter_name, mixed, low_cpu_mem_usage,
-        autocast_adapter_dtype=autocast_adapter_dtype,
-    )  # fmt: skip
+    check_unadapted(model)
+    before = Before(model)
+    try:
+        return PeftModel(
+            model, peft_config, adapter_name, mixed, low_cpu_mem_usage,
+            autocast_adapter_dtype=autocast_adapter_dtype,
+        )  # fmt: skip
+    except BaseException:
+        before.restore()
+        raise
 
 
 def _with_head(model: nn.Module, config: AdapterConfig) -> AdapterConfig:

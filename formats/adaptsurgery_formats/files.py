@@ -10,6 +10,7 @@ from typing import Any
 
 from adaptsurgery_formats.errors import InexactError, LayoutError
 from adaptsurgery_formats.names import Names
+from adaptsurgery_formats.paths import misnamed
 from adaptsurgery_formats.peft_config import check_config
 from adaptsurgery_formats.state import AdapterState, ModuleState
 from adaptsurgery_formats.tensors import Tensor
@@ -44,7 +45,7 @@ _COMPONENT = re.compile(r"[A-Za-z]\w{0,63}", re.ASCII)
 def carried_component(metadata: Mapping[str, str], where: str) -> str:
     """The component that an earlier conversion put into the metadata; it names a folder, so no path."""
     component = metadata.get(META_COMPONENT, "")
-    if component and not _COMPONENT.fullmatch(component):
+    if component and (not _COMPONENT.fullmatch(component) or misnamed(component)):
         raise LayoutError(
             f"metadata {META_COMPONENT} is no component's name",
             where=where,

@@ -29,7 +29,7 @@ from adaptsurgery_formats.files import (
     carried_component,
     carried_config,
 )
-from adaptsurgery_formats.kronecker import lycoris_loads
+from adaptsurgery_formats.lokr_cuts import lycoris_loads
 from adaptsurgery_formats.metadata import HASH_KEYS, describe_network
 from adaptsurgery_formats.names import Names, flatten
 from adaptsurgery_formats.state import AdapterState, ModuleState, lokr_shapes, may_be_transposed

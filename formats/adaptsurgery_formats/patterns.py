@@ -20,7 +20,7 @@ from adaptsurgery_formats.errors import LayoutError
 TIMEOUT_SECONDS = 5.0
 _MOST_STEPS = 1e8  # about two seconds of matching
 _LONGEST = 1 << 20
-_LONGEST_HERE = 1 << 14  # characters of a regex that is compiled in this process
+_LONGEST_HERE = 1 << 12  # characters of a regex that is compiled in this process
 _LONGEST_NAME = 1 << 12  # of a name that a repeated group is tried on here: each turn takes memory
 _MOST_MEMORY = 1 << 30  # of the child process, where the system can bound it
 _REPEAT = re.compile(r"\\.|\[(?:\\.|[^\]\\])*\]|(\)?)([*+]|\{\d*,?\d*\})")

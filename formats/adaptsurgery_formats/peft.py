@@ -49,7 +49,7 @@ from adaptsurgery_formats.files import (
     carried_component,
     no_such,
 )
-from adaptsurgery_formats.kronecker import peft_decompose_factor, peft_factorization
+from adaptsurgery_formats.lokr_cuts import peft_decompose_factor, peft_factorization
 from adaptsurgery_formats.metadata import HASH_KEYS
 from adaptsurgery_formats.names import Component, Names
 from adaptsurgery_formats.patterns import Matcher

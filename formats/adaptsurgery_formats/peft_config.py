@@ -18,6 +18,7 @@ from typing import Any
 
 from adaptsurgery_formats.errors import LayoutError
 from adaptsurgery_formats.patterns import Matcher, exact_pattern, is_targeted
+from adaptsurgery_formats.reading import json_object
 from adaptsurgery_formats.state import (
     ALPHA_OVER_R,
     ALPHA_OVER_SQRT_R,
@@ -27,6 +28,7 @@ from adaptsurgery_formats.state import (
 )
 from adaptsurgery_formats.traits import Column, traits_of
 
+MAX_CONFIG = 64 << 20  # bytes of an adapter_config.json, with patterns for every module
 _COMMON = {
     "task_type": None, "peft_type": None, "auto_mapping": None, "peft_version": None,
     "base_model_name_or_path": None, "revision": None, "inference_mode": True,
@@ -77,6 +79,11 @@ def algorithm_of(config: Mapping[str, Any], where: str) -> str:
 def peft_types() -> dict[str, str]:
     """peft_type → the algorithm that it stands for."""
     return {traits_of(name).peft_type: name for name in FIELDS}
+
+
+def parsed_config(data: bytes, where: str) -> dict[str, Any]:
+    """The bytes of an adapter_config.json as an object of finite numbers; FileError ``bad-config``."""
+    return json_object(data, where, "bad-config", finite=True)
 
 
 def check_config(config: Mapping[str, Any], where: str) -> list[str]:

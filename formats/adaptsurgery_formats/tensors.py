@@ -21,6 +21,8 @@ DTYPE_BITS = {
     "F8_E5M2FNUZ": 8, "F8_E4M3FNUZ": 8, "F8_E8M0": 8, "F8_E4M3": 8, "F8_E5M2": 8, "I8": 8, "U8": 8,
     "F6_E3M2": 6, "F6_E2M3": 6, "F4": 4, "BOOL": 8,
 }  # fmt: skip
+# The bytes of an element, of the dtypes whose elements have whole ones.
+DTYPE_BYTES = {dtype: bits // 8 for dtype, bits in DTYPE_BITS.items() if bits % 8 == 0}
 FLOAT_DTYPES = ("F64", "F32", "F16", "BF16")
 _STRUCT = {
     "F64": "<d", "F32": "<f", "F16": "<e", "I64": "<q", "I32": "<i", "I16": "<h", "I8": "<b",
@@ -35,7 +37,7 @@ def bytes_of(dtype: str, shape: Iterable[int]) -> int:
 
 def is_packed(dtype: str) -> bool:
     """Whether elements are smaller than a byte, so that a row may end within one."""
-    return DTYPE_BITS[dtype] % 8 != 0
+    return dtype not in DTYPE_BYTES
 
 
 @runtime_checkable

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import errno
+import json
 import os
 import signal
 import subprocess
@@ -13,6 +14,7 @@ from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
+from unix import needs
 
 from adaptsurgery.checkpoint import atomic
 from adaptsurgery.checkpoint.atomic import check_output, output
@@ -32,7 +34,8 @@ def code_of(path: Path, **options: object) -> str:
 def test_a_file_appears_when_the_block_ends(tmp_path: Path) -> None:
     target = tmp_path / "a.safetensors"
     with output(target) as path:
-        assert path.parent == target.parent and path.name.startswith(".") and not path.exists()
+        room = path.parent
+        assert room.parent == target.parent and room.name.startswith(".") and not path.exists()
         write_safetensors(path, {"x": scalar(1.0)})
         assert not target.exists()
     assert [p.name for p in tmp_path.iterdir()] == ["a.safetensors"]
@@ -171,6 +174,7 @@ def test_a_folder_with_other_things_is_refused(tmp_path: Path, foreign: str) -> 
     assert (folder / "config.json").exists()
 
 
+@needs("os.mkfifo")
 def test_links_and_wrong_kinds_are_refused(tmp_path: Path) -> None:
     (tmp_path / "file").write_text("x")
     (tmp_path / "folder").mkdir()
@@ -187,7 +191,7 @@ def test_links_and_wrong_kinds_are_refused(tmp_path: Path) -> None:
     assert code_of(tmp_path / "no" / "such") == "no-such-folder"
     assert code_of(tmp_path / "file" / "a") == "not-a-directory"
     assert code_of(Path("/")) == "is-directory"
-    assert code_of(tmp_path / ("n" * 300)) == "bad-file"
+    assert code_of(tmp_path / ("n" * 300)) == "name-too-long"
 
 
 def test_a_linked_parent_is_fine(tmp_path: Path) -> None:
@@ -222,7 +226,9 @@ def test_a_full_disk_is_seen_beforehand(tmp_path: Path) -> None:
     ("number", "code"),
     [(errno.ENOSPC, "no-space"), (errno.EDQUOT, "no-space"), (errno.EROFS, "not-writable")],
 )
-@pytest.mark.parametrize("call", ["write", "copy_file_range"])
+@pytest.mark.parametrize(
+    "call", ["write", pytest.param("copy_file_range", marks=needs("os.copy_file_range"))]
+)
 def test_a_write_that_fails_leaves_nothing(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, number: int, code: str, call: str
 ) -> None:
@@ -243,7 +249,7 @@ def test_a_write_that_fails_leaves_nothing(
         def no_copy(*_: object) -> int:
             raise OSError(errno.EXDEV, "")
 
-        monkeypatch.setattr(os, "copy_file_range", no_copy)
+        monkeypatch.setattr(os, "copy_file_range", no_copy, raising=False)
     monkeypatch.setattr(os, call, fail)
     with pytest.raises(FileError) as e, output(tmp_path / "a", needed=77) as path:
         write_safetensors(path, tensors)
@@ -336,3 +342,125 @@ def test_a_killed_process_leaves_no_half_output(
     if number == signal.SIGINT:
         assert others == []
     assert all(name.startswith(".adaptsurgery-") for name in others)
+
+
+# -- What killed runs leave, and two at one name
+
+
+def dead_room(target: Path, content: str = "half") -> atomic.Room:
+    room = atomic.Room(target)
+    room.enter()
+    os.close(room.fd)  # as its process's end does
+    room.fd = -1
+    room.content.write_text(content)
+    return room
+
+
+def test_the_next_run_removes_what_a_killed_one_left(tmp_path: Path) -> None:
+    dead, other = dead_room(tmp_path / "a"), dead_room(tmp_path / "b")
+    living = atomic.Room(tmp_path / "a")
+    living.enter()
+    with output(tmp_path / "a") as path:
+        path.write_text("new")
+    assert not dead.path.exists() and living.path.exists() and other.path.exists()
+    living.leave()
+    assert code_of(tmp_path / "a") == "output-exists"
+    assert code_of(tmp_path / "b" / "c") == "no-such-folder"
+    check_output(tmp_path / "b")
+    assert [p.name for p in tmp_path.iterdir()] == ["a"]
+
+
+def test_where_locks_keep_nobody_out_nothing_is_removed(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    dead = dead_room(tmp_path / "a")
+    monkeypatch.setattr(atomic.system, "lock", lambda *_, **__: True)
+    check_output(tmp_path / "a")
+    assert dead.path.exists()
+
+
+@pytest.mark.parametrize("step", ["before", "between"])
+def test_a_swap_in_two_steps_is_ended_by_the_next_run(tmp_path: Path, step: str) -> None:
+    folder = old_folder(tmp_path)
+    room = dead_room(folder)
+    room.content.unlink()
+    room.content.mkdir()
+    (room.content / "config.json").write_text("new")
+    (room.path / "swap.json").write_text(json.dumps(atomic.identity(folder)))
+    if step == "between":
+        folder.rename(room.path / "content.old")
+    atomic.sweep(folder)
+    assert (folder / "config.json").read_text() == "new"
+    assert [p.name for p in tmp_path.iterdir()] == ["d"]
+
+
+def test_a_folder_that_came_after_a_broken_swap_is_left_alone(tmp_path: Path) -> None:
+    folder = old_folder(tmp_path)
+    room = dead_room(folder)
+    room.content.unlink()
+    room.content.mkdir()
+    (room.path / "swap.json").write_text('{"device": 1, "inode": 1}')
+    atomic.sweep(folder)
+    assert (folder / "config.json").read_text() == "old" and not room.path.exists()
+
+
+def test_a_folder_that_cannot_be_renamed_is_replaced(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """As on an overlay file system, where a folder of a lower layer has no other name to get."""
+    folder = old_folder(tmp_path)
+    monkeypatch.setattr(atomic, "_exchange", lambda a, b: False)
+    real = os.rename
+
+    def rename(a: Path, b: Path) -> None:
+        if Path(a) == folder:
+            raise OSError(errno.EXDEV, os.strerror(errno.EXDEV))
+        real(a, b)
+
+    monkeypatch.setattr(os, "rename", rename)
+    with output(folder, overwrite=True, directory=True, replaceable=OURS) as path:
+        (path / "config.json").write_text("new")
+    assert [p.name for p in folder.iterdir()] == ["config.json"]
+    assert (folder / "config.json").read_text() == "new"
+    assert [p.name for p in tmp_path.iterdir()] == ["d"]
+
+
+def test_a_signal_within_the_last_step_waits_for_its_end(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    real = atomic.sync_folder
+
+    def interrupted(path: Path) -> None:
+        signal.raise_signal(signal.SIGINT)
+        real(path)
+
+    monkeypatch.setattr(atomic, "sync_folder", interrupted)
+    with pytest.raises(KeyboardInterrupt), output(tmp_path / "a") as path:
+        path.write_text("new")
+    assert [p.name for p in tmp_path.iterdir()] == ["a"]
+    assert atomic.landed[-1] == str(tmp_path / "a")
+
+
+def test_paths_too_long_for_what_lies_within(tmp_path: Path) -> None:
+    deep = "/".join(["d" * 200] * 20)
+    with pytest.raises(FileError) as e:
+        check_output(tmp_path / "a", inner=[deep])
+    assert e.value.code == "name-too-long"
+    with pytest.raises(FileError) as e:
+        check_output(tmp_path / "a", inner=["x/" + "é" * 128])
+    assert e.value.code == "name-too-long"
+    check_output(tmp_path / ("é" * 127), inner=["x/" + "é" * 127])
+
+
+def test_several_files_land_together_the_named_one_last(tmp_path: Path) -> None:
+    with atomic.outputs(tmp_path / "a.onnx", beside=[".data"]) as folder:
+        (folder / "a.onnx").write_text("1")
+        (folder / "a.onnx.data").write_text("2")
+    assert sorted(p.name for p in tmp_path.iterdir()) == ["a.onnx", "a.onnx.data"]
+    (tmp_path / "a.onnx").unlink()
+    with pytest.raises(FileError) as e, atomic.outputs(tmp_path / "a.onnx") as folder:
+        (folder / "a.onnx").write_text("3")
+        (folder / "a.onnx.data").write_text("4")
+    assert e.value.code == "output-exists"
+    assert [p.name for p in tmp_path.iterdir()] == ["a.onnx.data"]
+    assert (tmp_path / "a.onnx.data").read_text() == "2"

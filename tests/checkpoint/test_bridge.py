@@ -17,7 +17,7 @@ from adaptsurgery.checkpoint.pickles import read_pickle
 from adaptsurgery.checkpoint.safetensors import read_safetensors
 from adaptsurgery.checkpoint.writer import write_safetensors
 from adaptsurgery_formats.errors import FileError, ShapeError, ValueRefused
-from adaptsurgery_formats.tensors import DTYPE_BITS, Literal, Tensor, concat_rows
+from adaptsurgery_formats.tensors import DTYPE_BYTES, Literal, Tensor, concat_rows
 
 
 def bits(t: torch.Tensor) -> bytes:
@@ -27,7 +27,7 @@ def bits(t: torch.Tensor) -> bytes:
 @pytest.mark.parametrize("name", sorted(DTYPES))
 def test_there_and_back_in_every_dtype(tmp_path: Path, name: str) -> None:
     dtype = torch_dtype(name)
-    t = torch.randint(0, 2, (6 * DTYPE_BITS[name],), dtype=torch.uint8).view(dtype).reshape(2, 3)
+    t = torch.randint(0, 2, (6 * DTYPE_BYTES[name],), dtype=torch.uint8).view(dtype).reshape(2, 3)
     lazy = from_torch(t)
     assert (lazy.dtype, lazy.shape, lazy.nbytes) == (name, (2, 3), len(bits(t)))
     assert lazy.read() == bits(t)
@@ -39,7 +39,7 @@ def test_there_and_back_in_every_dtype(tmp_path: Path, name: str) -> None:
 
 
 def test_all_dtypes_are_carried() -> None:
-    assert set(DTYPES) == set(DTYPE_BITS)
+    assert set(DTYPES) == set(DTYPE_BYTES)
 
 
 def test_the_result_is_its_own_and_writable() -> None:

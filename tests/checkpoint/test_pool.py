@@ -50,3 +50,21 @@ def test_a_worker_that_ends_without_a_word_is_an_error(monkeypatch: pytest.Monke
     monkeypatch.setattr(pool._Line, "work", lambda self, desk: self._next())
     with pytest.raises(RuntimeError, match="0 of 2 jobs done"):
         run(jobs([]), dict, 2)
+
+
+@pytest.mark.parametrize("startable", [0, 1, 3])
+def test_threads_that_cannot_be_started_are_done_without(
+    startable: int, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    real, started = pool.threading.Thread.start, []
+
+    def start(thread: pool.threading.Thread) -> None:
+        if len(started) == startable:
+            raise RuntimeError("can't start new thread")
+        started.append(thread)
+        real(thread)
+
+    monkeypatch.setattr(pool.threading.Thread, "start", start)
+    done: list[int] = []
+    run(jobs(done), dict, 8)
+    assert sorted(done) == list(range(50)) and len(started) == startable

@@ -14,6 +14,7 @@ from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 from safetensors import SafetensorError, safe_open
 from safetensors.torch import save, save_file
+from unix import needs
 
 from adaptsurgery.checkpoint.bridge import dtype_name
 from adaptsurgery.checkpoint.safetensors import MAX_HEADER, Span, read_safetensors
@@ -116,6 +117,7 @@ def test_parts_of_all_kinds_make_one_file(tmp_path: Path) -> None:
     assert sum(seen) == sum(x.nbytes for x in made.values())
 
 
+@needs("os.copy_file_range")
 @pytest.mark.parametrize("errno_name", ["EXDEV", "EINVAL", "ENOSYS", "EOPNOTSUPP"])
 def test_without_the_kernels_copy_the_bytes_are_the_same(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, errno_name: str

@@ -11,10 +11,12 @@ from pathlib import Path
 import pytest
 import torch
 from safetensors.torch import load_file, save_file
+from unix import needs
 
 from adaptsurgery.algorithms import HRA, LoRA, build
 from adaptsurgery.checkpoint import stream
 from adaptsurgery.checkpoint.bridge import from_torch
+from adaptsurgery.checkpoint.finite import Nonfinite
 from adaptsurgery.checkpoint.safetensors import read_safetensors
 from adaptsurgery.checkpoint.stream import Entry, write_stream
 from adaptsurgery.core.blocks import Place, edit_of
@@ -59,6 +61,7 @@ def test_a_copy_is_the_file_byte_for_byte(
     assert sum(seen) == (tmp_path / "out").stat().st_size
 
 
+@needs("os.copy_file_range")
 def test_without_the_kernels_help_too(
     source: dict[str, Tensor], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -159,10 +162,15 @@ def test_a_source_cut_short_is_told(source: dict[str, Tensor], tmp_path: Path) -
             write_stream(tmp_path / f"out{len(os.listdir(tmp_path))}", entries)
 
 
-def test_casts_refuse_what_overflows_and_hand_on_what_was_not_finite(tmp_path: Path) -> None:
+def test_casts_and_edits_refuse_what_is_not_finite_unless_it_is_allowed(tmp_path: Path) -> None:
     infinite = from_torch(torch.tensor([1.0, float("inf")]))
-    write_stream(tmp_path / "a", {"w": Entry(infinite, dtype="F16")})
+    write_stream(tmp_path / "copy", {"w": Entry(infinite)})
+    with pytest.raises(ValueRefused, match="non-finite"):
+        write_stream(tmp_path / "refused", {"w": Entry(infinite, dtype="F16")})
+    allowed = Nonfinite(allowed=True)
+    write_stream(tmp_path / "a", {"w": Entry(infinite, dtype="F16")}, nonfinite=allowed)
     assert load_file(tmp_path / "a")["w"].tolist() == [1.0, float("inf")]
+    assert allowed.computed == {"w": 1} and not allowed.copied
     with pytest.raises(ValueRefused, match="non-finite"):
         write_stream(tmp_path / "b", {"w": Entry(from_torch(torch.tensor([7e4])), dtype="F16")})
     with pytest.raises(ValueRefused, match="non-finite"):
@@ -179,6 +187,7 @@ def test_torch_gets_its_threads_back(source: dict[str, Tensor], tmp_path: Path) 
 SPARSE = """
 import json, sys, torch
 from adaptsurgery.algorithms import LoRA
+from adaptsurgery.checkpoint.finite import Nonfinite
 from adaptsurgery.checkpoint.safetensors import read_safetensors
 from adaptsurgery.checkpoint.stream import Entry, write_stream
 from adaptsurgery.core.blocks import Place, edit_of
@@ -202,6 +211,7 @@ print(peak() - before)
 """
 
 
+@needs("/proc/self/status")
 @pytest.mark.slow
 def test_memory_is_a_few_megabytes_whatever_the_tensor(tmp_path: Path) -> None:
     """A tensor of 524 MB, edited whole: more than torch's own memory by less than 40 MB."""
@@ -209,3 +219,29 @@ def test_memory_is_a_few_megabytes_whatever_the_tensor(tmp_path: Path) -> None:
     done = subprocess.run(arguments, capture_output=True, text=True, check=True)
     assert int(done.stdout) < 40_000
     assert (tmp_path / "out").stat().st_size > 64000 * 4096 * 2
+
+
+@pytest.mark.parametrize("workers", [1, 6])
+@pytest.mark.parametrize("kernel", [True, False])
+def test_a_few_sources_are_open_at_once_however_many_there_are(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, workers: int, kernel: bool
+) -> None:
+    monkeypatch.setattr(stream._Sources, "limit", 4)
+    if not kernel:
+        monkeypatch.setattr(stream.system, "kernel_copy", lambda *_: 0)
+    entries, most = {}, [0]
+    for n in range(60):
+        save_file({f"w{n}": torch.full((64,), float(n))}, tmp_path / f"{n}.safetensors")
+        entries[f"w{n}"] = Entry(read_safetensors(tmp_path / f"{n}.safetensors").tensors[f"w{n}"])
+    real = stream._Sources._open
+
+    def counted(sources: stream._Sources, path: str) -> int:
+        fd = real(sources, path)
+        most[0] = max(most[0], len(sources.files))
+        return fd
+
+    monkeypatch.setattr(stream._Sources, "_open", counted)
+    write_stream(tmp_path / "out", entries, workers=workers)
+    got = load_file(tmp_path / "out")
+    assert all(torch.equal(got[f"w{n}"], torch.full((64,), float(n))) for n in range(60))
+    assert 0 < most[0] <= 4 + workers

@@ -23,7 +23,7 @@ def model(tmp_path: Path) -> Path:
 
 def test_as_a_user_runs_it(process: Command, command: Command, tmp_path: Path) -> None:
     """The whole run, piped, well under a minute; then the commands that it hands on."""
-    done = process("quickstart", tmp_path / "try")
+    done = process("quickstart", tmp_path / "try", "--small")
     assert (done.code, done.err) == (0, "")
     assert "\x1b" not in done.out
     for told in ("bits per byte", "error[no-hra]", "all 4 adapters agree in every layout that"):
@@ -60,7 +60,7 @@ def test_a_model_of_the_users(command: Command, model: Path, tmp_path: Path) -> 
 def test_disagreement_is_exit_code_1(
     command: Command, model: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    from adaptsurgery.jobs.quickstart import run
+    from adaptsurgery.quickstart import run
 
     monkeypatch.setattr(run, "AGREE", -1.0)
     done = command("quickstart", "--base", model)

@@ -12,10 +12,11 @@ import pytest
 import torch
 from adapter_files import lora_shapes, write_golden, write_kohya, write_zeros
 from safetensors.torch import save_file
+from unix import there
 
+from adaptsurgery.adapters.report import Row
 from adaptsurgery.cli import options, output
 from adaptsurgery.cli.app import COMMANDS
-from adaptsurgery.jobs.report import Row
 from adaptsurgery_formats import FORMATS, WRITABLE
 
 Command = Callable[..., Any]
@@ -103,7 +104,8 @@ def test_convert_json(command: Command, tmp_path: Path) -> None:
     assert [r["change"] for r in found["rows"]] == ["identical"] * 3
     assert len(found["outputs"]) == 4
     assert found["facts"]["components"] == ["unet", "text_encoder"]
-    assert found["peak_memory"] > 1_000_000
+    told = there("resource") or there("/proc/self/status")
+    assert found["peak_memory"] > 1_000_000 if told else found["peak_memory"] == 0
 
 
 def test_a_dry_run_writes_nothing(command: Command, tmp_path: Path) -> None:

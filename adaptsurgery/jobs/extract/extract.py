@@ -5,24 +5,29 @@ from __future__ import annotations
 import os
 import shutil
 from collections.abc import Iterable, Mapping
+from contextlib import ExitStack
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
-from adaptsurgery.checkpoint.atomic import sync_folder
+from adaptsurgery.adapters.loading import Loaded
+from adaptsurgery.adapters.report import Report
+from adaptsurgery.adapters.writing import CARD, check_paths, writable, write_adapter
+from adaptsurgery.checkpoint import atomic, locks, privacy, system
+from adaptsurgery.checkpoint.apart import keep_apart
+from adaptsurgery.checkpoint.atomic import check_output
 from adaptsurgery.checkpoint.base import Base
-from adaptsurgery.jobs.convert import CARD, check_paths, writable, write_adapter
+from adaptsurgery.checkpoint.watched import check_watched, watching
 from adaptsurgery.jobs.extract import summary
 from adaptsurgery.jobs.extract.options import Options, check_options
 from adaptsurgery.jobs.extract.pairs import pair_up
 from adaptsurgery.jobs.extract.plan import ExtractPlan, build_plan
-from adaptsurgery.jobs.extract.run import Place, Progress, Results, Runner, check, made, results
+from adaptsurgery.jobs.extract.run import Place, Progress, Runner, check, made, results
 from adaptsurgery.jobs.inputs import check_part, open_base, refuse_pickles
-from adaptsurgery.jobs.loading import Loaded
 from adaptsurgery.jobs.partial import GoneError
-from adaptsurgery.jobs.report import Report
+from adaptsurgery.jobs.values import check_whole
 from adaptsurgery_formats import Note
-from adaptsurgery_formats.errors import SurgeryError, ValueRefused
+from adaptsurgery_formats.errors import FileError, SurgeryError, ValueRefused
 from adaptsurgery_formats.names import names_of_base
 from adaptsurgery_formats.resolve import resolve
 
@@ -53,6 +58,7 @@ def extract(
     compare: bool = False,
     report: Named | None = None,
     allow_empty: bool = False,
+    allow_nonfinite: bool = False,
     overwrite: bool = False,
     dry_run: bool = False,
     workers: int = 2,
@@ -67,7 +73,8 @@ def extract(
     layer keeps; ``max_error``, ‖D − D̂‖/‖D‖ of each layer; ``budget``, parameters in all. Layers are
     Linear and convolutions, chosen by PEFT's rules from ``include`` and ``exclude``; ``conv_rank``
     is for kernels other than 1, ``rank_pattern`` overrules by PEFT's. Biases, norms, embeddings and
-    heads are kept dense as ``to`` can hold them, unless ``dense`` is False. ``compare`` measures
+    heads are kept dense as ``to`` can hold them, unless ``dense`` is False; ``allow_nonfinite`` keeps
+    those that are not finite too, to which no layer's factors can come near. ``compare`` measures
     the other algorithms at the same number of parameters. ``report`` is an .html or .json file.
 
     Both models are read tensor by tensor; the same seed gives the same bytes, whatever the workers
@@ -75,11 +82,12 @@ def extract(
     """
     goals = {"rank": rank, "energy": energy, "max_error": max_error, "budget": budget}
     goal, value = _goal(goals)
-    page = _report_path(report, overwrite)
+    _check_numbers(workers, seed, factor, conv_rank, rank_pattern or {})
+    page = _report_path(report)
     options = Options(
         algorithm, goal, value, to, factor, decompose_both, conv_rank, tucker, tuple(include),
         tuple(exclude), dict(rank_pattern or {}), dtype, seed, dense, compare,
-        page is not None, allow_empty,
+        page is not None, allow_empty, allow_nonfinite,
     )  # fmt: skip
     check_options(options)
     part = check_part(shard_index, num_shards)
@@ -87,6 +95,22 @@ def extract(
         os.fspath(base), os.fspath(tuned), Path(out), options, page, overwrite, dry_run, workers,
         part, progress,
     )  # fmt: skip
+
+
+def _check_numbers(
+    workers: int, seed: int, factor: int | None, conv_rank: int | None, ranks: Mapping[str, int]
+) -> None:
+    """Raise ValueRefused ("bad-number") for a number that says nothing."""
+    check_whole("workers", workers)
+    check_whole("seed", seed, None)
+    if factor is not None:
+        check_whole("factor", factor, -1)
+        if not factor:
+            check_whole("factor", factor)
+    if conv_rank is not None:
+        check_whole("conv_rank", conv_rank)
+    for name, rank in ranks.items():
+        check_whole(f"rank_pattern of `{name}`", rank)
 
 
 def _goal(goals: Mapping[str, float | None]) -> tuple[str, float]:
@@ -109,13 +133,13 @@ def _goal(goals: Mapping[str, float | None]) -> tuple[str, float]:
     return name, value
 
 
-def _report_path(report: Named | None, overwrite: bool) -> Path | None:
+def _report_path(report: Named | None) -> Path | None:
     """Where the report goes, once it is known that it can be made."""
     if report is None:
         return None
-    from adaptsurgery.jobs.extract.page import check_report
+    from adaptsurgery.jobs.extract.page import check_form
 
-    return check_report(Path(report), overwrite)
+    return check_form(Path(report))
 
 
 def _run(
@@ -130,29 +154,90 @@ def _run(
     part: tuple[int, int],
     progress: Progress | None,
 ) -> Report:
-    base, tuned = (open_base(name, headers=dry_run) for name in (base_name, tuned_name))
+    with watching() as watched:
+        base, tuned = (open_base(name, headers=dry_run) for name in (base_name, tuned_name))
     refuse_pickles(base)
     refuse_pickles(tuned)
+    keep_apart([base.where, tuned.where], [out, page])
     plan = build_plan(base, tuned, pair_up(base, tuned), options)
     place = Place(plan, out)
-    if not dry_run and (part[1] > 1 or place.root.exists()) and made(plan, out):
-        place.remove()
-        return _made_already(plan, out, workers)
-    target = writable(options.to)
-    check_paths([base.where, tuned.where], out, target, overwrite)
+    ended = place.landed(out) or (part[1] > 1 and made(plan, out))
+    if dry_run or not ended:
+        target = writable(options.to)
+        check_paths([base.where, tuned.where], out, target, overwrite)
+        if page is not None:
+            check_output(page, overwrite=overwrite)
     report = summary.planned(plan, workers)
     report.notes += (left := _abandoned(place))
     if dry_run:
         return report
-    runner = Runner(plan, place, base, tuned, progress)
-    found = _work(runner, place, out, part, workers)
-    if found is None:
-        report.facts["complete"] = False
-        text = "this part is done; the adapter appears when the others are"
-        report.notes.append(Note("part-done", str(out), text))
-        return report
-    with place.tidy(alone=part[1] == 1):
-        return _finish(runner, place, found, out, page, overwrite, left, workers)
+    if not ended:
+        check(plan)
+    runner = Runner(plan, place, base, tuned, progress, watched)
+    return _worked(runner, out, page, overwrite, left, part, workers)
+
+
+def _worked(
+    runner: Runner,
+    out: Path,
+    page: Path | None,
+    overwrite: bool,
+    left: list[Note],
+    part: tuple[int, int],
+    workers: int,
+) -> Report:
+    """The part's jobs done, and the adapter put in place by whoever does the last of all."""
+    plan, place = runner.plan, runner.place
+    try:
+        with place.entered(alone=part[1] == 1):
+            if place.landed(out) or (part[1] > 1 and made(plan, out)):
+                return _closed(plan, place, out, page, overwrite, workers)
+            place.check_files(place.known())
+            runner.work(part, workers)
+            check(plan)
+            report = _finish(runner, out, page, overwrite, left, workers)
+            if report is None and part[1] == 1:  # all jobs were done: a twin has put it in place
+                raise GoneError
+            return report or _part_done(plan, out, left, workers)
+    except GoneError:
+        if made(plan, out):
+            return _made_already(plan, out, workers)
+        raise place.vanished() from None
+    except FileError as error:
+        if error.code == "output-exists" and error.where == str(out) and made(plan, out):
+            return _made_already(plan, out, workers)
+        error.where = error.where.replace(str(place.root / "work"), str(out))
+        raise
+    except OSError as error:
+        if isinstance(error, FileNotFoundError) and made(plan, out):
+            return _made_already(plan, out, workers)
+        raise place.said(error, out) from error
+    except SurgeryError as error:
+        error.where = error.where.replace(str(place.root / "work"), str(out))
+        raise
+
+
+def _part_done(plan: ExtractPlan, out: Path, left: list[Note], workers: int) -> Report:
+    report = summary.planned(plan, workers)
+    report.facts["complete"] = False
+    text = "this part is done; the adapter appears when the others are"
+    report.notes += [*left, Note("part-done", str(out), text)]
+    return report
+
+
+def _closed(
+    plan: ExtractPlan, place: Place, out: Path, page: Path | None, overwrite: bool, workers: int
+) -> Report:
+    """What a killed run has left to do once its adapter had landed: its report, and the rest removed."""
+    report = _made_already(plan, out, workers)
+    with locks.unbroken():
+        if page is not None and place.landed(out) and place.report.exists():
+            with locks.alone(page):
+                atomic.put(place.report, page, overwrite)
+            report.outputs.append(str(page))
+        if place.landed(out) or not place.busy():
+            place.remove()
+    return report
 
 
 def _made_already(plan: ExtractPlan, out: Path, workers: int) -> Report:
@@ -169,76 +254,80 @@ def _abandoned(place: Place) -> list[Note]:
     return [Note("abandoned", str(root), text) for root in place.abandoned()]
 
 
-def _work(
-    runner: Runner, place: Place, out: Path, part: tuple[int, int], workers: int
-) -> Results | None:
-    """The part's jobs done; the results of all, or None while other parts are at work."""
-    check(runner.plan)
-    try:
-        with place.tidy(alone=part[1] == 1):
-            place.make(out)
-            runner.work(part, workers)
-            check(runner.plan)
-            return results(runner.plan, place)
-    except GoneError:
-        raise place.vanished() from None
-    except OSError as error:
-        raise place.said(error, out) from error
-    except SurgeryError as error:
-        error.where = error.where.replace(str(place.root / "work"), str(out))
-        raise
-
-
 def _finish(
     runner: Runner,
-    place: Place,
-    found: Results,
     out: Path,
     page: Path | None,
     overwrite: bool,
     left: list[Note],
     workers: int,
-) -> Report:
-    """The adapter and the reports, all of them whole, and the partial output removed."""
+) -> Report | None:
+    """The adapter and the reports, all of them whole, and the partial output removed.
+
+    None where other parts have work to do still, or a twin has put all in place.
+    """
     from adaptsurgery.jobs.extract.choose import adapter_state, outcomes
 
-    plan = runner.plan
-    with place.lock("finish"):
-        layers = outcomes(plan, found)
-        state = adapter_state(plan, place, runner, layers, found)
-        report = summary.told(plan, layers, found, workers)
-        written = _write(state, runner, place, out, overwrite)
+    plan, place = runner.plan, runner.place
+    with ExitStack() as held:
+        held.enter_context(place.lock("finish"))
+        measured = results(plan, place)
+        if measured is None or place.landed(out):
+            return None
+        layers = outcomes(plan, measured)
+        state = adapter_state(plan, place, runner, layers, measured)
+        report = summary.told(plan, layers, measured, workers)
+        written = _write(state, runner, place, out)
         report.notes += [n for n in [*left, *written.notes] if n not in report.notes]
         report.outputs = written.outputs
         report.facts |= {"bytes": written.facts["bytes"], "complete": True}
         if page is not None:
-            from adaptsurgery.jobs.extract.page import write_report
-
-            write_report(report, page, overwrite)
+            _write_page(report, place, page, runner)
             report.outputs = [*report.outputs, str(page)]
-        place.remove()
+        with locks.alone(out), locks.unbroken():
+            place.land(out, overwrite)
+            if page is not None:
+                with locks.alone(page):
+                    atomic.put(place.report, page, overwrite)
+            atomic.sync_folder(out.parent)
+            held.close()  # nothing that is open may lie in what is removed
+            place.remove()
     return report
 
 
-def _write(state: Any, runner: Runner, place: Place, out: Path, overwrite: bool) -> Report:
-    """The adapter within the partial output, and in one rename OUT: a kill leaves nothing else."""
-    beside = place.root / "adapter"
-    beside.mkdir(exist_ok=True)
-    place.content = beside / out.name
+def _write(state: Any, runner: Runner, place: Place, out: Path) -> Report:
+    """The adapter within the partial output, on disk: one rename makes it OUT."""
+    shutil.rmtree(place.beside, ignore_errors=True)
+    place.beside.mkdir()
     loaded = _loaded(state, runner.models["base"])
-    try:
-        written = write_adapter(
-            loaded, place.content, runner.plan.options.to, overwrite=True, hashes=False
-        )
-        for card in out.glob(f"**/{CARD}") if out.is_dir() else ():  # a model card stays
-            shutil.copy2(card, place.content / card.relative_to(out))
-        place.land(out, overwrite)
-        sync_folder(out.parent)
-    except OSError as error:
-        raise place.said(error, out) from error
-    held = [Path(path).relative_to(place.content) for path in written.outputs]
-    written.outputs = [str(out / path) if path.name else str(out) for path in held]
+    written = write_adapter(
+        loaded,
+        place.content,
+        runner.plan.options.to,
+        allow_nonfinite=runner.plan.options.allow_nonfinite,
+        hashes=False,
+    )
+    for card in out.glob(f"**/{CARD}") if out.is_dir() else ():  # a model card stays
+        system.copy_file(card, place.content / card.relative_to(out))
+    old = privacy.below(out) if os.path.lexists(out) else ()
+    privacy.narrow(place.content, [*runner.inputs, *old])
+    atomic.sync(place.content)
+    check(runner.plan)
+    check_watched(runner.watched)
+    parts = [Path(path).relative_to(place.content) for path in written.outputs]
+    written.outputs = [str(out / path) if path.name else str(out) for path in parts]
     return written
+
+
+def _write_page(report: Report, place: Place, page: Path, runner: Runner) -> None:
+    """The report within the partial output, so that the run that ends a killed one has it too."""
+    from adaptsurgery.jobs.extract.page import text_of
+
+    shown = replace(report, outputs=[*report.outputs, str(page)])
+    system.write_text(place.report, text_of(shown, page.suffix))
+    old = [page] if page.exists() else []
+    privacy.narrow(place.report, [*runner.inputs, *old])
+    atomic.sync(place.report)
 
 
 def _loaded(state: Any, base: Base) -> Loaded:

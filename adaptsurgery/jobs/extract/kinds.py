@@ -18,7 +18,7 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any
 
-from adaptsurgery.jobs.orientation import Parameters, conv1d_turned
+from adaptsurgery.adapters.orientation import Parameters, conv1d_turned
 
 # The last segment of an embedding's path; one with a bias is a Linear of such a name.
 _EMBEDDING = re.compile(

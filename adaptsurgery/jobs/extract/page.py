@@ -9,9 +9,7 @@ from importlib.util import find_spec
 from pathlib import Path
 from typing import Any
 
-from adaptsurgery.checkpoint import system
-from adaptsurgery.checkpoint.atomic import check_output, output
-from adaptsurgery.jobs.report import Report
+from adaptsurgery.adapters.report import Report
 from adaptsurgery_formats.errors import FileError, LayoutError
 from adaptsurgery_formats.traits import title_of
 
@@ -20,8 +18,8 @@ HARDEST = 15
 SPECTRA = 4
 
 
-def check_report(path: Path, overwrite: bool) -> Path:
-    """Refuse, before any work, a report that could not be written.
+def check_form(path: Path) -> Path:
+    """Refuse, before any work, a report that could not be made.
 
     Raises FileError, and LayoutError "report-extra" where matplotlib is missing.
     """
@@ -30,7 +28,6 @@ def check_report(path: Path, overwrite: bool) -> Path:
             "a report is an .html page or a .json file", where=str(path), code="bad-name",
             next=f"--report {path.with_suffix('.html')}",
         )  # fmt: skip
-    check_output(path, overwrite=overwrite)
     if path.suffix == ".html" and find_spec("matplotlib") is None:
         raise LayoutError(
             "the page's plots need matplotlib",
@@ -40,14 +37,11 @@ def check_report(path: Path, overwrite: bool) -> Path:
     return path
 
 
-def write_report(report: Report, path: Path, overwrite: bool) -> None:
-    """The report at a path, whole or not at all."""
-    if path.suffix == ".json":
-        text = json.dumps(report.as_dict(), indent=1, ensure_ascii=False)
-    else:
-        text = page(report)
-    with output(path, overwrite=overwrite) as place:
-        system.write_text(place, text)
+def text_of(report: Report, suffix: str) -> str:
+    """The report as a page, or as JSON where that is what its file's name ends in."""
+    if suffix == ".json":
+        return json.dumps(report.as_dict(), indent=1, ensure_ascii=False)
+    return page(report)
 
 
 def page(report: Report) -> str:

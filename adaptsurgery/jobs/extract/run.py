@@ -6,7 +6,6 @@ measured on it. Whoever finishes the last of all jobs writes the adapter, which 
 
 from __future__ import annotations
 
-import json
 import os
 from collections.abc import Callable
 from functools import partial
@@ -17,12 +16,13 @@ from adaptsurgery.checkpoint import atomic
 from adaptsurgery.checkpoint.base import Base
 from adaptsurgery.checkpoint.pool import about, run
 from adaptsurgery.checkpoint.safetensors import read_safetensors
+from adaptsurgery.checkpoint.watched import Watched
 from adaptsurgery.checkpoint.writer import write_safetensors
 from adaptsurgery.jobs.extract.pairs import Pair
 from adaptsurgery.jobs.extract.plan import ExtractPlan, Layer
 from adaptsurgery.jobs.extract.selection import Dense
 from adaptsurgery.jobs.inputs import check_inputs
-from adaptsurgery.jobs.partial import Partial, replace_json
+from adaptsurgery.jobs.partial import Partial
 from adaptsurgery_formats.errors import FileError
 from adaptsurgery_formats.tensors import Tensor, bytes_of
 
@@ -36,22 +36,32 @@ class Place(Partial):
 
     def __init__(self, plan: ExtractPlan, out: Path) -> None:
         super().__init__(plan.digest, out)
+        self.jobs = len(plan.jobs)
+        self.beside = self.root / "adapter"  # the finished adapter, under OUT's name
+        self.content = self.beside / out.name
+        self.report = self.root / "report"
 
     def tensors(self, number: int) -> Path:
         return self.files / f"{number}.safetensors"
 
+    def result(self, number: int) -> dict[str, Any] | None:
+        """What was measured in a job; None where it is not done, or its tensors are not as they were."""
+        file = self.tensors(number)
+        found: dict[str, Any] | None = self.recorded(number, file if file.exists() else None)
+        return found
+
     def done(self, number: int) -> bool:
         """Whether a job's result is there; it comes after its tensors, which are then whole."""
-        return self.norms(number).is_file()
+        return self.result(number) is not None
 
-    def result(self, number: int) -> dict[str, Any]:
-        found: dict[str, Any] = json.loads(self.norms(number).read_text("utf-8"))
-        return found
+    def known(self) -> set[str]:
+        """The names of all that may lie in ``files``."""
+        return {self.tensors(number).name for number in range(self.jobs)}
 
 
 def made(plan: ExtractPlan, out: Path) -> bool:
     """Whether the output says that it is this plan's."""
-    from adaptsurgery.jobs.loading import WEIGHTS
+    from adaptsurgery.adapters.loading import WEIGHTS
 
     files = [out] if out.is_file() else sorted(out.glob(f"**/{WEIGHTS}"))
     try:
@@ -65,8 +75,15 @@ class Runner:
     """The jobs of a plan, each by one of a few workers."""
 
     def __init__(
-        self, plan: ExtractPlan, place: Place, base: Base, tuned: Base, progress: Progress | None
+        self,
+        plan: ExtractPlan,
+        place: Place,
+        base: Base,
+        tuned: Base,
+        progress: Progress | None,
+        watched: Watched,
     ) -> None:
+        self.watched = watched
         self.plan, self.place, self.progress = plan, place, progress
         self.models = {"base": base, "tuned": tuned}
         self.jobs = plan.jobs
@@ -87,11 +104,17 @@ class Runner:
         job = self.jobs[number]
         with self.place.lock(str(number)):
             if not self.place.done(number):
+                file = self.place.tensors(number)
                 result = self._layer(number, job) if isinstance(job, Layer) else self._dense(job)
-                replace_json(self.place.norms(number), result)
+                self.place.record(number, result, file if file.exists() else None)
         self.told += _nbytes(job)
         if self.progress:
             self.progress(self.told, self.plan.nbytes)
+
+    @property
+    def inputs(self) -> list[Path]:
+        """The files of both models, and their folders where those were named."""
+        return [path for model in self.models.values() for path in model.inputs]
 
     def read(self, side: str, pair: Pair) -> Tensor:
         at = pair.base if side == "base" else pair.tuned
@@ -108,17 +131,20 @@ class Runner:
             try:
                 write_safetensors(work, tensors)
                 atomic.sync(work)
-                os.rename(work, self.place.tensors(number))
+                os.replace(work, self.place.tensors(number))
             except BaseException:
                 work.unlink(missing_ok=True)
                 raise
+        else:
+            self.place.tensors(number).unlink(missing_ok=True)
         return measured.as_dict()
 
     def _dense(self, group: tuple[Dense, ...]) -> dict[str, Any]:
         from adaptsurgery.jobs.extract.fitting import dense_norms
 
-        dtype = self.plan.options.dtype
-        return {d.pair.label: dense_norms(d.pair, d.slot, self.read, dtype) for d in group}
+        options = self.plan.options
+        norms = partial(dense_norms, dtype=options.dtype, allowed=options.allow_nonfinite)
+        return {d.pair.label: norms(d.pair, d.slot, self.read) for d in group}
 
 
 def _nbytes(job: Layer | tuple[Dense, ...]) -> int:
@@ -129,10 +155,9 @@ def _nbytes(job: Layer | tuple[Dense, ...]) -> int:
 
 def results(plan: ExtractPlan, place: Place) -> Results | None:
     """Every job's result in order, or None while some are missing."""
-    count = len(plan.jobs)
-    if not all(place.done(number) for number in range(count)):
-        return None
-    return [place.result(number) for number in range(count)]
+    measured = [place.result(number) for number in range(len(plan.jobs))]
+    done = [result for result in measured if result is not None]
+    return done if len(done) == len(measured) else None
 
 
 def check(plan: ExtractPlan) -> None:

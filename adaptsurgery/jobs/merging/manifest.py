@@ -8,12 +8,13 @@ from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
+from adaptsurgery.checkpoint.atomic import record_path
 from adaptsurgery.jobs.merging.plan import MANIFEST, MergePlan
 
 
 def manifest_path(out: Path, folder: bool) -> Path:
     """Where the manifest of an output lies."""
-    return out / MANIFEST if folder else out.with_name(out.name + ".manifest.json")
+    return out / MANIFEST if folder else record_path(out)
 
 
 def manifest_of(plan: MergePlan, norms: Mapping[str, Mapping[str, float]]) -> dict[str, Any]:

@@ -9,13 +9,13 @@ from __future__ import annotations
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 
+from adaptsurgery.adapters.orientation import told, turned_by
 from adaptsurgery.checkpoint.base import Base, Located
 from adaptsurgery.jobs.merging.align import Aligned, Alignment, Lookup, best_alignments
 from adaptsurgery.jobs.merging.cuts import cut_of
 from adaptsurgery.jobs.merging.matched import Change, Matched, Saved, Target
 from adaptsurgery.jobs.merging.quantised import READABLE, quantised_error
 from adaptsurgery.jobs.merging.sites import Piece, Site, bias_name, sites_of
-from adaptsurgery.jobs.orientation import told, turned_by
 from adaptsurgery_formats import AdapterState, ModuleState, Note
 from adaptsurgery_formats.errors import (
     InexactError,

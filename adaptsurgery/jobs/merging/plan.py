@@ -12,23 +12,27 @@ import json
 import math
 import os
 import re
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Collection, Iterator, Mapping, Sequence
 from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
+from adaptsurgery.adapters.loading import CONFIG, read_files
 from adaptsurgery.checkpoint import system
 from adaptsurgery.checkpoint.base import PICKLES, Base, BaseFile
-from adaptsurgery.jobs.inputs import Input, base_input, refuse_pickles
+from adaptsurgery.jobs.inputs import Input, base_input, beside_input, refuse_pickles
 from adaptsurgery.jobs.merging.configs import config_changes
+from adaptsurgery.jobs.merging.copies import Beside, look_beside, refused_links
 from adaptsurgery.jobs.merging.matched import Change, Matched, Saved, Target
 from adaptsurgery.jobs.merging.options import Options
 from adaptsurgery.jobs.merging.quantised import Quantised, Scale, quantised_of
 from adaptsurgery_formats import AdapterState, Note
 from adaptsurgery_formats.errors import FileError, ValueRefused, nearest
+from adaptsurgery_formats.paths import check_below
 from adaptsurgery_formats.tensors import FLOAT_DTYPES, bytes_of
 
 VERSION = 1
+LINKS_LEFT_OUT = "links-left-out"
 MANIFEST = "adaptsurgery_manifest.json"
 _WEIGHTS = (".safetensors", *PICKLES, ".h5", ".msgpack", ".onnx", ".gguf", ".index.json")
 _VARIANT_INDEX = re.compile(r"\.(?:safetensors|bin)\.index\..+\.json")
@@ -97,7 +101,8 @@ class MergePlan:
     """Everything that has to be done, and for what. ``folder``: the output is a directory.
 
     ``indexes`` are the index files to write: name → component. ``configs``: patches of a
-    component's config.json. ``copies``: other files that come along.
+    component's config.json. ``copies``: other files that come along. ``beside``: those and the
+    base's indexes as inputs, told by size and time.
     """
 
     base: str
@@ -112,7 +117,21 @@ class MergePlan:
     modules: int = 0
     unmatched: tuple[str, ...] = ()
     notes: tuple[tuple[str, str, str], ...] = ()
+    beside: tuple[Input, ...] = ()
     version: int = VERSION
+
+    def __post_init__(self) -> None:
+        """Refuse names that would be written, or copied from, outside (FileError ``path-escapes``)."""
+        names = [job.name for job in self.jobs if self.folder or job.name]
+        components = [name for name in self.configs if name]
+        for name in (*names, *self.indexes, *self.copies, *components):
+            check_below(name, "the plan")
+
+    @property
+    def home(self) -> Path:
+        """The folder that the base is, or lies in."""
+        base = Path(self.base)
+        return base if base.is_dir() else base.parent
 
     @property
     def digest(self) -> str:
@@ -145,7 +164,8 @@ class MergePlan:
             data = json.loads(text)
             if data["version"] != VERSION:
                 raise ValueError(f"version {data['version']}")
-            data["files"] = tuple(Input(**f) for f in data["files"])
+            for name in ("files", "beside"):
+                data[name] = tuple(Input(**f) for f in data[name])
             data["adapters"] = tuple(
                 AdapterInput(**{**a, "files": tuple(Input(**f) for f in a["files"])})
                 for a in data["adapters"]
@@ -188,13 +208,19 @@ def build_plan(
     found: Matched,
     untied: set[str],
     options: Options,
+    skip_links: bool = False,
 ) -> MergePlan:
     """The plan of what was matched. Raises ValueRefused for options that cannot be, FileError
-    ``pickle-base``, ``one-file`` where a file would have to become several."""
+    ``pickle-base``, ``one-file`` where a file would have to become several, ``link-outside`` for
+    links among the copies that lead out of the base, unless ``skip_links`` leaves them out."""
     check_options(options)
     refuse_pickles(base)
-    edits = _edits(base, [state for state, _ in adapters], found, options)
+    beside = look_beside(base.folder) if base.folder is not None else Beside()
+    strays = _strays(beside, base, skip_links)
+    states = [state for state, _ in adapters]
+    edits = _edits(base, states, found, options)
     jobs = _jobs(base, edits, options)
+    copies = tuple(_copied(beside, base))
     return MergePlan(
         base=base.where,
         folder=base.folder is not None,
@@ -203,24 +229,49 @@ def build_plan(
         options=options,
         jobs=jobs,
         indexes=_indexes(base, jobs),
-        configs=config_changes(base, found, [state for state, _ in adapters], untied, options),
-        copies=tuple(_copies(base)),
+        configs=_patched(config_changes(base, found, states, untied, options), strays),
+        copies=copies,
         modules=found.modules,
         unmatched=tuple(found.unmatched),
-        notes=tuple((n.code, n.where, n.text) for n in _notes(base, found, jobs)),
+        notes=tuple((n.code, n.where, n.text) for n in _notes(base, found, jobs, beside, strays)),
+        beside=tuple(beside_input(base, name) for name in (*copies, *base.indexes)),
     )
 
 
-def _notes(base: Base, found: Matched, jobs: Sequence[ShardJob]) -> list[Note]:
+def _patched(
+    configs: Mapping[str, Mapping[str, Any]], strays: Collection[str]
+) -> dict[str, Mapping[str, Any]]:
+    """The patches of those configs that come along."""
+    return {
+        component: patch
+        for component, patch in configs.items()
+        if not {component, f"{component}/config.json".lstrip("/")} & set(strays)
+    }
+
+
+def _notes(
+    base: Base,
+    found: Matched,
+    jobs: Sequence[ShardJob],
+    beside: Beside,
+    strays: Mapping[str, str],
+) -> list[Note]:
     notes = list(found.notes)
     plain = [t for job in jobs for t in job.tensors if t.scale is not None]
     if plain:
         dtypes = ", ".join(sorted({DTYPE_NAMES[t.dtype] for t in plain}))
         text = f"{len(plain)} quantised weights are written in {dtypes}, their scales left out"
         notes.append(Note("dequantised", base.where, text))
-    if other := left_out(base):
+    if other := _left_out(beside, base):
         text = "not part of the model, and not carried along: " + ", ".join(other[:5])
         notes.append(Note("weights-left-out", base.where, text))
+    if strays:
+        text = "links that lead elsewhere, and are not carried along: "
+        text += ", ".join(f"{name} → {strays[name]}" for name in sorted(strays)[:5])
+        notes.append(Note(LINKS_LEFT_OUT, base.where, text))
+    if beside.closed:
+        text = "folders that may not be read, and are not carried along: "
+        notes.append(Note("not-readable", base.where, text + ", ".join(beside.closed[:5])))
     return notes
 
 
@@ -246,11 +297,12 @@ def _check_device(device: str) -> None:
 
 
 def adapter_input(path: Path, weight: float, layout: str) -> AdapterInput:
-    """An adapter with the hashes of its files: the weights and the config beside them."""
-    if path.is_dir():
-        names = [p for p in path.rglob("*") if p.suffix in (".safetensors", ".json", ".bin")]
-    else:
-        names = [path, *(p for p in [path.parent / "adapter_config.json"] if p.is_file())]
+    """An adapter with the hashes of its own files: the weights and the config beside them.
+
+    What else lies in its folder is no part of it: a training's checkpoints, or an output.
+    """
+    files = [Path(file.where) for file in read_files(path)]
+    names = {*files, *(c for file in files if system.is_there(c := file.parent / CONFIG))}
     return AdapterInput(str(path.resolve()), weight, layout, tuple(map(_hashed, sorted(names))))
 
 
@@ -430,36 +482,29 @@ def _component_of(base: Base, index: str) -> str:
     return folder if folder in components else ""
 
 
-def _copies(base: Base) -> Iterator[str]:
-    """Files of the base's folder that come along: configs, tokenizers, not other weights."""
-    if base.folder is None:
-        return
-    weights = {f.name for f in base.files}
-    top = Path(os.path.realpath(base.folder))
-    above = {str(base.folder): {str(p) for p in (top, *top.parents)}}
-    for root, folders, files in os.walk(base.folder, followlinks=True):
-        reals = {f: os.path.realpath(os.path.join(root, f)) for f in folders}
-        folders[:] = sorted(f for f in folders if f[0] != "." and reals[f] not in above[root])
-        for folder in folders:  # a link to what it lies in would have no end
-            above[os.path.join(root, folder)] = above[root] | {reals[folder]}
-        here = Path(root).relative_to(base.folder)
-        for name in sorted(files):
-            path = (here / name).as_posix()
-            if path in weights or path in base.indexes or not _comes_along(name):
-                continue
-            yield path
+def _copied(beside: Beside, base: Base) -> list[str]:
+    """What comes along of the files beside the weights: configs, tokenizers, not other weights."""
+    read = {*(f.name for f in base.files), *base.indexes}
+    return [name for name in beside.files if name not in read and _comes_along(name)]
 
 
-def _comes_along(name: str) -> bool:
+def _strays(beside: Beside, base: Base, skip_links: bool) -> dict[str, str]:
+    """The links that would come along and lead out of the folder; FileError unless they are skipped."""
+    read = {*(f.name for f in base.files), *base.indexes}
+    strays = {n: to for n, to in beside.strays.items() if n not in read and _comes_along(n)}
+    if strays and not skip_links and base.folder is not None:
+        raise refused_links(base.folder, strays)
+    return strays
+
+
+def _comes_along(path: str) -> bool:
+    name = path.rpartition("/")[2]
     if name.endswith(_WEIGHTS) or _VARIANT_INDEX.search(name):
         return False
     return not name.startswith(".") and name != MANIFEST
 
 
-def left_out(base: Base) -> list[str]:
+def _left_out(beside: Beside, base: Base) -> list[str]:
     """Weights in the base's folder that are not part of the model that was read: other variants."""
-    if base.folder is None:
-        return []
     known = {f.name for f in base.files}
-    found = (p for p in sorted(base.folder.rglob("*")) if p.name.endswith(_WEIGHTS[:-1]))
-    return [n for p in found if (n := p.relative_to(base.folder).as_posix()) not in known]
+    return [name for name in beside.files if name.endswith(_WEIGHTS[:-1]) and name not in known]

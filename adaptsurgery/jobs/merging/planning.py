@@ -22,8 +22,12 @@ def planned(
     options: Options,
     allow_unmatched: bool,
     dry_run: bool,
+    skip_links: bool = False,
 ) -> tuple[MergePlan, list[AdapterState]]:
-    """The plan, and the adapters that it is for; of a base on the Hub a ``dry_run`` reads headers."""
+    """The plan, and the adapters that it is for; of a base on the Hub a ``dry_run`` reads headers.
+
+    ``skip_links`` leaves out of what comes along the links that lead out of the base's folder.
+    """
     found_base = open_base(os.fspath(base), headers=dry_run)
     read = read_adapters(_several(adapters), inverse=options.inverse)
     states = [state for state, _ in read]
@@ -33,7 +37,7 @@ def planned(
     found.notes += repeated(given.path for _, given in read)
     check_replaced(read, found, inverse=options.inverse)
     untied = settle_ties(found_base, states, found)
-    return build_plan(found_base, read, found, untied, options), states
+    return build_plan(found_base, read, found, untied, options, skip_links), states
 
 
 def _several(adapters: Adapters) -> Iterable[Named]:

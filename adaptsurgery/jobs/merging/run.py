@@ -1,7 +1,8 @@
 """A plan carried out: shard by shard into a partial output, which becomes the output at the end.
 
 See ``jobs.partial``: ``files/`` is what OUT will be, a shard there in full or not at all, and
-``norms/`` holds ‖W‖ and ‖W' − W‖ of each finished shard's tensors.
+``norms/`` holds ‖W‖ and ‖W' − W‖ of each finished shard's tensors. A single file lands together with
+its manifest; a folder holds its own.
 """
 
 from __future__ import annotations
@@ -9,24 +10,28 @@ from __future__ import annotations
 import glob
 import json
 import os
-from collections.abc import Callable, Mapping, Sequence
-from contextlib import suppress
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import ExitStack
 from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from adaptsurgery.checkpoint import atomic
+from adaptsurgery.checkpoint import atomic, locks, privacy, system
+from adaptsurgery.checkpoint.apart import is_within, keep_apart, overlap
 from adaptsurgery.checkpoint.base import read_json
+from adaptsurgery.checkpoint.finite import Nonfinite
 from adaptsurgery.checkpoint.safetensors import read_safetensors
+from adaptsurgery.checkpoint.watched import Watched, check_watched
 from adaptsurgery.checkpoint.writer import file_size
 from adaptsurgery.jobs.inputs import Input, check_inputs
 from adaptsurgery.jobs.merging.adapters import parse_adapter
 from adaptsurgery.jobs.merging.configs import patched
+from adaptsurgery.jobs.merging.copies import check_copies
 from adaptsurgery.jobs.merging.manifest import manifest_of, manifest_path
 from adaptsurgery.jobs.merging.matched import Change
 from adaptsurgery.jobs.merging.plan import MANIFEST, MergePlan, ShardJob, TensorEdit, stem_of
 from adaptsurgery.jobs.merging.quantised import Scale
-from adaptsurgery.jobs.partial import GoneError, Partial, busy, replace_json, write_json
+from adaptsurgery.jobs.partial import GoneError, Partial, replace_json, write_json
 from adaptsurgery_formats import AdapterState
 from adaptsurgery_formats.errors import FileError, SurgeryError
 from adaptsurgery_formats.reading import typed
@@ -40,7 +45,6 @@ if TYPE_CHECKING:
 
 Progress = Callable[[int, int], object]
 Norms = dict[str, dict[str, float]]
-_FICLONE = 0x40049409
 
 
 def check_plan(
@@ -50,9 +54,11 @@ def check_plan(
 
     With several ``parts`` an output of this very plan is no obstacle: the others have made it.
 
-    Raises FileError: what ``atomic.check_output`` raises, ``output-is-base``, ``output-is-input``.
+    Raises FileError: what ``atomic.check_output`` and ``check_copies`` raise, ``output-is-base``,
+    ``output-is-input``.
     """
     _check_apart(plan, out)
+    check_copies(plan.home, plan.copies)
     if not plan.folder:
         _check_manifest(manifest_path(out, False))
     if _Place(plan, out).landed(out) or (parts > 1 and _made(plan, out) is not None):
@@ -63,7 +69,14 @@ def check_plan(
         directory=plan.folder,
         replaceable=_replaceable(plan, out),
         needed=plan.nbytes - _finished(plan, out) if needed else 0,
+        beside=() if plan.folder else (atomic.RECORD,),
+        inner=[*(job.name for job in plan.jobs), *plan.copies] if plan.folder else (),
     )
+
+
+def _copied(plan: MergePlan) -> list[Path]:
+    base = plan.home
+    return [base / name for name in plan.copies]
 
 
 def run_plan(
@@ -76,12 +89,13 @@ def run_plan(
     states: Sequence[AdapterState] | None = None,
     progress: Progress | None = None,
     norms: bool = True,
+    watched: Watched | None = None,
 ) -> tuple[bool, Norms]:
     """Carry out every n-th job of a plan from the i-th on, (i, n) = ``part``.
 
     Whoever finishes the last of all jobs puts the output in its place. Returns whether that was
     done, and the norms of all finished tensors, unless ``norms`` is False. ``states`` are the
-    adapters, if they are parsed.
+    adapters, if they are parsed, and ``watched`` is what was read for them and for the plan.
     """
     index, count = part
     check_plan(plan, out, overwrite=overwrite, needed=True, parts=count)
@@ -94,26 +108,38 @@ def run_plan(
             return False, {}
     check_inputs(_inputs(plan))
     runner = _Runner(plan, place, states, workers, progress, norms)
+    runner.watched = watched or {}
     try:
-        with place.tidy(alone=count == 1):
-            place.make(out)
+        with place.entered(alone=count == 1):
             if place.landed(out):
-                with place.lock("finish"):
-                    return True, _close(plan, place, out)
+                return True, _close(plan, place, out)
             if count > 1 and (made := _made(plan, out)) is not None:  # just now, by another
-                if not busy(place.root):
+                if not place.busy():
                     place.remove()
                 return True, made
+            place.check_files(place.known())
             for number in range(index, len(plan.jobs), count):
                 runner.job(number)
-            return _finish(plan, place, out, overwrite)
+            complete, measured = _finish(runner, out, overwrite)
+            if not complete and count == 1:  # all jobs were done: a twin has the output in place
+                raise GoneError
+            return complete, measured
     except GoneError:
         made = _made(plan, out)
         if made is not None:
             return True, made  # another process was faster
         raise place.vanished() from None
+    except FileError as error:
+        made = _made(plan, out) if error.code == "output-exists" else None
+        if made is None:
+            error.where = error.where.replace(str(place.root / "work"), str(out))
+            raise
+        return True, made
     except OSError as error:
-        raise place.said(error, out) from error
+        made = _made(plan, out) if isinstance(error, FileNotFoundError) else None
+        if made is None:
+            raise place.said(error, out) from error
+        return True, made
     except SurgeryError as error:
         error.where = error.where.replace(str(place.root / "work"), str(out))
         raise
@@ -126,13 +152,25 @@ class _Place(Partial):
         super().__init__(plan.digest, out)
         self.plan = plan
         self.content = self.files if plan.folder else self.shard(0)
+        self.manifest = self.root / "manifest.json"  # a single file's
 
     def shard(self, number: int) -> Path:
         return self.files / (self.plan.jobs[number].name or "output.safetensors")
 
     def done(self, number: int) -> bool:
         """Whether a shard is there: it comes under its name only when it is whole and on disk."""
-        return self.shard(number).is_file()
+        return self.result(number) is not None
+
+    def result(self, number: int) -> Norms | None:
+        """The norms of a finished shard's tensors; None where it is not there as it was finished."""
+        norms: Norms | None = self.recorded(number, self.shard(number))
+        return norms
+
+    def known(self) -> set[str]:
+        """Relative names of all that may lie in ``files``."""
+        plan = self.plan
+        shards = {self.shard(n).relative_to(self.files).as_posix() for n in range(len(plan.jobs))}
+        return {*shards, *plan.copies, *plan.indexes, MANIFEST} if plan.folder else shards
 
 
 def abandoned(plan: MergePlan, out: Path) -> list[Path]:
@@ -160,9 +198,11 @@ class _Runner:
     ) -> None:
         self.plan, self.place, self.workers, self.progress = plan, place, workers, progress
         self.norms = norms
+        self.watched: Watched = {}
         self.parsed = list(states) if states is not None else None
         self.bases: dict[int, Mapping[str, Tensor]] = {}
         self.done = 0
+        self.bits: int | None = None
 
     @property
     def states(self) -> list[AdapterState]:
@@ -184,10 +224,22 @@ class _Runner:
             except BaseException:
                 work.unlink(missing_ok=True)
                 raise
-            write_json(self.place.norms(number), norms)
             target = self.place.shard(number)
-            target.parent.mkdir(parents=True, exist_ok=True)
-            os.rename(work, target)
+            self._make_parents(target)
+            self._narrow(work)
+            os.replace(work, target)  # over one that is not what its record says
+            self.place.record(number, norms, target)
+
+    def _make_parents(self, target: Path) -> None:
+        """The folders of a shard below ``files``, which is not made again where it has landed."""
+        for folder in list(target.relative_to(self.place.files).parents)[-2::-1]:
+            (self.place.files / folder).mkdir(exist_ok=True)
+
+    def _narrow(self, work: Path) -> None:
+        """Before it is recorded: a later change of its mode would make another file of it."""
+        if self.bits is None:
+            self.bits = privacy.shared_bits(_sources(self.plan, self.place.out), _group(work))
+        privacy.narrow_to(work, self.bits)
 
     def _tell(self, count: int) -> None:
         self.done += count
@@ -196,13 +248,14 @@ class _Runner:
 
     def _write(self, job: ShardJob, work: Path) -> Norms:
         if job.clone >= 0:
-            _clone(self.plan.files[job.clone].path, work)
+            system.copy_file(self.plan.files[job.clone].path, work)
             self._tell(job.nbytes)
             return {}
         import torch  # noqa: F401  before the workers start, who would all import it at once
 
         from adaptsurgery.checkpoint.stream import write_stream
 
+        nonfinite = Nonfinite(self.plan.options.allow_nonfinite)
         found = write_stream(
             work,
             {t.key: self._entry(t) for t in job.tensors},
@@ -212,8 +265,10 @@ class _Runner:
             progress=self._tell,
             norms=self.norms,
             device=self.plan.options.device,
+            nonfinite=nonfinite,
         )
-        return {key: _norms(value) for key, value in found.items()}
+        norms = {key: _norms(value) for key, value in found.items()}
+        return norms | {key: {"nonfinite": count} for key, count in nonfinite.computed.items()}
 
     def _entry(self, edit: TensorEdit) -> Entry:
         from adaptsurgery.checkpoint.stream import Entry
@@ -257,7 +312,7 @@ class _Runner:
         outputs = change.shape[int(change.turned)]
         span = (change.first, change.first + change.rows)
         return Place(
-            update_for(change, self.states),
+            update_for(change, self.states, self.plan.options.allow_nonfinite),
             self.plan.adapters[change.adapter].weight,
             rows=(change.at, change.at + change.rows),
             source=None if span == (0, outputs) else span,
@@ -275,45 +330,91 @@ def _norms(found: Any) -> dict[str, float]:
 # -- The end
 
 
-def _finish(plan: MergePlan, place: _Place, out: Path, overwrite: bool) -> tuple[bool, Norms]:
+def _finish(runner: _Runner, out: Path, overwrite: bool) -> tuple[bool, Norms]:
     """Indexes, configs, other files, the manifest, and the rename; if every shard is there."""
-    with place.lock("finish"):
-        missing = [n for n in range(len(plan.jobs)) if not place.done(n)]
+    plan, place = runner.plan, runner.place
+    with ExitStack() as held:
+        held.enter_context(place.lock("finish"))
+        if place.landed(out):  # by a twin, who is about to remove the rest
+            return True, _made(plan, out) or {}
+        for number in range(len(plan.jobs)):
+            if place.shard(number).exists() and not place.done(number):
+                runner.job(number)
         norms = _all_norms(plan, place)
-        if missing:
+        if not all(map(place.done, range(len(plan.jobs)))):
             return False, norms
         check_inputs(_inputs(plan))
         _check_sizes(plan, place)
-        if plan.folder:
-            _complete(plan, place.files)
-            write_json(place.files / MANIFEST, manifest_of(plan, norms))
-            atomic.sync(place.files)
-        else:  # so that a file never stands beside another one's manifest
-            manifest_path(out, False).unlink(missing_ok=True)
-        place.land(out, overwrite)
-        return True, _close(plan, place, out)
+        _make_ready(plan, place, out, norms)
+        check_inputs(_inputs(plan))  # again: configs, index and the rest were read just now
+        check_watched(runner.watched)
+        with locks.alone(out), locks.unbroken():
+            place.land(out, overwrite, None if plan.folder else place.manifest)
+            held.close()  # nothing that is open may lie in what is removed
+            return True, _close(plan, place, out)
+
+
+def _make_ready(plan: MergePlan, place: _Place, out: Path, norms: Norms) -> None:
+    """All that lands besides the shards, on disk, and none of it open to more people than an input."""
+    sources = list(_sources(plan, out))
+    if plan.folder:
+        _complete(plan, place.files)
+        _write_new(place.files / MANIFEST, manifest_of(plan, norms))
+        place.check_files(place.known())
+    else:
+        replace_json(place.manifest, manifest_of(plan, norms))
+        privacy.narrow(place.manifest, sources)
+        atomic.sync(place.manifest)
+    privacy.narrow(place.content, sources)
+    atomic.sync(place.content)
+
+
+def _sources(plan: MergePlan, out: Path) -> Iterator[str]:
+    """Whose privacy the output keeps: what it is made of, and the one that it replaces."""
+    yield from _read(plan)
+    if os.path.lexists(out):
+        yield from privacy.below(out)
+
+
+def _group(path: Path) -> int:
+    return os.lstat(path).st_gid
+
+
+def _read(plan: MergePlan) -> Iterator[str]:
+    """All files that the output is made of, and the folders that were named."""
+    yield from (given.path for given in _inputs(plan))
+    yield from (path for path in (plan.base, *(a.path for a in plan.adapters)))
+    yield from map(str, _copied(plan))
+
+
+def _write_new(path: Path, data: Mapping[str, Any]) -> None:
+    path.unlink(missing_ok=True)
+    write_json(path, data)
 
 
 def _close(plan: MergePlan, place: _Place, out: Path) -> Norms:
-    """What comes after the rename: a file's manifest, and the partial output removed.
+    """What comes after the rename: a file's manifest, if a kill came before it, and the rest removed.
 
     A run that was killed while it removed that has written the manifest, from norms that may be gone.
     """
-    norms = _made(plan, out)
-    if norms is None:
-        norms = _all_norms(plan, place)
-        if not plan.folder:
-            replace_json(manifest_path(out, False), manifest_of(plan, norms))
-    atomic.sync_folder(out.parent)
-    place.remove()
+    with locks.alone(out), locks.unbroken():
+        norms = _made(plan, out)
+        if norms is None:
+            norms = _all_norms(plan, place)
+            if not plan.folder and place.landed(out):
+                if not place.manifest.exists():
+                    replace_json(place.manifest, manifest_of(plan, norms))
+                    privacy.narrow(place.manifest, [*_read(plan), out])
+                atomic.put_record(place.manifest, out, atomic.identity(out))
+        atomic.sync_folder(out.parent)
+        place.remove()
     return norms
 
 
 def _all_norms(plan: MergePlan, place: _Place) -> Norms:
     norms: Norms = {}
     for number in range(len(plan.jobs)):
-        if place.norms(number).is_file():
-            norms |= json.loads(place.norms(number).read_text("utf-8"))
+        norms |= place.result(number) or {}
     return norms
 
 
@@ -338,19 +439,33 @@ def _check_sizes(plan: MergePlan, place: _Place) -> None:
 
 def _complete(plan: MergePlan, content: Path) -> None:
     """What a folder holds besides its weights."""
-    base = Path(plan.base)
-    base = base if base.is_dir() else base.parent
+    base = plan.home
     for name in plan.copies:
         target = content / name
         target.parent.mkdir(parents=True, exist_ok=True)
         target.unlink(missing_ok=True)
-        _clone(str(base / name), target)
+        system.copy_file(base / name, target)
     for component, changes in plan.configs.items():
         path = content / component / "config.json"
-        config = json.loads(path.read_text("utf-8"))
-        replace_json(path, patched(config, changes))
+        _write_new(path, patched(_object(path, base / component / "config.json"), changes))
     for name, component in plan.indexes.items():
-        write_json(content / name, _index(plan, component, base / name))
+        _write_new(content / name, _index(plan, component, base / name))
+
+
+def _object(path: Path, source: Path) -> dict[str, Any]:
+    """A JSON object that was one when the plan was made."""
+    try:
+        data = json.loads(system.read_text(path))
+    except (ValueError, RecursionError):
+        data = None
+    if not isinstance(data, dict):
+        raise FileError(
+            "it is no longer a JSON object, as it was when the plan was made",
+            where=str(source),
+            next="plan again",
+            code="input-changed",
+        )
+    return data
 
 
 def _index(plan: MergePlan, component: str, old: Path) -> dict[str, Any]:
@@ -358,7 +473,8 @@ def _index(plan: MergePlan, component: str, old: Path) -> dict[str, Any]:
     jobs = [j for j in plan.jobs if j.component == component]
     metadata: dict[str, Any] = {}
     if old.is_file():
-        metadata = dict(typed(read_json(old), "metadata", dict) or {})
+        index = read_json(old)
+        metadata = dict(typed(index, "metadata", dict) or {}) if index.get("metadata") else {}
     metadata["total_size"] = sum(job.nbytes for job in jobs)
     if "total_parameters" in metadata:
         tensors = [t for job in jobs for t in job.tensors]
@@ -367,56 +483,22 @@ def _index(plan: MergePlan, component: str, old: Path) -> dict[str, Any]:
     return {"metadata": metadata, "weight_map": dict(sorted(weight_map.items()))}
 
 
-def _clone(source: str, target: Path) -> None:
-    """A file's bytes under another name: shared where the file system can, else copied."""
-    import fcntl
-
-    with open(source, "rb") as a, open(target, "xb") as b:
-        try:
-            fcntl.ioctl(b.fileno(), _FICLONE, a.fileno())
-        except OSError:
-            size = os.fstat(a.fileno()).st_size
-            _copy(a.fileno(), b.fileno(), size)
-        os.fsync(b.fileno())
-
-
-def _copy(source: int, target: int, size: int) -> None:
-    at = 0
-    with suppress(OSError):
-        while at < size:
-            moved = os.copy_file_range(source, target, min(size - at, 1 << 26), at, at)
-            if not moved:
-                break
-            at += moved
-    while at < size:
-        data = os.pread(source, min(size - at, 1 << 22), at)
-        if not data:
-            raise FileError("it ended early", where=str(source), code="truncated-file")
-        at += os.pwrite(target, data, at)
-
-
 # -- What is refused
 
 
 def _inputs(plan: MergePlan) -> list[Input]:
-    return [*plan.files, *(f for a in plan.adapters for f in a.files)]
+    return [*plan.files, *plan.beside, *(f for a in plan.adapters for f in a.files)]
 
 
 def _check_apart(plan: MergePlan, out: Path) -> None:
     """Refuse an output that is an input, holds one, or lies within the base's folder."""
-    target = Path(os.path.realpath(out))
-    base = Path(os.path.realpath(plan.base))
-    base = base if not plan.folder or base.is_dir() else base.parent
-    inputs = [Path(given.path) for given in _inputs(plan)]
-    if target == base or (plan.folder and target.is_relative_to(base)):
-        _refuse_output(out, str(base), "the output is the base, or lies in it", "output-is-base")
-    for path in inputs:
-        if path == target or path.is_relative_to(target):
-            _refuse_output(out, str(path), "the output would replace an input", "output-is-input")
-
-
-def _refuse_output(out: Path, seen: str, what: str, code: str) -> None:
-    raise FileError(what, where=str(out), seen=seen, next="-o another path", code=code)
+    base = plan.home if plan.folder else Path(plan.base)
+    if is_within(out, base):
+        raise overlap(out, base, "output-is-base")
+    along = [base / name for name in (*plan.copies, *plan.indexes)] if plan.folder else []
+    inputs = [given.path for given in _inputs(plan)]
+    writes = [out] if plan.folder else [out, manifest_path(out, False)]
+    keep_apart([base, *along, *inputs], writes, code="output-is-input")
 
 
 def _replaceable(plan: MergePlan, out: Path) -> list[str]:
@@ -426,7 +508,7 @@ def _replaceable(plan: MergePlan, out: Path) -> list[str]:
     names = {*(job.name for job in plan.jobs), *plan.copies, MANIFEST}
     for index in {*plan.indexes, *(f"{stem}.safetensors.index.json" for stem in stems)}:
         names |= {index, *_listed(out, index)}
-    if _manifest(out / MANIFEST):
+    if atomic.is_record(out / MANIFEST):
         names |= {f"{stem}.safetensors" for stem in stems}
     shards = [f"{glob.escape(stem)}-?????-of-?????.safetensors" for stem in stems]
     return [*map(glob.escape, names), *shards]
@@ -434,40 +516,26 @@ def _replaceable(plan: MergePlan, out: Path) -> list[str]:
 
 def _listed(out: Path, index: str) -> set[str]:
     """The shards that an index in a folder names, relative to the folder."""
-    files = _json(out / index).get("weight_map")
+    files = atomic.read_json(out / index).get("weight_map")
     if not isinstance(files, dict):
         return set()
     folder = index.rpartition("/")[0]
     return {f"{folder}/{name}" if folder else str(name) for name in files.values()}
 
 
-def _json(path: Path) -> dict[str, Any]:
-    """A file's JSON object, empty where there is none."""
-    try:
-        data = json.loads(path.read_text("utf-8"))
-    except (OSError, ValueError, RecursionError):
-        return {}
-    return data if isinstance(data, dict) else {}
-
-
-def _manifest(path: Path) -> dict[str, Any]:
-    """A merge's manifest, empty where there is none."""
-    data = _json(path)
-    return data if data.get("job") in ("merge", "unmerge") else {}
-
-
 def _made(plan: MergePlan, out: Path) -> Norms | None:
     """The norms of an output that says it is this plan's, else None."""
-    found = _manifest(manifest_path(out, plan.folder))
-    if not out.exists() or found.get("plan") != plan.digest:
+    path = manifest_path(out, plan.folder)
+    if not out.exists() or not atomic.is_record(path):
         return None
-    norms: Norms = found.get("norms") or {}
-    return norms
+    manifest = atomic.read_json(path)
+    norms: Norms = manifest.get("norms") or {}
+    return norms if manifest.get("plan") == plan.digest else None
 
 
 def _check_manifest(path: Path) -> None:
     """Refuse to replace what has the name of the output's manifest and is none."""
-    if os.path.lexists(path) and not _manifest(path):
+    if os.path.lexists(path) and not atomic.is_record(path):
         raise FileError(
             "the output's manifest would replace this, which is not a merge's manifest",
             where=str(path),

@@ -24,7 +24,7 @@ from adaptsurgery.jobs.merging.sites import (
 from adaptsurgery_formats import AdapterState, ModuleState, Note
 from adaptsurgery_formats.errors import LayoutError
 from adaptsurgery_formats.reading import texts, typed
-from adaptsurgery_formats.tensors import Tensor, bytes_of, same_bytes
+from adaptsurgery_formats.tensors import DTYPE_BYTES, Tensor, same_bytes
 
 # Classes whose head is called lm_head; others (Whisper's proj_out) are not untied by themselves.
 _WITH_HEAD = ("ForCausalLM", "LMHeadModel")
@@ -197,7 +197,7 @@ def _is_transpose(a: Tensor, b: Tensor) -> bool:
 def _numbers(tensor: Tensor) -> memoryview[int]:
     """A tensor's elements as whole numbers of their size: enough to tell whether they are equal."""
     data = memoryview(tensor.read())
-    size = bytes_of(tensor.dtype, ())
+    size = DTYPE_BYTES[tensor.dtype]
     if size == 8:
         return data.cast("Q")
     return data.cast("I") if size == 4 else data.cast("H") if size == 2 else data.cast("B")

@@ -11,9 +11,9 @@ import pytest
 import torch
 
 import adaptsurgery
+from adaptsurgery.adapters.report import Report
 from adaptsurgery.algorithms import HRA
 from adaptsurgery.jobs.extract.extract import extract
-from adaptsurgery.jobs.report import Report
 
 TARGETS = ("peft", "lycoris", "kohya")
 

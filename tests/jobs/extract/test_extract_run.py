@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import importlib
 import json
 import multiprocessing
 import os
@@ -16,10 +17,15 @@ from typing import Any
 import models
 import pytest
 import torch
+from unix import needs
 
-from adaptsurgery.jobs.extract import fitting
+from adaptsurgery.checkpoint import atomic
+from adaptsurgery.jobs.extract import choose, fitting
+from adaptsurgery.jobs.extract import page as page_module
 from adaptsurgery.jobs.extract.extract import extract
 from adaptsurgery_formats.errors import SurgeryError
+
+extract_module = importlib.import_module("adaptsurgery.jobs.extract.extract")
 
 
 @pytest.fixture(scope="module")
@@ -152,6 +158,7 @@ print(json.dumps({"used": peak_memory() - before, "error": report.facts["error"]
 """
 
 
+@needs("resource", "/proc/self/status")
 @pytest.mark.slow
 def test_a_pair_larger_than_the_memory_allowed(tmp_path: Path) -> None:
     """RLIMIT_AS: beyond what torch has taken, the process gets less than either checkpoint.
@@ -176,3 +183,112 @@ def test_a_pair_larger_than_the_memory_allowed(tmp_path: Path) -> None:
     assert done.returncode == 0, done.stderr[-2000:]
     told = json.loads(done.stdout)
     assert told["used"] < 16 * layer + (64 << 20) < size, told
+
+
+# -- The report lands with the adapter, and two at one output
+
+
+def in_fork(work: Any) -> int | None:
+    child = multiprocessing.get_context("fork").Process(target=work)
+    child.start()
+    child.join()
+    return child.exitcode
+
+
+@pytest.mark.parametrize("ending", ["json", "html"])
+@pytest.mark.parametrize("overwrite", [False, True])
+def test_a_kill_between_adapter_and_report_leaves_the_report_to_the_next_run(
+    pair: tuple[Path, Path], tmp_path: Path, ending: str, overwrite: bool
+) -> None:
+    out, page = tmp_path / "out", tmp_path / f"page.{ending}"
+    if overwrite:
+        extract(*pair, out, rank=1)
+        page.write_text("old")
+    given: dict[str, Any] = {"rank": 2, "report": page, "overwrite": overwrite}
+
+    def killed() -> None:
+        real = atomic.put
+
+        def first_alone(source: Path, target: Path, *rest: Any) -> None:
+            real(source, target, *rest)
+            if target == out:
+                os._exit(9)
+
+        atomic.put = first_alone
+        extract(*pair, out, **given)
+
+    assert in_fork(killed) == 9
+    assert out.exists() and page.exists() == overwrite
+    report = extract(*pair, out, **given)
+    assert str(page) in report.outputs and "already-there" in [n.code for n in report.notes]
+    text = page.read_text()
+    assert "tuned" in text and text != "old" and not left_behind(tmp_path)
+
+
+def test_a_report_that_fails_leaves_nothing_half_done(
+    pair: tuple[Path, Path], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def broken(*_: object) -> str:
+        raise RuntimeError("no page")
+
+    with monkeypatch.context() as patch:
+        patch.setattr(page_module, "text_of", broken)
+        with pytest.raises(RuntimeError):
+            extract(*pair, tmp_path / "out", rank=2, report=tmp_path / "page.json")
+    assert not (tmp_path / "out").exists()
+    extract(*pair, tmp_path / "out", rank=2, report=tmp_path / "page.json")
+    assert (tmp_path / "page.json").exists() and not left_behind(tmp_path)
+
+
+def test_a_report_that_is_there_already_is_refused_before_the_work(
+    pair: tuple[Path, Path], tmp_path: Path
+) -> None:
+    (tmp_path / "page.json").write_text("mine")
+    for dry_run in (True, False):
+        with pytest.raises(SurgeryError) as refused:
+            extract(*pair, tmp_path / "out", rank=2, report=tmp_path / "page.json", dry_run=dry_run)
+        assert refused.value.code == "output-exists"
+    assert (tmp_path / "page.json").read_text() == "mine" and not left_behind(tmp_path)
+
+
+@pytest.mark.parametrize("step", ["check", "results", "adapter_state"])
+def test_the_same_extraction_twice_at_once(
+    pair: tuple[Path, Path], tmp_path: Path, monkeypatch: pytest.MonkeyPatch, step: str
+) -> None:
+    """The second run comes while the first one is at some step; both are done."""
+    out, wanted = tmp_path / "out", tmp_path / "wanted"
+    extract(*pair, wanted, rank=2)
+    fork = multiprocessing.get_context("fork")
+    go = fork.Event()
+    twin = fork.Process(target=lambda: (go.wait(60), extract(*pair, out, rank=2)))
+    twin.start()  # before any lock is held, which a fork would share
+    module: Any = choose if step == "adapter_state" else extract_module
+    real = getattr(module, step)
+
+    def first(*given: Any) -> Any:
+        monkeypatch.setattr(module, step, real)
+        go.set()
+        time.sleep(0.3)
+        return real(*given)
+
+    monkeypatch.setattr(module, step, first)
+    assert extract(*pair, out, rank=2).facts["complete"]
+    twin.join(60)
+    assert twin.exitcode == 0
+    assert models.tree(out) == models.tree(wanted) and not left_behind(tmp_path)
+
+
+def test_other_figures_in_a_record_are_not_believed(
+    pair: tuple[Path, Path], tmp_path: Path
+) -> None:
+    extract(*pair, tmp_path / "out", rank=2, shard_index=0, num_shards=2)
+    (partial,) = left_behind(tmp_path)
+    for n, path in enumerate(sorted((tmp_path / partial / "norms").iterdir())):
+        path.write_text(path.read_text().replace("0.", "1.", 1) if n else "{not json")
+    for path in (tmp_path / partial / "files").iterdir():
+        data = bytearray(path.read_bytes())
+        data[-1] ^= 1
+        path.write_bytes(data)
+    extract(*pair, tmp_path / "out", rank=2)
+    extract(*pair, tmp_path / "wanted", rank=2)
+    assert models.tree(tmp_path / "out") == models.tree(tmp_path / "wanted")

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import fcntl
 import json
 import os
 import signal
@@ -15,14 +14,15 @@ from typing import Any
 import pytest
 import torch
 from safetensors.torch import load_file, save_file
+from unix import needs
 
+from adaptsurgery.adapters.comparing import VerificationError
 from adaptsurgery.jobs.merging import run
 from adaptsurgery.jobs.merging.check import verify_merge
 from adaptsurgery.jobs.merging.merge import merge, plan_merge, unmerge
 from adaptsurgery.jobs.merging.options import Options
 from adaptsurgery.jobs.merging.plan import MergePlan
 from adaptsurgery.jobs.merging.run import check_plan, run_plan
-from adaptsurgery.jobs.verify import VerificationError
 from adaptsurgery_formats.errors import SurgeryError
 
 LAYERS, WIDTH = 6, 16
@@ -297,6 +297,7 @@ def test_a_kill_while_the_rest_is_removed_keeps_the_manifest(
     assert Path(f"{out}.manifest.json").read_bytes() == wanted and not left_behind(tmp_path)
 
 
+@needs("fcntl")
 def test_what_other_merges_left_is_named(inputs: tuple[Path, Path], tmp_path: Path) -> None:
     base, adapter = inputs
     merge(base, f"{adapter}=2", tmp_path / "out", shard_index=0, num_shards=3)
@@ -304,6 +305,8 @@ def test_what_other_merges_left_is_named(inputs: tuple[Path, Path], tmp_path: Pa
     report = merge(base, adapter, tmp_path / "out")
     assert [n.where for n in report.notes if n.code == "abandoned"] == [str(tmp_path / partial)]
     with open(tmp_path / partial / "locks" / "0", "rb") as file:
+        import fcntl
+
         fcntl.flock(file, fcntl.LOCK_EX)  # somebody works on it
         report = merge(base, adapter, tmp_path / "out", overwrite=True)
     assert not report.notes
@@ -387,18 +390,19 @@ def test_what_comes_along(inputs: tuple[Path, Path], tmp_path: Path) -> None:
     base, adapter = inputs
     for name in ("model.safetensors.index.fp16.json", "pytorch_model.bin.index.fp16.json"):
         (base / name).write_text("{}")
-    elsewhere = tmp_path / "elsewhere"
-    elsewhere.mkdir()
-    (elsewhere / "vocab.txt").write_text("a")
-    (elsewhere / "back").symlink_to(elsewhere)
-    (base / "tokenizer").symlink_to(elsewhere)
-    (base / "again").symlink_to(elsewhere)
-    (base / "extra" / "up").symlink_to(tmp_path)
+    within = base / "files"
+    within.mkdir()
+    (within / "vocab.txt").write_text("a")
+    (within / "back").symlink_to(within)
+    (base / "tokenizer").symlink_to(within)
+    (base / "again").symlink_to("files")
+    (base / "extra" / "up").symlink_to("..")
     plan = plan_merge(base, [adapter])
     assert sorted(plan.copies) == [
         "again/vocab.txt",
         "config.json",
         "extra/notes.txt",
+        "files/vocab.txt",
         "tokenizer.json",
         "tokenizer/vocab.txt",
     ]
@@ -471,6 +475,7 @@ def test_a_result_that_is_not_finite(tmp_path: Path) -> None:
     assert not (tmp_path / "out").exists() and not left_behind(tmp_path)
 
 
+@needs("resource")
 def test_a_full_disk_leaves_nothing_half_done(inputs: tuple[Path, Path], tmp_path: Path) -> None:
     base, adapter = inputs
     code = (

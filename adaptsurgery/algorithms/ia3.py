@@ -20,6 +20,7 @@ from torch import Tensor
 from adaptsurgery.core.config import AdapterConfig, Shapes
 from adaptsurgery.core.update import Scaling, widened
 from adaptsurgery_formats.errors import ShapeError
+from adaptsurgery_formats.traits import traits_of
 
 
 @dataclass(frozen=True, eq=False, kw_only=True)
@@ -77,6 +78,9 @@ class IA3Config(AdapterConfig):
             if getattr(self, name) is None:
                 hint = "the names, [] for none; the defaults of PEFT's table are LoRA's here"
                 raise self._refused(name, None, hint)
+        for name in traits_of(self.algorithm).peft_lacks:
+            if getattr(self, name) is not None:
+                raise self._refused(name, getattr(self, name), "PEFT's IA3Config has no such field")
         super().check()
 
     @property
@@ -88,9 +92,8 @@ class IA3Config(AdapterConfig):
         return {"on_input": self.on_input}
 
     def to_dict(self) -> dict[str, Any]:
-        held = super().to_dict()
-        held.pop("r")
-        return held
+        lacking = ("r", *traits_of(self.algorithm).peft_lacks)
+        return {name: value for name, value in super().to_dict().items() if name not in lacking}
 
     def for_module(self, name: str) -> IA3Config:
         from adaptsurgery_formats.peft import is_feedforward

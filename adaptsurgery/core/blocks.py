@@ -226,9 +226,7 @@ def _for_scales(
 ) -> torch.dtype:
     """``compute``, or float64 where one of the scales needs it."""
     for part in parts:
-        delta = part.inner if isinstance(part, Renorm) else part
-        if isinstance(delta, Delta):
-            compute = wide_for_scale(compute, delta.scale, device)
+        compute = wide_for_scale(compute, getattr(part.plain, "scale", 1.0), device)
     return compute
 
 

@@ -34,6 +34,7 @@ from adaptsurgery_formats.metadata import HASH_KEYS, describe_network
 from adaptsurgery_formats.names import Names, flatten
 from adaptsurgery_formats.state import AdapterState, ModuleState, lokr_shapes, may_be_transposed
 from adaptsurgery_formats.tensors import Tensor
+from adaptsurgery_formats.traits import traits_of
 
 PREFIX = "lycoris_"
 
@@ -131,7 +132,7 @@ def _note_loader(state: AdapterState, names: Names | None) -> None:
 
 def _turned(module: ModuleState, names: Names | None) -> bool:
     """Whether the weight is transformers' Conv1D's, (i, o), as its options or the base's shape say."""
-    if module.kind == "embedding" or module.algorithm == "norm":
+    if module.kind == "embedding" or traits_of(module.algorithm).vector:
         return False
     if module.options.get("fan_in_fan_out"):
         return True

@@ -39,12 +39,16 @@ _ENDINGS = {
 }  # fmt: skip
 
 
-def changes(path: Path, folded: bool = False) -> dict[str, Array]:
+def changes(
+    path: Path, folded: bool = False, base: Mapping[str, Array] | None = None
+) -> dict[str, Array]:
     """What the adapter at a path adds, by flat module name: ΔW row by row, then the bias's change.
 
-    ``folded`` works out DoRA and HRA on the base's weights; else magnitudes and rotations are
-    entries of their own. Replaced parameters are under their own full key.
+    ``folded`` works out DoRA and HRA on the base's weights (by module, the corpus's own if none are
+    given); else magnitudes and rotations are entries of their own. Replaced parameters are under
+    their own full key.
     """
+    weights_of = base_arrays() if base is None else base
     found: dict[str, Array] = {}
     for weights, config in _files(path):
         tensors, metadata = unpack(weights.read_bytes())
@@ -53,7 +57,7 @@ def changes(path: Path, folded: bool = False) -> dict[str, Array]:
         for name, slots in groups.items():
             flat = _flat(name)
             scale = _scale(name, slots, config, metadata)
-            parts = _parts(flat, slots, scale, config, folded)
+            parts = _parts(flat, slots, scale, config, folded, weights_of)
             found |= parts
     return found
 
@@ -162,7 +166,12 @@ def _rank(slots: Slots) -> int:
 
 
 def _parts(
-    flat: str, slots: Slots, scale: float, config: Mapping[str, Any] | None, folded: bool
+    flat: str,
+    slots: Slots,
+    scale: float,
+    config: Mapping[str, Any] | None,
+    folded: bool,
+    base: Mapping[str, Array],
 ) -> dict[str, Array]:
     parts: dict[str, Array] = {}
     total = sum(
@@ -172,10 +181,10 @@ def _parts(
     )
     if "u" in slots:
         turned = _rotation(slots["u"], bool((config or {}).get("apply_GS")))
-        weight = _base(flat, lambda w: w.shape[1] == len(turned))
+        weight = _base(base, flat, lambda w: w.shape[1] == len(turned))
         total = weight @ turned - weight if folded else turned
     if "magnitude" in slots and folded:
-        total = _renormed(flat, total, slots["magnitude"], config is not None)
+        total = _renormed(base, flat, total, slots["magnitude"], config is not None)
     elif "magnitude" in slots:
         parts[f"{flat}:magnitude"] = slots["magnitude"].reshape(-1, 1)
     bias = scale * slots["up_bias"] if "up_bias" in slots else slots.get("diff_b", np.zeros(0))
@@ -234,9 +243,9 @@ def _matrix(a: Array) -> Array:
     return a.reshape(a.shape[0], -1)
 
 
-def _base(flat: str, fits: Callable[[Array], bool]) -> Array:
+def _base(base: Mapping[str, Array], flat: str, fits: Callable[[Array], bool]) -> Array:
     """The base's weight as a matrix; turned round where the adapter fits it only so."""
-    weight = next(w for path, w in base_arrays().items() if path.replace(".", "_") == flat)
+    weight = next(w for path, w in base.items() if path.replace(".", "_") == flat)
     return _matrix(weight) if fits(_matrix(weight)) else weight.T
 
 
@@ -254,8 +263,10 @@ def _rotation(u: Array, orthogonal: bool) -> Array:
     return out
 
 
-def _renormed(flat: str, delta: Array, magnitude: Array, peft: bool) -> Array:
-    weight = _base(flat, lambda w: w.shape == delta.shape)
+def _renormed(
+    base: Mapping[str, Array], flat: str, delta: Array, magnitude: Array, peft: bool
+) -> Array:
+    weight = _base(base, flat, lambda w: w.shape == delta.shape)
     changed = weight + delta
     if peft or magnitude.shape[0] == delta.shape[0] or magnitude.ndim == 1:
         norm = np.linalg.norm(changed, axis=1, keepdims=True)

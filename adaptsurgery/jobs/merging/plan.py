@@ -302,7 +302,7 @@ def adapter_input(path: Path, weight: float, layout: str) -> AdapterInput:
     What else lies in its folder is no part of it: a training's checkpoints, or an output.
     """
     files = [Path(file.where) for file in read_files(path)]
-    names = {*files, *(c for file in files if (c := file.parent / CONFIG).is_file())}
+    names = {*files, *(c for file in files if system.is_there(c := file.parent / CONFIG))}
     return AdapterInput(str(path.resolve()), weight, layout, tuple(map(_hashed, sorted(names))))
 
 

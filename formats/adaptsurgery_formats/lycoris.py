@@ -111,6 +111,7 @@ def spell(state: AdapterState, names: Names | None) -> list[AdapterFile]:
 
 def _note_loader(state: AdapterState, names: Names | None) -> None:
     """Name the right files that LyCORIS's own loader cannot rebuild."""
+    lycoris_keys.note_loader(state)
     turned = [m for m in state.modules if is_turned(m, names)]
     if turned:
         text = f"{len(turned)} modules are transformers' Conv1D, which LyCORIS's own loader refuses"

@@ -130,5 +130,5 @@ class DoRA(Renorm):
     def truncated(self, weight: Tensor, rank: int, dtype: torch.dtype | None = None) -> Truncation:
         """The nearest LoRA of ``rank`` to W' − W, for this canonical ``weight`` only."""
         full = self.to_full(weight.to(torch.float64))
-        found = truncate(full.matrix(), rank)
-        return truncation(found, full, dtype or self.inner.wide_dtype(), full.diff_b)
+        approximation = truncate(full.matrix(), rank)
+        return truncation(approximation, full, dtype or self.inner.wide_dtype(), full.diff_b)

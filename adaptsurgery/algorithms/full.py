@@ -138,8 +138,8 @@ class Full(Difference):
 
     def truncated(self, rank: int, dtype: torch.dtype | None = None) -> Truncation:
         """The nearest LoRA of ``rank``; diff_b becomes its up_bias."""
-        found = truncate(self.matrix().double(), rank)
-        return truncation(found, self, dtype, self.diff_b)
+        approximation = truncate(self.matrix().double(), rank)
+        return truncation(approximation, self, dtype, self.diff_b)
 
 
 @dataclass(frozen=True, eq=False)

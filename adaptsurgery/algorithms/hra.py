@@ -292,14 +292,14 @@ def fit(base: Tensor, tuned: Tensor, goal: Goal, *, seed: int = 0, whole: bool =
     costs: PEFT has one rank for all layers. Vectors in float32, float64 where a weight is.
     Raises what ``difference`` and ``rank_for`` do.
     """
-    found = difference(base, tuned)
+    delta = difference(base, tuned)
     with torch.no_grad():
         problem = Procrustes(base.flatten(1), tuned.flatten(1))
-        columns, total = math.prod(found.shape[1:]), norm_of(found)
+        columns, total = math.prod(delta.shape[1:]), norm_of(delta)
 
         @cache
         def attempt(rank: int) -> HRA:
-            return HRA(_chain(problem, rank, seed, whole).to(found.dtype))
+            return HRA(_chain(problem, rank, seed, whole).to(delta.dtype))
 
         def error_at(rank: int) -> float:
             turned = attempt(rank).fold(base.double()) if total else base

@@ -216,9 +216,9 @@ def fit(base: Tensor, tuned: Tensor, goal: Goal, *, seed: int = 0) -> Fit:
 
 def _fitted(delta: Tensor, exponent: int, rank: int, seed: int) -> Fit:
     """Of a D·2⁻ᵉ ``in_range``."""
-    found = nearest_product(delta.flatten(1), rank, seed)
-    columns = found.columns.transpose(1, 2)
-    factors = (found.rows[0], columns[0], found.rows[1], columns[1])
+    product = nearest_product(delta.flatten(1), rank, seed)
+    columns = product.columns.transpose(1, 2)
+    factors = (product.rows[0], columns[0], product.rows[1], columns[1])
     slots = [factor.to(delta).contiguous() for factor in factors]
     shape = tuple(delta.shape)
     error = error_of(LoHa(*slots, weight_shape=shape), delta)
@@ -230,6 +230,6 @@ def _fitted(delta: Tensor, exponent: int, rank: int, seed: int) -> Fit:
         norm=norm,
         rank=rank,
         parameters=sum(slot.numel() for slot in slots),
-        spectrum=found.spectrum * low * high,
-        notes=found.notes if norm else ("the two weights are equal: Δ is zero",),
+        spectrum=product.spectrum * low * high,
+        notes=product.notes if norm else ("the two weights are equal: Δ is zero",),
     )

@@ -202,14 +202,14 @@ def edit_of(
     place ("two-renorms"), numbers that are no rotation, and InexactError ("no-inverse",
     "cannot-split") for what cannot be taken out, or cut.
     """
-    found = check_places(places, shape, inverse=inverse)
-    stacked = len(shape) > 1 and any(place.expert is not None for place, _ in found)
+    pairs = check_places(places, shape, inverse=inverse)
+    stacked = len(shape) > 1 and any(place.expert is not None for place, _ in pairs)
     rows = math.prod(shape[: 2 if stacked else 1])
     columns = math.prod(shape[2 if stacked else 1 :])
-    compute = _for_scales(compute, [part for _, part in found], device)
+    compute = _for_scales(compute, [part for _, part in pairs], device)
     ready = _Building(shape, compute, device, inverse)
-    inner = [(place, part.plain) for place, part in found if part.plain is not part]
-    placed = sorted([*found, *inner], key=lambda one: order_of(one[1]))
+    inner = [(place, part.plain) for place, part in pairs if part.plain is not part]
+    placed = sorted([*pairs, *inner], key=lambda one: order_of(one[1]))
     steps = [ready.step(place, part) for place, part in placed]
     if inverse:
         steps.reverse()
@@ -258,11 +258,11 @@ def check_places(
     places: Iterable[Place], shape: tuple[int, ...], *, inverse: bool = False
 ) -> list[tuple[Place, Update]]:
     """The plain updates of places at their weights; raises what ``edit_of`` raises."""
-    found = [(place, part) for place in places for part in _parts(place)]
-    for place, part in found:
+    pairs = [(place, part) for place in places for part in _parts(place)]
+    for place, part in pairs:
         _check_place(place, part, shape, inverse)
-    _refuse_two_renorms(found, shape)
-    return found
+    _refuse_two_renorms(pairs, shape)
+    return pairs
 
 
 def _parts(place: Place) -> Iterator[Update]:
@@ -325,9 +325,9 @@ def _outputs(delta: Delta, place: Place) -> int:
     return delta.extent[0] if vector is None else vector.shape[0]
 
 
-def _refuse_two_renorms(found: Sequence[tuple[Place, Update]], shape: tuple[int, ...]) -> None:
+def _refuse_two_renorms(pairs: Sequence[tuple[Place, Update]], shape: tuple[int, ...]) -> None:
     taken: list[_Region] = []
-    for place, part in found:
+    for place, part in pairs:
         if order_of(part) is Order.RENEW:
             region = _region(place, shape)
             if any(region.meets(other) for other in taken):

@@ -130,8 +130,8 @@ class Layer:
         if self.kind == "linear":
             return F.linear(x, weight, bias)
         if self.kind == "embedding":
-            found = F.embedding(x, weight.t(), self.padding_idx)
-            return found if bias is None else found + bias
+            rows = F.embedding(x, weight.t(), self.padding_idx)
+            return rows if bias is None else rows + bias
         padding: Any = self.padding
         if self.padding_mode != "zeros":
             x, padding = F.pad(x, self.pads(), mode=self.padding_mode), (0,) * self.dims

@@ -29,7 +29,7 @@ from adaptsurgery.graph.plan import Plan, planned
 from adaptsurgery.graph.record import Attached, count, described
 from adaptsurgery.graph.sites import Site, one_each
 from adaptsurgery.graph.splice import Splicer, joined
-from adaptsurgery.graph.strip import Found, adapters_of, bare, strip
+from adaptsurgery.graph.strip import AdaptersBySite, adapters_of, bare, strip
 from adaptsurgery.graph.template import Place, Template, key, recorded, replay
 from adaptsurgery.graph.workspace import Workspace
 from adaptsurgery_formats.errors import NameLookupError, ShapeError, ValueRefused, nearest
@@ -45,7 +45,7 @@ class Session:
     """A graph being changed: the copy, what is on it, and what shall be."""
 
     work: Workspace
-    found: Found
+    present: AdaptersBySite
     wanted: dict[str, list[Attached]]
     training: bool
     _sites: list[Site] | None = None
@@ -53,12 +53,12 @@ class Session:
     @classmethod
     def of(cls, g: Any) -> Session:
         work = Workspace(g)
-        found = adapters_of(g)
-        wanted = {site: list(adapters) for site, adapters in found.items()}
-        training = is_training(work) if found else False
-        if found:
-            strip(work, found)
-        return cls(work, found, wanted, training)
+        by_site = adapters_of(g)
+        wanted = {site: list(adapters) for site, adapters in by_site.items()}
+        training = is_training(work) if by_site else False
+        if by_site:
+            strip(work, by_site)
+        return cls(work, by_site, wanted, training)
 
     @property
     def names(self) -> list[str]:
@@ -67,7 +67,7 @@ class Session:
 
     def base(self) -> Any:
         """The graph without adapters, as it stands now."""
-        return self.work.source if not self.found else bare(self.work, self.found)
+        return self.work.source if not self.present else bare(self.work, self.present)
 
     def sites(self) -> list[Site]:
         """The sites of the base; looked for once, unless ``changed``."""
@@ -334,7 +334,7 @@ def _chosen(
             warnings.warn(f"{note.where}: {note.text} [{note.code}]", stacklevel=4)
     _check_base_kept(made)
     config = made.config
-    found: dict[str, tuple[Update, AdapterConfig | None]] = {}
+    updates: dict[str, tuple[Update, AdapterConfig | None]] = {}
     for site, target in made.placed:
         update = config.for_module(target.name).fresh(
             site.shape,
@@ -345,8 +345,8 @@ def _chosen(
             generator=generator,
             weight=_weight(session.work, site),
         )
-        found[site.path] = (update, config)
-    return found
+        updates[site.path] = (update, config)
+    return updates
 
 
 def _check_base_kept(made: Plan) -> None:

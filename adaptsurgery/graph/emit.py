@@ -69,22 +69,22 @@ class Emitter(TorchFunctionMode):
 
     def node(self, tensor: Tensor) -> Node:
         """The node that a tensor stands for."""
-        found = self._nodes.get(id(tensor))
-        if found is None:
+        entry = self._nodes.get(id(tensor))
+        if entry is None:
             raise ValueRefused(
                 "a tensor is needed that the graph does not show",
                 next="an adapter that needs no weight (no DoRA, no bias, mode factored)",
                 code="weight-not-shown",
             )
-        if not isinstance(found, Node):
-            self._makers[id(tensor)] = found
-            found = self._nodes[id(tensor)] = found()
-        return found
+        if not isinstance(entry, Node):
+            self._makers[id(tensor)] = entry
+            entry = self._nodes[id(tensor)] = entry()
+        return entry
 
     def constant_nodes(self) -> set[Node]:
         """The nodes that hold for every call."""
-        found = ((key, node) for key, node in self._nodes.items() if key in self._constant)
-        return {node for _, node in found if isinstance(node, Node)}
+        pairs = ((key, node) for key, node in self._nodes.items() if key in self._constant)
+        return {node for _, node in pairs if isinstance(node, Node)}
 
     def forget_erased(self) -> None:
         """Tensors whose nodes were erased are computed anew when they are needed again."""
@@ -184,8 +184,8 @@ class Emitter(TorchFunctionMode):
         start, stop, step = part.indices(size) if isinstance(size, int) else (0, 0, 1)
         if not isinstance(size, int) or step != 1:
             raise ValueRefused(f"a slice {part} of a size that is left open", code="specialised")
-        found: Tensor = tensor.narrow(axis, start, stop - start)
-        return found
+        view: Tensor = tensor.narrow(axis, start, stop - start)
+        return view
 
 
 def _linear(x: Tensor, weight: Tensor, bias: Tensor | None = None) -> Tensor:

@@ -58,10 +58,10 @@ def form_of(node: Node) -> Form | None:
     if overload is None:
         return None
     arguments = _arguments(node, overload)
-    found = _READERS[overload](node, arguments)
-    if found is None or not (isinstance(found.x, Node) and isinstance(found.weight, Node)):
+    form = _READERS[overload](node, arguments)
+    if form is None or not (isinstance(form.x, Node) and isinstance(form.weight, Node)):
         return None
-    return found
+    return form
 
 
 def op_name(node: Node) -> str:

@@ -106,14 +106,14 @@ def plan(
 def planned(
     g: Graph,
     config: AdapterConfig,
-    found: Sequence[Site],
+    candidates: Sequence[Site],
     *,
     model_type: str | None = None,
     outputs: Collection[str] | None = None,
 ) -> Plan:
     """``plan`` of a graph without adapters, with the sites as they were found."""
     view = View(g)
-    sites = {site.path: site for site in reversed(found)}
+    sites = {site.path: site for site in reversed(candidates)}
     if not any(site.adaptable for site in sites.values()):
         raise _nothing(list(sites.values()))
     kinds = _kinds(view, sites, config)
@@ -149,12 +149,12 @@ def _placed(chosen: Sequence[Target], sites: dict[str, Site]) -> Iterator[tuple[
 
 def fingerprint(view: View) -> str:
     """What tells one graph from another: its nodes, nested ones too, by name and target."""
-    found = hashlib.sha256()
+    digest = hashlib.sha256()
     for scope in view.scopes:
-        found.update(repr(scope.path).encode())
+        digest.update(repr(scope.path).encode())
         for node in scope.nodes:
-            found.update(f"{node.op} {node.name} {node.target}\n".encode())
-    return found.hexdigest()[:16]
+            digest.update(f"{node.op} {node.name} {node.target}\n".encode())
+    return digest.hexdigest()[:16]
 
 
 def _kinds(view: View, sites: dict[str, Site], config: AdapterConfig) -> dict[str, str]:
@@ -164,8 +164,8 @@ def _kinds(view: View, sites: dict[str, Site], config: AdapterConfig) -> dict[st
     in_proj) is a layer where it is named; "all-linear" means modules that are linear.
     """
     names = Names(view)
-    said = config.target_modules
-    by_class = isinstance(said, str) and said.lower() == ALL_LINEAR
+    targets = config.target_modules
+    by_class = isinstance(targets, str) and targets.lower() == ALL_LINEAR
     paths = [name for site in sites.values() for name in (site.names or (site.path,))]
     kinds = dict.fromkeys(names.modules(paths), "")
     for path, site in sites.items():
@@ -189,8 +189,8 @@ def _heads(sites: dict[str, Site]) -> tuple[str, ...]:
 def _noted(
     heads: tuple[str, ...], config: AdapterConfig, outputs: Collection[str] | None
 ) -> list[Note]:
-    said = config.target_modules
-    if outputs is not None or not (isinstance(said, str) and said.lower() == ALL_LINEAR):
+    targets = config.target_modules
+    if outputs is not None or not (isinstance(targets, str) and targets.lower() == ALL_LINEAR):
         return []
     text = "taken for an output embedding and left out; outputs=() takes it in"
     return [Note("left-out", head, text) for head in heads]

@@ -77,9 +77,9 @@ class Attached:
         return build(part.algorithm, slots, scale, self.shape, **part.options)
 
     @classmethod
-    def of_json(cls, said: dict[str, Any]) -> Attached:
-        parts = tuple(Part(**part) for part in said["parts"])
-        return cls(**{**said, "parts": parts, "shape": tuple(said["shape"])})
+    def of_json(cls, record: dict[str, Any]) -> Attached:
+        parts = tuple(Part(**part) for part in record["parts"])
+        return cls(**{**record, "parts": parts, "shape": tuple(record["shape"])})
 
 
 @dataclass(frozen=True)
@@ -96,10 +96,10 @@ class Tag:
     @property
     def text(self) -> str:
         """The note as it stands on the node."""
-        said = {f.name: value for f in fields(self) if (value := getattr(self, f.name))}
+        record = {f.name: value for f in fields(self) if (value := getattr(self, f.name))}
         if self.adapters:
-            said["adapters"] = [asdict(a) for a in self.adapters]
-        return json.dumps(said)
+            record["adapters"] = [asdict(a) for a in self.adapters]
+        return json.dumps(record)
 
 
 def tag_of(node: Node) -> Tag | None:
@@ -107,9 +107,9 @@ def tag_of(node: Node) -> Tag | None:
     text = (node.meta.get("custom") or {}).get(RECORD)
     if text is None:
         return None
-    said = json.loads(text)
-    adapters = tuple(Attached.of_json(a) for a in said.pop("adapters", ()))
-    return Tag(said.pop("site", ""), said.pop("call", 0), adapters=adapters, **said)
+    record = json.loads(text)
+    adapters = tuple(Attached.of_json(a) for a in record.pop("adapters", ()))
+    return Tag(record.pop("site", ""), record.pop("call", 0), adapters=adapters, **record)
 
 
 def count(node: Node, counts: Mapping[str, int] | None) -> None:
@@ -156,11 +156,11 @@ def _options(update: Update) -> dict[str, Any]:
 
 
 def _free(name: str, used: set[str]) -> str:
-    number, found = 1, name
-    while found in used:
+    number, candidate = 1, name
+    while candidate in used:
         number += 1
-        found = f"{name}_{number}"
-    return found
+        candidate = f"{name}_{number}"
+    return candidate
 
 
 def mapped(update: U, change: Callable[[Tensor], Tensor]) -> U:

@@ -91,10 +91,10 @@ class Splicer:
     def _fake(self, tensor: Tensor) -> Tensor:
         """An adapter's tensor without its numbers, known by its parameter's node."""
         name = self.tensors[id(tensor)]
-        found = self.work.fake.from_tensor(tensor.detach(), static_shapes=True)
-        value = found if self.has_values else None
+        fake = self.work.fake.from_tensor(tensor.detach(), static_shapes=True)
+        value = fake if self.has_values else None
         return self.emitter.bind(
-            found, lambda: self.work.node_of(name, self.path, value), constant=True
+            fake, lambda: self.work.node_of(name, self.path, value), constant=True
         )
 
     # --- one call --------------------------------------------------------------------------------

@@ -198,7 +198,7 @@ def replay(place: Place, template: Template) -> None:
     names, made = place.names, list[Node]()
     behind = place.output.next
 
-    def found(value: Any) -> Any:
+    def actual(value: Any) -> Any:
         if not isinstance(value, Ref):
             return value
         if value.kind == "step":
@@ -208,10 +208,10 @@ def replay(place: Place, template: Template) -> None:
         )
 
     for step in template.steps:
-        args, kwargs = map_aggregate(step.args, found), map_aggregate(step.kwargs, found)
+        args, kwargs = map_aggregate(step.args, actual), map_aggregate(step.kwargs, actual)
         with graph.inserting_before(behind if step.after else place.group[0]):
             made.append(graph.create_node("call_function", step.target, args, kwargs))
-    ends = {role: found(ref) for role, ref in template.roles.items()}
+    ends = {role: actual(ref) for role, ref in template.roles.items()}
     for role, end in ends.items():
         if role != "out":
             retarget(place.group, own[role], end)

@@ -192,10 +192,10 @@ def _inside(
 def _graph_of(scope: Scope, node: Node) -> GraphModule | None:
     if node.op != "get_attr":
         return None
-    found: Any = scope.module
+    attribute: Any = scope.module
     for part in str(node.target).split("."):
-        found = getattr(found, part, None)
-    return found if isinstance(found, GraphModule) else None
+        attribute = getattr(attribute, part, None)
+    return attribute if isinstance(attribute, GraphModule) else None
 
 
 def _name_of(node: Node) -> str:
@@ -213,9 +213,9 @@ def _tensors(g: Graph) -> dict[str, Tensor]:
     if isinstance(g, ExportedProgram):
         constants = {k: v for k, v in g.constants.items() if isinstance(v, Tensor)}
         return {**g.state_dict, **constants}
-    found: dict[str, Tensor] = dict(g.named_parameters(remove_duplicate=False))
-    found.update(g.named_buffers(remove_duplicate=False))
-    return found
+    tensors: dict[str, Tensor] = dict(g.named_parameters(remove_duplicate=False))
+    tensors.update(g.named_buffers(remove_duplicate=False))
+    return tensors
 
 
 def _lifted(g: Graph) -> dict[str, str]:

@@ -292,16 +292,16 @@ def nearest_product(delta: Tensor, rank: int, seed: int = 0) -> Product:
     """
     matrix = delta.double() if delta.numel() <= FINE else delta
     wanted = rank * rank + 2 if _may_fall_off(matrix, rank) else rank
-    found = leading(matrix, wanted, seed=seed, tol=1e-4)
-    lora = _from_svd(found.cut(rank))
+    svd = leading(matrix, wanted, seed=seed, tol=1e-4)
+    lora = _from_svd(svd.cut(rank))
     if rank == 1:  # a product of rank 1 too
-        return Product(*lora, found.s)
-    if not found.norm or rank > MOST:
+        return Product(*lora, svd.s)
+    if not svd.norm or rank > MOST:
         much = f"rank {rank} is above {MOST}: written as the LoRA of that rank, times ones"
-        return Product(*lora, found.s, (much,) if found.norm else ())
+        return Product(*lora, svd.s, (much,) if svd.norm else ())
     generator = torch.Generator().manual_seed(seed)
     tried, target = [], Dense(matrix)
-    inside = _inside(matrix, found, rank, generator) if wanted > rank else None
+    inside = _inside(matrix, svd, rank, generator) if wanted > rank else None
     if inside is not None:
         tried.append(inside.sides)
         if inside.outside > ROUNDING:
@@ -310,7 +310,7 @@ def nearest_product(delta: Tensor, rank: int, seed: int = 0) -> Product:
         tried.append(refine(target, *_stirred(*lora, generator), SWEEPS)[:2])
     best = _judged(delta, tried, lora)
     alike = "no product is nearer than the LoRA of its rank, times ones"
-    return Product(*best, found.s, (alike,) if best is lora else ())
+    return Product(*best, svd.s, (alike,) if best is lora else ())
 
 
 def _may_fall_off(matrix: Tensor, rank: int) -> bool:
@@ -319,11 +319,11 @@ def _may_fall_off(matrix: Tensor, rank: int) -> bool:
     return rank * rank < short and (short <= 1024 or 8 * (rank * rank + 1) <= short)
 
 
-def _from_svd(found: Leading) -> tuple[Tensor, Tensor]:
+def _from_svd(svd: Leading) -> tuple[Tensor, Tensor]:
     """The truncated SVD times ones: the second half is one column of ones, and zeros."""
-    root = found.s.sqrt()
+    root = svd.s.sqrt()
     sides = []
-    for basis in (found.u, found.vt.t()):
+    for basis in (svd.u, svd.vt.t()):
         ones = torch.zeros_like(basis)
         ones[:, 0] = 1
         sides.append(torch.stack([basis * root, ones]))
@@ -349,19 +349,17 @@ class _Inside(NamedTuple):
     enough: float
 
 
-def _inside(
-    matrix: Tensor, found: Leading, rank: int, generator: torch.Generator
-) -> _Inside | None:
+def _inside(matrix: Tensor, svd: Leading, rank: int, generator: torch.Generator) -> _Inside | None:
     """None where D has no cliff after r²; one round of starts where the next step is more than half
     as steep: the values behind a product's own are noise's, which are much alike."""
     k = rank * rank
-    ends = [float(found.s[at]) if at < len(found.s) else 0.0 for at in (0, k - 1, k, k + 1)]
+    ends = [float(svd.s[at]) if at < len(svd.s) else 0.0 for at in (0, k - 1, k, k + 1)]
     noisy = ends[2] > 1e-6 * ends[0]
     if noisy and ends[2] * CLIFF > ends[1]:
         return None
     falling = noisy and ends[3] > 0 and ends[2] ** 3 > ends[1] * ends[3] ** 2
     wide = matrix.double()
-    left: Tensor = torch.linalg.qr(wide @ found.vt[:k].t()).Q
+    left: Tensor = torch.linalg.qr(wide @ svd.vt[:k].t()).Q
     target = Factored(left, wide.t() @ left)
     outside = 1 - target.square / float(wide.square().sum())
     m, n = matrix.shape

@@ -51,10 +51,10 @@ class Leading(NamedTuple):
 
 def truncate(matrix: Tensor, rank: int, *, seed: int = 0) -> Approximation:
     """The best rank-``rank`` approximation of a dense (o, i) matrix, its error measured on it."""
-    found = leading(matrix, rank, seed=seed)
-    up, down, _ = split(found.u, found.s, found.vt, 0.0)
+    triples = leading(matrix, rank, seed=seed)
+    up, down, _ = split(triples.u, triples.s, triples.vt, 0.0)
     missing = float(torch.linalg.vector_norm(torch.addmm(matrix.double(), up, down, alpha=-1)))
-    return Approximation(up, down, missing / found.norm if found.norm else 0.0)
+    return Approximation(up, down, missing / triples.norm if triples.norm else 0.0)
 
 
 @torch.no_grad()
@@ -92,10 +92,10 @@ def leading_until(
     """
     most, probe = min(matrix.shape), 16
     while True:
-        found = leading(matrix, probe, seed=seed, tol=tol)
-        good = [k for k, error in enumerate(found.errors()) if k and enough(error)]
+        triples = leading(matrix, probe, seed=seed, tol=tol)
+        good = [k for k, error in enumerate(triples.errors()) if k and enough(error)]
         if good or probe >= most:
-            return found.cut(good[0]) if good else found
+            return triples.cut(good[0]) if good else triples
         probe *= 2
 
 
@@ -153,9 +153,9 @@ def _by_lanczos(wide: Tensor, rank: int, seed: int, tol: float) -> Leading:
             if gained <= 2 * least * max(norm**2 - captured, 0.0):
                 break
         ahead = torch.linalg.qr(image).Q
-    found = _ritz(basis[:, :held], images[:, :held], gram, rank, norm)
-    clean = found.errors()[-1] < CLEAN and wide.dtype != torch.float64
-    return _through(wide, images[:, :held], rank) if clean else found
+    triples = _ritz(basis[:, :held], images[:, :held], gram, rank, norm)
+    clean = triples.errors()[-1] < CLEAN and wide.dtype != torch.float64
+    return _through(wide, images[:, :held], rank) if clean else triples
 
 
 def _grown(gram: Tensor, images: Tensor) -> Tensor:

@@ -83,11 +83,11 @@ class Procrustes:
         if rank >= self.size:
             everything = self.within(torch.eye(self.size, dtype=self.moment.dtype))
             return self._of_parity(everything, rank, whole)
-        found = self.within(self._plane(self.change, rank, seed))
-        if self.norm and self.error(found.gain) > EXACT:
+        best = self.within(self._plane(self.change, rank, seed))
+        if self.norm and self.error(best.gain) > EXACT:
             starts = [self.within(plane) for plane in self._starts(rank, seed)]
-            found = max(found, *starts, key=lambda turn: turn.gain)
-        return self._of_parity(self._climb(found) if self.norm else found, rank, whole)
+            best = max(best, *starts, key=lambda turn: turn.gain)
+        return self._of_parity(self._climb(best) if self.norm else best, rank, whole)
 
     def _of_parity(self, turn: Turn, rank: int, whole: bool) -> Turn:
         """The turn with the determinant (−1)^rank, by way of the least singular value of A; where
@@ -172,7 +172,7 @@ def reflections(inner: Tensor) -> Tensor:
     """Unit columns (r, c), c ≤ r, with R = H1·H2·…·Hc: one column of R after the other is turned
     onto its axis; one that lies there already costs nothing.
     """
-    left, found = inner.clone(), []
+    left, mirrors = inner.clone(), []
     axes = torch.eye(inner.shape[0], dtype=inner.dtype)
     for column, axis in enumerate(axes):
         mirror = left[:, column] - axis
@@ -180,8 +180,8 @@ def reflections(inner: Tensor) -> Tensor:
         if size > LYING:
             mirror = mirror / size
             left = left - 2 * torch.outer(mirror, mirror @ left)
-            found.append(mirror)
-    return torch.stack(found, dim=1) if found else inner[:, :0]
+            mirrors.append(mirror)
+    return torch.stack(mirrors, dim=1) if mirrors else inner[:, :0]
 
 
 def _orthonormal(rows: Tensor) -> Tensor:

@@ -169,12 +169,12 @@ def _set_apart(
     if isinstance(update, HRA):
         return HRA(_turned(update.u, generator))
     assert isinstance(update, Delta)
-    found: dict[str, Any] = {
+    slots: dict[str, Any] = {
         recipe.zero: torch.randn(factors(update)[recipe.zero].shape, generator=generator)
     }
-    size = float(update.scale * replace(update, **found).dense().norm())
-    found[recipe.zero] *= STRENGTH * float(weight.norm()) / size
-    return replace(update, **found)
+    size = float(update.scale * replace(update, **slots).dense().norm())
+    slots[recipe.zero] *= STRENGTH * float(weight.norm()) / size
+    return replace(update, **slots)
 
 
 def _turned(u: Tensor, generator: torch.Generator) -> Tensor:

@@ -232,12 +232,12 @@ def _small(work: Work) -> Student:
 
 def _adapters_of_given(work: Work, base: str) -> None:
     work.title(f"Look at MODEL, {base}")
-    found = given.look_at(base)
-    work.tell(f"  {len(found.weights)} of its {found.layers} layers: {', '.join(found.weights)}")
-    work.facts["model"] = {"where": found.where, "layers": list(found.weights)}
+    model = given.look_at(base)
+    work.tell(f"  {len(model.weights)} of its {model.layers} layers: {', '.join(model.weights)}")
+    work.facts["model"] = {"where": model.where, "layers": list(model.weights)}
     work.title("Make adapters for them: random directions, not trained, of a few per cent of ‖W‖")
     for number, recipe in enumerate(making.RECIPES):
-        work.adapters.append(making.make(recipe, found.weights, work.seed + number))
+        work.adapters.append(making.make(recipe, model.weights, work.seed + number))
 
 
 def around(work: Work) -> None:
@@ -341,9 +341,9 @@ def exported(work: Work) -> None:
         return
     work.title("Export the model by torch.export, and put the LoKr into the program")
     made = next(made for made in work.adapters if made.name == "lokr")
-    found = graphs.exported(work.student, made, work.files, work.tell)
-    work.facts["programs"] = found
-    for name, off in found.items():
+    differences = graphs.exported(work.student, made, work.files, work.tell)
+    work.facts["programs"] = differences
+    for name, off in differences.items():
         work.expect(off <= AGREE, f"{name}: its outputs are off by {off:.2g}")
         work.tell(f"  {name}: outputs differ by {off:.1g} of the adapter's effect")
 
@@ -399,11 +399,11 @@ def _compare_outputs(work: Work, made: Made, name: str) -> float:
     """
     adapter = load(work.path(name), base=work.model)
     updates = {m.label: adapter[path] for path in adapter for m in adapter.modules(path)}
-    found = made.probe({label: updates[label] for label in made.updates})
+    outputs = made.probe({label: updates[label] for label in made.updates})
     wanted = made.probe(made.updates)
     plain = made.probe(_no_updates(made))
     effect = max(float((w - p).abs().max()) for w, p in zip(wanted, plain))
-    off = max(float((f - w).abs().max()) for f, w in zip(found, wanted)) / effect
+    off = max(float((f - w).abs().max()) for f, w in zip(outputs, wanted)) / effect
     work.expect(off <= AGREE, f"{name}: its outputs are off by {off:.2g}")
     return off
 

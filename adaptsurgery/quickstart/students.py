@@ -75,8 +75,8 @@ class Student(ABC):
     @torch.no_grad()
     def outputs(self, updates: Mapping[str, Update]) -> Tensor:
         with adapted(self.module, updates):
-            found: Tensor = self.module(*self.example(8))
-        return found
+            outputs: Tensor = self.module(*self.example(8))
+        return outputs
 
     def teach(
         self,

@@ -115,7 +115,7 @@ def find_targets(
 
 
 class _Search:
-    """One config over one model's names: what is matched, and what is not."""
+    """Matches one config with one model's names, and notes what it says in vain."""
 
     def __init__(
         self, modules: Mapping[str, str], names: list[str], config: AdapterConfig, matcher: Matcher
@@ -184,7 +184,7 @@ class _Search:
         return out
 
     def _in_layers(self, kept: dict[str, str]) -> dict[str, str]:
-        """Those in layers_to_transform, where it is set, and those that are listed in full."""
+        """The names in layers_to_transform, where it is set, and those that are listed in full."""
         if not self.layers or isinstance(self.target, str):
             return kept
         numbers = self.matcher.layers(self.config.layers_pattern)

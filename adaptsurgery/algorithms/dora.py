@@ -27,7 +27,7 @@ from adaptsurgery_formats.errors import ShapeError
 
 @dataclass(frozen=True, eq=False)
 class DoRA(Renorm):
-    """A Delta with new norms, ``magnitude``: its axis is told by its shape. ShapeError for neither."""
+    """A Delta with new norms; ``magnitude``'s shape says the axis. ShapeError where it fits none."""
 
     magnitude: Tensor
 
@@ -85,7 +85,7 @@ class DoRA(Renorm):
         gate: Gates = None,
         seen: Gates = None,
     ) -> Tensor:
-        """Around a LoRA from its factors: the gain goes on the input's or the output's channels.
+        """Around a LoRA it takes the factors: the gain goes on the input's or the output's channels.
 
         The norms of other deltas need W + sΔ in any case, so those fold.
         """

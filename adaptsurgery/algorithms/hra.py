@@ -283,13 +283,13 @@ def orthonormal(columns: Tensor) -> Tensor:
 
 
 def fit(base: Tensor, tuned: Tensor, goal: Goal, *, seed: int = 0, whole: bool = False) -> Fit:
-    """W1 ≈ W0·H1···Hr by a Procrustes problem in r dimensions (core/procrustes.py), and its error.
+    """W1 ≈ W0·H1···Hr by a Procrustes problem in r dimensions (nearest/procrustes.py), and its error.
 
     Exact where ``tuned`` is ``base`` with such a chain in it. No chain, however long, comes nearer
     than ``limit``, the best orthogonal matrix (left out above 2,048 columns, 2·o if that is fewer:
     it costs an SVD). The ranks that goals find are even, as PEFT wants them; a rotation in an odd
-    number of dimensions takes one reflection fewer. ``whole``: all that were asked for, whatever it
-    costs: PEFT has one rank for all layers. Vectors in float32, float64 where a weight is.
+    number of dimensions takes one reflection fewer. ``whole`` takes all that were asked for, at
+    any cost: PEFT has one rank for all layers. Vectors are in float32, float64 where a weight is.
     Raises what ``difference`` and ``rank_for`` do.
     """
     delta = difference(base, tuned)

@@ -7,7 +7,7 @@ With o = a·b and i = c·d:
         or tucker  w2_a (r, b)   w2_b (r, d)   t2 (r, r, *k):  w2[b, d, k] = Σ t2[p, q, k] w2_a[p, b] w2_b[q, d]
     Δ[(a, b), (c, d), k] = w1[a, c] · w2[b, d, k]
 
-``fit`` and ``extract`` find the LoKr nearest to the difference of two weights (core/kronecker.py),
+``fit`` and ``extract`` find the LoKr nearest to the difference of two weights (nearest/kronecker.py),
 in shapes that PEFT or LyCORIS makes again when it loads them.
 """
 
@@ -147,7 +147,7 @@ class LoKr(Delta):
         return LoKr(**whole, scale=self.scale, weight_shape=shape)
 
     def prepared(self, dtype: torch.dtype, device: torch.device | None = None) -> LoKr:
-        """Cast, both factors whole: multiplied in float64, which costs nothing at their size."""
+        """The same Δ cast, both factors whole: multiplied in float64, which costs nothing at their size."""
         held = next(iter(self.tensors().values())).device
         return self.cast(widest(device or held)).flat().cast(dtype, device)
 
@@ -223,7 +223,7 @@ class LoKr(Delta):
         return (left[..., :, None] * right[..., None, :]).flatten(-2)
 
     def _mixing(self) -> tuple[str, int, int]:
-        """Whether w1 goes before or after w2; multiplications and numbers streamed, a position."""
+        """Whether w1 goes before or after w2; multiplications and numbers streamed per position."""
         (a, c), (b, columns) = self.outer_shape, self.inner_shape
         r = self.w2_b.shape[0] if self.w2_b is not None else columns
         inner = min(b * columns, r * (b + columns))
@@ -252,7 +252,7 @@ class LoKr(Delta):
     def truncated(self, rank: int, dtype: torch.dtype | None = None) -> Truncation:
         """The nearest LoRA of ``rank``: SVD(w1) ⊗ SVD(w2) is Δ's SVD, of which the top products stay.
 
-        O of the factors' SVDs; ShapeError for rank < 1.
+        It costs the factors' SVDs. Raises ShapeError for rank < 1.
         """
         check_rank(rank)
         wide = self.cast(torch.float64)
@@ -327,7 +327,7 @@ class LoKrConfig(LycorisConfig):
 def candidates(shape: tuple[int, ...], loader: str = "peft") -> list[int]:
     """A factor for every way in which a loader can cut a weight (o, i, *k), -1 first.
 
-    Less the one that makes w1 a single number, and so a LoRA of the LoKr, where there are others.
+    One that makes w1 a single number, and so a LoRA of the LoKr, is left out if there are others.
     ``loader`` is "peft" or "lycoris"; ValueRefused for another.
     """
     _check_loader(loader)
@@ -410,7 +410,7 @@ def _met(search: _Search, goal: Goal) -> Fit | ValueRefused:
 
 
 def _none_of(refusals: list[ValueRefused]) -> ValueRefused:
-    """What was refused at every factor, as one error."""
+    """The refusals of all factors, as one error."""
     if len(refusals) == 1:
         return refusals[0]
     refusal = next((r for r in refusals if r.code != "not-loadable"), refusals[0])
@@ -435,7 +435,7 @@ def _checked(factor: int) -> int:
 
 @dataclass(eq=False)
 class _Search:
-    """One cut of one difference, ``in_range``, and the fits that were made of it."""
+    """Fits LoKrs of one cut to one difference, which is ``in_range``, and remembers the fits."""
 
     delta: Tensor
     exponent: int

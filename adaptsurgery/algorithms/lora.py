@@ -108,7 +108,7 @@ class LoRA(Delta):
         block.addmm_(self.up[start:stop], self.down, alpha=factor)
 
     def prepared(self, dtype: torch.dtype, device: torch.device | None = None) -> LoRA:
-        """Cast, and two matrices."""
+        """The same Δ, cast, as two matrices."""
         up, down = self.cast(dtype, device).factors()
         return LoRA(up, down, scale=self.scale, up_bias=self.up_bias)
 
@@ -133,7 +133,7 @@ class LoRA(Delta):
         return layer.low_rank(x, up, ready.down.flatten(1), mid)
 
     def norms(self, weight: Tensor, axis: int) -> Tensor:
-        """From Gram matrices: ‖W‖² + 2s⟨W, Δ⟩ + s²‖Δ‖², each over one axis, Δ never built."""
+        """The norms from Gram matrices: ‖W‖² + 2s⟨W, Δ⟩ + s²‖Δ‖², each over one axis, Δ never built."""
         up, down = self.like(weight).factors()
         wide = weight.flatten(1)
         if axis == 0:
@@ -153,7 +153,7 @@ class LoRA(Delta):
     def truncated(self, rank: int, dtype: torch.dtype | None = None) -> Truncation:
         """The nearest LoRA of ``rank`` (Eckart–Young), by QR of both factors. Keeps the scale.
 
-        In the factors' dtype, float32 at least, unless ``dtype`` says. ShapeError for rank < 1.
+        It has the factors' dtype, float32 at least, unless ``dtype`` says. ShapeError for rank < 1.
         """
         approximation = truncate_factors(*self.cast(torch.float64).factors(), rank)
         return truncation(approximation, self, dtype, self.up_bias)
@@ -224,7 +224,7 @@ def _as_fit(lora: LoRA, delta: Tensor, spectrum: Tensor, notes: tuple[str, ...])
 
 
 def _fit_tucker(delta: Tensor, goal: Goal, seed: int) -> Fit:
-    """One rank on both sides, as the layouts have it."""
+    """The Tucker LoRA for a goal, with one rank on both sides, as the layouts have it."""
     o, i, k = delta.shape[0], delta.shape[1], math.prod(delta.shape[2:])
     spectrum = leading(delta.flatten(1), min(64, o, i * k), seed=seed).s
 

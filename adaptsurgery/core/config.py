@@ -319,7 +319,7 @@ class AdapterConfig(ABC, metaclass=_Checked):
         return update
 
     def finish(self, update: Update, weight: Tensor | None) -> None:
-        """What an initial value takes from the base's ``weight``."""
+        """Give the update those initial values that come from the base's ``weight``."""
 
     # --- training --------------------------------------------------------------------------------
 
@@ -354,7 +354,7 @@ class PatternConfig(AdapterConfig):
 
 @dataclass(kw_only=True)
 class LycorisConfig(PatternConfig):
-    """What LoHa's and LoKr's configs share.
+    """The fields that LoHa's and LoKr's configs share.
 
     In training ``rank_dropout`` drops rows of Δ and ``module_dropout`` whole updates.
     ``use_effective_conv2d`` gives a convolution with a kernel a Tucker core (FedPara, prop. 3).

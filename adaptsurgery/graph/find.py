@@ -45,8 +45,8 @@ class _LayerCall:
 def find_sites(g: Graph, view: View | None = None) -> list[Site]:
     """The layers of ``g`` (an ExportedProgram, its .module(), a symbolic trace), in order of calls.
 
-    What is no place for an adapter is there too, and its ``reason`` says why. ``view`` may be one of
-    ``g`` that there is already. Raises ValueRefused for what is no graph.
+    A layer that no adapter can be put on is listed too, and its ``reason`` says why. ``view`` may
+    be a View of ``g`` that was made before. Raises ValueRefused for what is no graph.
     """
     return _Finder(view or View(g)).sites()
 
@@ -163,7 +163,7 @@ class _Finder:
         )
 
     def _whole(self, scope: Scope, position: int, node: Node) -> Iterator[_LayerCall]:
-        """What a node does by itself: a module that the trace left whole, a fused encoder layer."""
+        """The layers in one node: a module that the trace left whole, or a fused encoder layer."""
         place = (*scope.place, position)
         if node.op == "call_module":
             target = str(node.target)
@@ -251,7 +251,7 @@ class _Finder:
     def _bias(self, weight: str) -> str:
         """The bias beside a weight, where the node adds none: a decomposed graph adds it apart.
 
-        By the name of it that the graph reads, where it has several.
+        Where the bias has several names, it is the one that the graph reads.
         """
         head, ending, _ = weight.rpartition("weight")
         name = f"{head}bias"
@@ -295,7 +295,7 @@ def _around(scope: Scope, around: Boundary) -> Call:
 
 
 def _nowhere(scope: Scope, around: Boundary) -> Call:
-    """What there is of a boundary that is ambiguous: its nodes."""
+    """The call of an ambiguous boundary: its nodes are known, its input is not."""
     names = tuple(n.name for n in around.nodes)
     return Call("", around.outputs[-1].name, names, "", "", scope.path, scope.hops)
 
@@ -348,7 +348,7 @@ def _of_layer(path: str, module: nn.Module, call: Call) -> Site:
 
 
 def _together(calls: list[_LayerCall], view: View, names: Names) -> list[Site]:
-    """One site of all calls of one module: of one weight and bias, unless the trace knew better."""
+    """One site for the calls of one module: of one weight and bias, unless the trace noted more."""
     sites: dict[object, list[_LayerCall]] = {}
     for one in calls:
         sites.setdefault(_module_key(one.site, view), []).append(one)
@@ -365,7 +365,7 @@ def _module_key(site: Site, view: View) -> object:
 
 
 def _objects(calls: list[_LayerCall]) -> list[list[_LayerCall]]:
-    """Calls of one weight and bias by module object, where a strict trace told objects apart."""
+    """Calls of one weight and bias by module object, where a strict trace kept objects apart."""
     if len({one.identity for one in calls} - {""}) < 2:
         return [calls]
     paths = {one.site.path: one.identity for one in calls if one.identity}

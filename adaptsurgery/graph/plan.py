@@ -45,7 +45,7 @@ class Plan:
 
     def check(self, g: Graph) -> None:
         """Raise ValueRefused unless ``g`` is the graph of this plan, whatever adapters are on it, and
-        all its targets can be had."""
+        all its targets can be adapted."""
         if fingerprint(View(base_of(g))) != self.fingerprint:
             raise ValueRefused(
                 "the plan is one for another graph",
@@ -111,7 +111,7 @@ def planned(
     model_type: str | None = None,
     outputs: Collection[str] | None = None,
 ) -> Plan:
-    """``plan`` of a graph without adapters, with the sites as they were found."""
+    """``plan`` of a graph without adapters, whose sites are known already."""
     view = View(g)
     sites = {site.path: site for site in reversed(candidates)}
     if not any(site.adaptable for site in sites.values()):
@@ -148,7 +148,7 @@ def _placed(chosen: Sequence[Target], sites: dict[str, Site]) -> Iterator[tuple[
 
 
 def fingerprint(view: View) -> str:
-    """What tells one graph from another: its nodes, nested ones too, by name and target."""
+    """A hash that tells graphs apart: of all nodes, nested ones too, by name and target."""
     digest = hashlib.sha256()
     for scope in view.scopes:
         digest.update(repr(scope.path).encode())
@@ -212,7 +212,7 @@ def _nothing(sites: list[Site]) -> NameLookupError:
 
 
 def _aligned(rows: Sequence[tuple[str, ...]]) -> list[str]:
-    """Lines of columns; the last column is as long as it is."""
+    """Rows as lines of text in aligned columns; the last column is not padded."""
     widths = [max(map(len, column)) for column in list(zip(*rows))[:-1]]
     cells = [[*(c.ljust(w) for c, w in zip(row, widths)), row[-1]] for row in rows]
     return ["  ".join(row).rstrip() for row in cells]

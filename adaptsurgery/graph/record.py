@@ -6,7 +6,7 @@ the site); ``role`` which of the layer's values it stands in for, "x", "weight",
 ``adapters`` what is on the site, in order.
 
 Within no_grad and autocast torch drops the notes after all, when it exports or decomposes a program
-again. So every adapter's number of places is noted apart, and what is lost is told.
+again. So every adapter's number of places is noted apart, so that lost notes are noticed.
 """
 
 from __future__ import annotations
@@ -57,12 +57,12 @@ class Attached:
 
     @property
     def names(self) -> list[str]:
-        """Every tensor of it, by its name in the state_dict."""
+        """The names of all of its tensors in the state_dict."""
         return [name for part in self.parts for name in part.slots.values()]
 
     @property
     def config(self) -> AdapterConfig | None:
-        """A config that drops as the adapter's own does."""
+        """A config with the dropouts of the adapter's own."""
         return (
             AdapterConfig.known[self.parts[0].algorithm](**self.dropout) if self.dropout else None
         )
@@ -95,7 +95,7 @@ class Tag:
 
     @property
     def text(self) -> str:
-        """The note as it stands on the node."""
+        """The note as JSON, as it stands on the node."""
         record = {f.name: value for f in fields(self) if (value := getattr(self, f.name))}
         if self.adapters:
             record["adapters"] = [asdict(a) for a in self.adapters]
@@ -124,7 +124,7 @@ def count(node: Node, counts: Mapping[str, int] | None) -> None:
 
 
 def counts_of(node: Node) -> dict[str, int]:
-    """How many places each adapter of the graph has, by a node that says it."""
+    """How many places each adapter of the graph has, as one node notes it."""
     text = (node.meta.get("custom") or {}).get(COUNTS)
     return {} if text is None else json.loads(text)
 

@@ -109,7 +109,7 @@ class Site:
 
 
 def one_each(given: Mapping[str, T], sites: Mapping[str, Site]) -> dict[str, T]:
-    """``given`` by the paths of its sites; ``sites`` has each under all of its paths.
+    """The values ``given``, one for each site's ``path``; ``sites`` has a site under all its paths.
 
     Raises ValueRefused ("untold-modules") where a site gets two different values, or where some
     of its ``names`` are left out.

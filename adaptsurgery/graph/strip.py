@@ -121,7 +121,7 @@ def _erase_parameter(work: Workspace, path: tuple[str, ...], node: Node) -> None
 
 
 class _Stripper:
-    """One graph."""
+    """Takes the adapters out of one graph."""
 
     def __init__(self, module: GraphModule, parameters: set[Node]) -> None:
         self.module, self.parameters = module, parameters
@@ -140,21 +140,21 @@ class _Stripper:
             self.module.graph.erase_node(node)
 
     def _stands_for(self, node: Node) -> Node:
-        """What was there before a node of an adapter's; any other node is itself."""
+        """The base's node whose place an adapter's node took; any other node is itself."""
         tag = self.tags.get(node)
         if tag is None:
             return node
         if node not in self.original:
-            self.original[node] = self._found(node, tag)
+            self.original[node] = self._original_of(node, tag)
         return self.original[node]
 
-    def _found(self, node: Node, tag: Tag) -> Node:
+    def _original_of(self, node: Node, tag: Tag) -> Node:
         if tag.module:
             return self._called_again(node, tag)
         return self._stands_for(max(self._entries(node, tag), key=self.place.__getitem__))
 
     def _entries(self, node: Node, tag: Tag) -> list[Node]:
-        """What the adapter's nodes before ``node`` read that is not the adapter's."""
+        """The nodes that are not the adapter's, and that its nodes read on the way to ``node``."""
         seen, queue, entries = {node}, [node], []
         while queue:
             for source in queue.pop().all_input_nodes:
@@ -169,7 +169,7 @@ class _Stripper:
         return entries
 
     def _called_again(self, node: Node, tag: Tag) -> Node:
-        """The call of a module that a node took the place of."""
+        """A new call of the module whose call a node took the place of."""
         x = max(
             (n for n in self._entries(node, tag) if n.op != "get_attr"), key=self.place.__getitem__
         )

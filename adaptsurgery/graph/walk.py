@@ -199,13 +199,13 @@ def _graph_of(scope: Scope, node: Node) -> GraphModule | None:
 
 
 def _name_of(node: Node) -> str:
-    """What a higher-order node is called: ``cond``."""
+    """The name of a higher-order node's operation, such as ``cond``."""
     name = getattr(node.target, "_name", None) or getattr(node.target, "__name__", node.target)
     return str(name)
 
 
 def _class_name(kind: Any) -> str:
-    """``Linear`` of a class, or of the dotted name of one."""
+    """The bare name (``Linear``) of a class, or of the dotted name of one."""
     return kind.__name__ if isinstance(kind, type) else str(kind).rpartition(".")[2]
 
 
@@ -231,7 +231,7 @@ def _lifted(g: Graph) -> dict[str, str]:
 
 
 def _identity(tensor: Tensor) -> object:
-    """The same for two names of one tensor, also after a program was loaded."""
+    """A key that two names of one tensor share, also after a program was loaded."""
     try:
         place = tensor.untyped_storage().data_ptr()
     except (RuntimeError, NotImplementedError):  # a fake or wrapped tensor has no memory

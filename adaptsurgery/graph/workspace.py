@@ -168,7 +168,7 @@ class Workspace:
         return node
 
     def _led_in(self, name: str, path: tuple[str, ...], value: Tensor | None) -> Node:
-        """One more operand of every call of the graph, and so of every branch beside it."""
+        """Add the parameter to the operands of every call of the graph, and so to every branch."""
         outer = self.node_of(name, path[:-1], value)
         for caller in self.callers(path):
             append_operand(caller, outer)
@@ -245,7 +245,7 @@ class Workspace:
         )
 
     def _input_specs(self, old: list[InputSpec]) -> list[InputSpec]:
-        """One spec a placeholder, in the graph's order; those of parameters gone are gone."""
+        """One spec a placeholder, in the graph's order; a parameter that was dropped has none."""
         known = {getattr(spec.arg, "name", ""): spec for spec in old}
         specs = []
         for node in self.top.graph.nodes:
@@ -258,7 +258,7 @@ class Workspace:
         return specs
 
     def _renamed_outputs(self) -> dict[str, str]:
-        """What stands in the output now, by what stood there."""
+        """The names that the output has now, by those that it had before."""
         assert isinstance(self.source, ExportedProgram)
         before, after = self.source.graph.output_node(), self.top.graph.output_node()
         pairs = zip(flat(before.args), flat(after.args))
@@ -266,7 +266,7 @@ class Workspace:
 
 
 def append_operand(caller: Node, operand: Node) -> None:
-    """One more operand at the end of a higher-order node's."""
+    """Give a higher-order node one more operand, at the end."""
     *rest, last = caller.args
     if isinstance(last, tuple | list):
         caller.args = (*rest, type(last)([*last, operand]))
@@ -275,7 +275,7 @@ def append_operand(caller: Node, operand: Node) -> None:
 
 
 def remove_operand(caller: Node, operand: Node) -> int:
-    """Take an operand out; its place, counted from the end (-1 is the last)."""
+    """Take an operand out and return its place, counted from the end (-1 is the last)."""
     *rest, last = caller.args
     if isinstance(last, tuple | list):
         place = list(last).index(operand)

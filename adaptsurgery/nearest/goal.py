@@ -138,7 +138,7 @@ def rank_for(
     """The rank that a goal asks for: a multiple of ``step``, between ``step`` and ``most``.
 
     A ``rank`` is cut down to ``most`` (and to no multiple: the caller knows what to make of it).
-    Of a ``budget`` it is the largest rank with ``parameters(rank)`` within it; of ``energy`` and
+    For a ``budget`` it is the largest rank with ``parameters(rank)`` within it; for ``energy`` and
     ``max_error`` the least at which ``error_at(rank)`` meets it, found by doubling and bisection:
     ``parameters`` grows with the rank and ``error_at`` falls; give one that remembers. Raises
     ValueRefused where the budget is below the least update ("budget-too-small"), or not even

@@ -51,8 +51,8 @@ BLOCK = 1 << 20  # numbers of D that are looked at together
 
 
 class Product(NamedTuple):
-    """Sides (2, m, r) and (2, n, r) in float64; D's leading singular values; what became of the
-    search, if not as usual."""
+    """Sides (2, m, r) and (2, n, r) in float64; D's leading singular values; and notes on a
+    search that did not go as usual."""
 
     rows: Tensor
     columns: Tensor
@@ -72,7 +72,7 @@ def product(rows: Tensor, columns: Tensor) -> Tensor:
 
 
 class Target(ABC):
-    """D, as far as a sweep sees it."""
+    """D as a sweep sees it: its products with columns, and its transpose."""
 
     square: float  # ‖D‖²
     ridge: float  # what is added to a diagonal, of its mean
@@ -83,11 +83,11 @@ class Target(ABC):
 
     @abstractmethod
     def flipped(self) -> Target:
-        """Dᵀ."""
+        """The same view of Dᵀ."""
 
 
 class Dense(Target):
-    """D itself."""
+    """D as it is, a dense matrix."""
 
     def __init__(self, matrix: Tensor, square: float | None = None) -> None:
         self.matrix = matrix
@@ -138,7 +138,7 @@ class _Rows:
         return rows.reshape(*rows.shape[:-1], self.rank, self.rank)
 
     def value(self, own: Tensor) -> Tensor:
-        """Of every row, less its part of ‖D‖²."""
+        """The least squares of every row, less its part of ‖D‖²."""
         f = khatri_rao(own)
         return ((f @ self.q - 2 * self.p) * f).sum(-1)
 
@@ -258,7 +258,7 @@ def refine(
 ) -> tuple[Tensor, Tensor, Tensor]:
     """The best sides of some sweeps from a start, and their ‖D − D̂‖²/‖D‖².
 
-    Of several starts at once (s, 2, …) where there are, until one is good ``enough`` or all stall.
+    Several starts (s, 2, …) run at once, until one is good ``enough`` or all stall.
     The first ``lifted`` sweeps and every eighth lift.
     """
     flipped, best = target.flipped(), (rows, columns)
@@ -331,7 +331,7 @@ def _from_svd(svd: Leading) -> tuple[Tensor, Tensor]:
 
 
 def _stirred(rows: Tensor, columns: Tensor, generator: torch.Generator) -> tuple[Tensor, Tensor]:
-    """The same product with numbers where it was 0·0, so that there is a way on from it."""
+    """The same product, with random numbers in one factor where both were 0, and no way led on."""
     noise = torch.randn(columns.shape[1:], generator=generator, dtype=torch.float64)
     stirred = columns.clone()
     stirred[1, :, 1:] = noise[:, 1:].to(columns)
@@ -339,9 +339,11 @@ def _stirred(rows: Tensor, columns: Tensor, generator: torch.Generator) -> tuple
 
 
 class _Inside(NamedTuple):
-    """The best of some starts in D's leading space of r², and what it leaves of D there; what lies
-    outside; and what a product with noise all around would leave: then nothing else need be tried.
-    Parts of ‖D‖²."""
+    """The best ``sides`` of some starts in D's leading space of r².
+
+    As parts of ‖D‖²: ``left`` is what they miss of D there, ``outside`` is what lies outside that
+    space, and ``enough`` what a product with noise all around would miss: no more is tried then.
+    """
 
     sides: tuple[Tensor, Tensor]
     left: float
@@ -350,8 +352,11 @@ class _Inside(NamedTuple):
 
 
 def _inside(matrix: Tensor, svd: Leading, rank: int, generator: torch.Generator) -> _Inside | None:
-    """None where D has no cliff after r²; one round of starts where the next step is more than half
-    as steep: the values behind a product's own are noise's, which are much alike."""
+    """The best product in D's leading space of r²; None where D has no cliff after r².
+
+    Where the next step is more than half as steep the search makes one round of starts only: the
+    values behind a product's own would be noise's, which are much alike.
+    """
     k = rank * rank
     ends = [float(svd.s[at]) if at < len(svd.s) else 0.0 for at in (0, k - 1, k, k + 1)]
     noisy = ends[2] > 1e-6 * ends[0]
@@ -411,7 +416,7 @@ def _mixed(side: Tensor, fresh: Tensor, generator: torch.Generator) -> Tensor:
 def _judged(
     delta: Tensor, tried: list[tuple[Tensor, Tensor]], lora: tuple[Tensor, Tensor]
 ) -> tuple[Tensor, Tensor]:
-    """The nearest to D of those in D's dtype whose terms do not cancel; the LoRA where that is it."""
+    """The sides nearest to D, in D's dtype, of those whose terms do not cancel; else the LoRA's."""
     best, least = lora, _measured(delta, *lora)[0]
     for sides in tried:
         rows, columns = balanced(*sides)

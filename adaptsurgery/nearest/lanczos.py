@@ -88,7 +88,7 @@ def leading_until(
 ) -> Leading:
     """The fewest leading triples whose truncation has an ``enough`` relative error.
 
-    All of them where none has. Doubles the number that is asked of ``leading``.
+    They are all where no truncation has. The number asked of ``leading`` doubles each time.
     """
     most, probe = min(matrix.shape), 16
     while True:
@@ -108,9 +108,9 @@ def _in_range(matrix: Tensor) -> tuple[Tensor, int]:
 
 
 def _by_gram(wide: Tensor, rank: int) -> Leading:
-    """By the leading eigenvectors of D·Dᵀ and one pass through D itself.
+    """The leading triples by the eigenvectors of D·Dᵀ and one pass through D itself.
 
-    So squaring D costs nothing down to 1e-8 of its largest singular value.
+    Thanks to that pass squaring D costs no accuracy down to 1e-8 of its largest singular value.
     """
     wide = wide.double()
     spare = min(wide.shape[0], rank + 8)

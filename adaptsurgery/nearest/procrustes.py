@@ -75,7 +75,7 @@ class Procrustes:
         return math.sqrt(max(0.0, 1 - gain / self.norm**2)) if self.norm else 0.0
 
     def best(self, rank: int, seed: int = 0, whole: bool = False) -> Turn:
-        """The best turn in ``rank`` dimensions that a climb finds; exact where there is such a one.
+        """The best turn in ``rank`` dimensions that a climb finds; exact where an exact one exists.
 
         Its determinant is that of ``rank`` reflections, where that costs next to nothing, and in
         any case where all, the ``whole`` of the rank, have to be there.
@@ -109,7 +109,7 @@ class Procrustes:
         return _orthonormal(torch.cat([rows, self.base[: rank - len(rows)]]))
 
     def within(self, plane: Tensor, sign: int = 0) -> Turn:
-        """The best turn of the span of V; of those of one determinant where that is ±1."""
+        """The best turn in the span of V; where ``sign`` is ±1, the best of that determinant."""
         turned = self.moment.t() @ plane
         inner = turned.t() @ plane
         left, s, right = torch.linalg.svd(inner)
@@ -119,7 +119,7 @@ class Procrustes:
         return Turn(plane, left @ right, 2 * float(s.sum() - inner.trace()), turned)
 
     def _starts(self, rank: int, seed: int) -> list[Tensor]:
-        """Where the small rotation e^S ≈ I + S that best gives D turns most, and moves most."""
+        """Two planes, where the small rotation e^S ≈ I + S nearest to D turns most and moves W0 most."""
         if self._skew is None:
             self._skew = self._small_rotation()
         seen = (self._skew, self.base @ self._skew)
@@ -128,7 +128,7 @@ class Procrustes:
     def _small_rotation(self) -> Tensor:
         """The skew S that minimises ‖D − W0·S‖: W0ᵀW0·S + S·W0ᵀW0 = W0ᵀD − DᵀW0 (Lyapunov).
 
-        For more than LARGE columns the right side alone, the steepest way.
+        For more than LARGE columns it is the right side alone, the steepest direction.
         """
         slope = self.moment - self.moment.t()
         if self.size > LARGE:

@@ -153,7 +153,7 @@ class Student(students.Student):
         return cls(model.requires_grad_(False).eval(), beside)
 
     def parameters(self) -> list[nn.Parameter]:
-        """Those of the six blocks; the embeddings stay."""
+        """The parameters of the six blocks; the embeddings stay."""
         return list(self.module.get_submodule("encoder").parameters())
 
     def layers(self) -> dict[str, Layer]:

@@ -65,7 +65,7 @@ class Student(ABC):
         """Inputs of the module: so many texts."""
 
     def parameters(self) -> list[nn.Parameter]:
-        """What a full fine-tune trains."""
+        """The parameters that a full fine-tune trains."""
         return list(self.module.parameters())
 
     def write(self, path: Path) -> None:

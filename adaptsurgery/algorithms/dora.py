@@ -27,7 +27,7 @@ from adaptsurgery_formats.errors import ShapeError
 
 @dataclass(frozen=True, eq=False)
 class DoRA(Renorm):
-    """A Delta with new norms; ``magnitude``'s shape says the axis. ShapeError where it fits none."""
+    """A Delta with new norms; the shape of ``magnitude`` says the axis. ShapeError for no such shape."""
 
     magnitude: Tensor
 

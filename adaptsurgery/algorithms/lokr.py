@@ -147,7 +147,7 @@ class LoKr(Delta):
         return LoKr(**whole, scale=self.scale, weight_shape=shape)
 
     def prepared(self, dtype: torch.dtype, device: torch.device | None = None) -> LoKr:
-        """The same Δ cast, both factors whole: multiplied in float64, which costs nothing at their size."""
+        """The same Δ cast, both factors whole: multiplied in float64, which at their size is cheap."""
         held = next(iter(self.tensors().values())).device
         return self.cast(widest(device or held)).flat().cast(dtype, device)
 

@@ -114,7 +114,7 @@ class Layer:
         return x if isinstance(x, Tensor) and self.kind != "embedding" else self.weight
 
     def batched(self, x: Tensor) -> bool:
-        """Whether ``x`` has a batch dim that a convolution could go without; a proxy is taken to have one."""
+        """Whether ``x`` has a batch dim, which a convolution could go without; a proxy counts as so."""
         return not (self.dims and isinstance(x, Tensor) and x.dim() == self.dims + 1)
 
     def forward(

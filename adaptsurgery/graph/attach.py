@@ -127,7 +127,7 @@ class Session:
         return self.work.finish()
 
     def _note_counts(self, counts: dict[str, int]) -> None:
-        """Note the counts on all operations: once traced anew, those within no_grad bear their caller's."""
+        """Note them on all operations: once traced anew, those within no_grad bear their caller's."""
         for _, module in self.work.modules():
             for node in module.graph.nodes:
                 if node.op in ("call_function", "call_method", "call_module"):
@@ -167,7 +167,7 @@ def put(
 def _spliced(
     work: Workspace, site: Site, adapters: list[Attached]
 ) -> tuple[list[Node], dict[str, Node]]:
-    """Run the update at each call; return the last one's nodes, and those that stand in for its values."""
+    """Run the update at each call; give the last one's nodes, and those in its values' place."""
     held = {name: work.tensor(name) for a in adapters for name in a.names}
     updates: list[Update] = []
     names: dict[int, str] = {}

@@ -59,7 +59,7 @@ def merge(g: G, name: str | None = None) -> G:
 
 @dataclass
 class _Merger:
-    """Folds adapters into one site. ``view`` is the base's; ``nodes`` are the copy's, by graph and name."""
+    """Folds adapters into one site. ``view`` is the base's, ``nodes`` the copy's by graph and name."""
 
     work: Workspace
     view: View

@@ -66,7 +66,7 @@ def export_onnx(
 
 
 def files_of(program: ExportedProgram, path: str | os.PathLike[str]) -> list[Path]:
-    """The files that a program becomes as ONNX at ``path``: one, and one of weights where they are large."""
+    """The files that a program becomes as ONNX at ``path``: one, and one of large weights."""
     target = Path(path)
     size = sum(t.numel() * t.element_size() for t in program.state_dict.values())
     return [target, target.with_name(f"{target.name}.data")] if size > EXTERNAL else [target]

@@ -127,7 +127,7 @@ class Whole(Cut):
 
 @dataclass
 class LowRank(Cut):
-    """The matrices (m, n[·k]) of rank ``rank``; a member is (m, r), (r, n·k), with zeros past m or n."""
+    """The matrices (m, n[·k]) of rank ``rank``; a member is (m, r), (r, n·k), zero past m or n."""
 
     rank: int
     space: Tensor | None = None

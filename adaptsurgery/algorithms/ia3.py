@@ -3,7 +3,7 @@
     l   (o, 1), (1, i); (1, n, 1, …) of a convolution       PEFT: W' = W ∘ l, and b' = b ∘ l of outputs
     w   (n,); (1, n, 1, …) of a convolution                 LyCORIS: W' = W ∘ (1 + w), the bias as it is
 
-One of the two. ``on_input`` says which side its n numbers are of; PEFT calls such modules feedforward.
+An IA3 has one of the two. ``on_input`` says that its n numbers are the inputs' (PEFT's feedforward).
 At a strength s the factors are 1 + s·(l − 1), or 1 + s·w, LyCORIS's multiplier.
 """
 

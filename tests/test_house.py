@@ -46,6 +46,7 @@ ERRORS_ONLY = ("core", "nearest", "algorithms")
 LEAVES = ("adaptsurgery_formats.errors", "adaptsurgery_formats.traits")
 CONFIG_FACTS = {
     "config.py": ("adaptsurgery_formats", "adaptsurgery_formats.peft_config"),
+    "ia3.py": ("adaptsurgery_formats.peft",),
     "lokr.py": ("adaptsurgery_formats.lokr_cuts",),
 }
 # Of the jobs, live models may know the library's view of an adapter file.

@@ -169,7 +169,7 @@ class Delta(Update):
     @property
     def extent(self) -> tuple[int, int]:
         """Δ as a matrix: (o, i·∏k)."""
-        return traits_of(self.name).extent(self._shapes())
+        return traits_of(self.name).extent(self._shapes(), {})
 
     @property
     def kernel(self) -> tuple[int, ...] | None:

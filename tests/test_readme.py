@@ -102,7 +102,7 @@ def test_a_file_and_a_checkpoint(tmp_path: Path, monkeypatch: pytest.MonkeyPatch
         )
         assert (merged[key].double() - wanted).abs().max() < 2e-3 * wanted.abs().max(), key
         assert (back[key] - weight).abs().max() < 4e-3 * weight.abs().max(), key
-    assert adaptsurgery.load("extracted.safetensors").paths
+    assert adaptsurgery.load("extracted.safetensors")
 
 
 def test_a_diffusers_pipeline_takes_the_folder(
@@ -145,8 +145,8 @@ def test_a_lokr_on_a_vision_transformer(tmp_path: Path, monkeypatch: pytest.Monk
 
 RANK, ALPHA = 8, 4.0
 PREFIX = "model.diffusion_model."
-BLOCK = "input_blocks.4.1.transformer_blocks.0."
-DIFFUSERS_NAME = "down_blocks.1.attentions.0.transformer_blocks.0.attn1.to_q"
+BLOCK = "input_blocks.4.1.transformer_blocks.1."  # which no other bundled table has
+DIFFUSERS_NAME = "down_blocks.1.attentions.0.transformer_blocks.1.attn1.to_q"
 
 
 def sdxl_files() -> tuple[Weights, Weights]:
@@ -179,7 +179,7 @@ def small_unet() -> diffusers.UNet2DConditionModel:
     return diffusers.UNet2DConditionModel(
         sample_size=8, block_out_channels=(32, 640), cross_attention_dim=64,
         down_block_types=("DownBlock2D", "CrossAttnDownBlock2D"), up_block_types=("UpBlock2D",) * 2,
-        layers_per_block=1, attention_head_dim=(1, 10), use_linear_projection=True,
+        layers_per_block=1, transformer_layers_per_block=2, attention_head_dim=(1, 10), use_linear_projection=True,
         mid_block_type=None,
     )  # fmt: skip
 

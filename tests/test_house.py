@@ -464,3 +464,16 @@ def test_no_two_test_files_share_a_name() -> None:
     files = [p for p in (ROOT / "tests").rglob("*.py") if p.name != "conftest.py"]
     names = [p.name for p in files]
     assert sorted(set(names)) == sorted(names)
+
+
+def test_what_is_listed_as_slow_is_there() -> None:
+    [listed] = [
+        ast.literal_eval(node.value)
+        for node in tree(ROOT / "tests" / "conftest.py").body
+        if isinstance(node, ast.Assign) and ast.unparse(node.targets[0]) == "SLOW"
+    ]
+    for file, functions in listed.items():
+        defined = {
+            n.name for n in tree(ROOT / "tests" / file).body if isinstance(n, ast.FunctionDef)
+        }
+        assert set(functions) <= defined, file

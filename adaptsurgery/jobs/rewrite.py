@@ -21,7 +21,7 @@ from adaptsurgery.jobs.loading import load_state
 from adaptsurgery.jobs.report import Report, Row
 from adaptsurgery_formats import Note
 from adaptsurgery_formats.errors import FileError, LayoutError, nearest
-from adaptsurgery_formats.names import names_of_base
+from adaptsurgery_formats.names import names_of_modules
 
 if TYPE_CHECKING:
     from torch.export import ExportedProgram
@@ -302,7 +302,7 @@ def _adapter_for(
     if base is not None:
         return Adapter(load_state(adapter, base=base))
     shapes = {s.path: s.shape[::-1] if s.transposed else s.shape for s in sites if s.shape}
-    names = names_of_base({"": shapes}, os.fspath(source))
+    names = names_of_modules(shapes, os.fspath(source))
     return Adapter(load_state(adapter, names=names))
 
 

@@ -7,10 +7,10 @@ from dataclasses import replace
 from typing import TYPE_CHECKING
 
 from adaptsurgery.jobs.merging.matched import Change
-from adaptsurgery.jobs.orientation import told
 from adaptsurgery.jobs.updates import update_of
 from adaptsurgery_formats import AdapterState, ModuleState
-from adaptsurgery_formats.resolve import fit
+from adaptsurgery_formats.fitting import fit
+from adaptsurgery_formats.names.orientation import with_sign
 
 if TYPE_CHECKING:
     from adaptsurgery.core.update import Update
@@ -19,7 +19,7 @@ if TYPE_CHECKING:
 def update_for(change: Change, states: Sequence[AdapterState]) -> Update:
     """The whole module's update; ``change`` says which of its rows go where."""
     state = states[change.adapter]
-    module = fit(told(state.modules[change.module], change.turned), change.shape, state.where)
+    module = fit(with_sign(state.modules[change.module], change.turned), change.shape, state.where)
     return update_of(_as_norm(module), None, state.where)
 
 

@@ -11,8 +11,10 @@ from adaptsurgery_formats.names.tables import (
     flatten,
     from_modules,
     names_of_base,
+    names_of_modules,
     recognise,
     table,
+    weights_of_base,
 )
 
 __all__ = [
@@ -23,8 +25,10 @@ __all__ = [
     "flatten",
     "from_modules",
     "names_of_base",
+    "names_of_modules",
     "recognise",
     "table",
     "to_diffusers",
     "to_native",
+    "weights_of_base",
 ]

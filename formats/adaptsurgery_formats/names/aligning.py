@@ -11,8 +11,7 @@ from __future__ import annotations
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 
-from adaptsurgery.jobs.merging.sites import Site, Sites
-from adaptsurgery_formats.names import flatten
+from adaptsurgery_formats.names.rows import StoredWeight, StoredWeights
 
 _PROBES = 6
 
@@ -41,34 +40,31 @@ SAME = Alignment()
 
 @dataclass(frozen=True)
 class Aligned:
-    """What an alignment finds: site by path, or several of them where flat names are ambiguous."""
+    """What an alignment finds: weight by path, or several of them where flat names are ambiguous."""
 
     alignment: Alignment
-    found: Mapping[str, tuple[Site, ...]]
+    found: Mapping[str, tuple[StoredWeight, ...]]
 
     @property
-    def places(self) -> frozenset[tuple[str, tuple[Site, ...]]]:
+    def places(self) -> frozenset[tuple[str, tuple[StoredWeight, ...]]]:
         return frozenset(self.found.items())
 
 
 class Lookup:
-    """The sites of a component by dotted or by flat name."""
+    """The weights of a component by dotted or by flat name."""
 
-    def __init__(self, sites: Sites, flat: bool) -> None:
+    def __init__(self, weights: StoredWeights, flat: bool) -> None:
         self.separator = "_" if flat else "."
-        self.table: dict[str, tuple[Site, ...]] = {}
-        for path, site in sites.items():
-            name = flatten(path) if flat else path
+        self.table: dict[str, tuple[StoredWeight, ...]] = {}
+        for path, weight in weights.items():
+            name = path.replace(".", "_") if flat else path
             held = self.table.get(name, ())
-            if site not in held:
-                self.table[name] = (*held, site)
+            if weight not in held:
+                self.table[name] = (*held, weight)
 
     def under(self, alignment: Alignment, paths: Iterable[str]) -> Aligned:
-        found = {}
-        for path in paths:
-            if hits := self.table.get(alignment.of(path)):
-                found[path] = hits
-        return Aligned(alignment, found)
+        hits = ((path, self.table.get(alignment.of(path))) for path in paths)
+        return Aligned(alignment, {path: weights for path, weights in hits if weights})
 
     def candidates(self, paths: Sequence[str]) -> Iterator[Alignment]:
         """Alignments that some of the paths suggest."""

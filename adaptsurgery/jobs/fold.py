@@ -31,7 +31,7 @@ from adaptsurgery.core.blocks import (
 )
 from adaptsurgery.core.geometry import Layer
 from adaptsurgery.core.update import Update, parts_of
-from adaptsurgery.jobs.adapter import Adapter, load
+from adaptsurgery.jobs.adapter import Adapter, load, shapes_of
 from adaptsurgery.jobs.report import Report, Row
 from adaptsurgery_formats import Note
 from adaptsurgery_formats.errors import (
@@ -156,6 +156,7 @@ class _Work:
 
     def take(self, adapter: Mapping[str, Update], weight: float, component: str | None) -> None:
         """Every update of an adapter, to the tensors of its module."""
+        adapter = self._on_own_modules(adapter)
         names = _named(adapter, component)
         saved = _saved(adapter, component)
         missing = [name for name in names if name not in self.modules]
@@ -175,6 +176,17 @@ class _Work:
                 self._place(name, adapter[key], weight)
         if saved:
             self._take_saved(saved, weight)
+
+    def _on_own_modules(self, adapter: Mapping[str, Update]) -> Mapping[str, Update]:
+        """A file's adapter on the model's modules, where its family has other names for them."""
+        if not isinstance(adapter, Adapter) or len(adapter.components) > 1:
+            return adapter
+        if all(name in self.modules for name in adapter):
+            return adapter
+        try:
+            return adapter.on(shapes_of(self.model))
+        except NameLookupError:
+            return adapter  # the names that are missing are told with the adapter's own
 
     def _place(self, name: str, update: Update, weight: float) -> None:
         module, scaled = self.modules[name], update.scaled(weight)

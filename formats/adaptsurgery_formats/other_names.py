@@ -169,7 +169,7 @@ class _Spelled:
 
     def placed(self, module: ModuleState, naming: str, path: str) -> ModuleState:
         """The module at its place in the base, with its own path where that is another."""
-        own = module.path
+        own = module.own or module.path
         if module.naming == "flat":
             known = self.component.dotted if self.alignment == SAME else {}
             own = known.get(module.path, path)

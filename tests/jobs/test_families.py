@@ -373,3 +373,51 @@ def test_the_bases_own_rows_make_an_hra_a_lora(tmp_path: Path, family: str) -> N
 @pytest.fixture(params=CASES)
 def family(request: pytest.FixtureRequest) -> str:
     return str(request.param)
+
+
+LIVE = [n for n in CASES if not n.startswith(("stacked", "torch's", "gpt-2"))]
+
+
+def live_model(files: Files) -> torch.nn.Module:
+    """The stored linears as a tree of modules."""
+    root = torch.nn.Module()
+    for name, weight in files.stored.items():
+        *parents, last = name.removesuffix(".weight").split(".")
+        at = root
+        for part in parents:
+            if part not in at._modules:
+                at.add_module(part, torch.nn.Module())
+            at = at.get_submodule(part)
+        layer = torch.nn.Linear(weight.shape[1], weight.shape[0], bias=False)
+        layer.weight.data = torch.from_numpy(weight.copy())
+        at.add_module(last, layer)
+    return root
+
+
+def check_live(files: Files, model: torch.nn.Module) -> None:
+    for name, wanted in files.merged().items():
+        after = model.get_parameter(name).detach().numpy()
+        np.testing.assert_allclose(after, wanted, rtol=1e-5, atol=1e-5, err_msg=name)
+
+
+@pytest.mark.parametrize("name", LIVE)
+def test_fold_into_a_live_model(tmp_path: Path, name: str) -> None:
+    files = written(CASES[name], tmp_path)
+    model = live_model(files)
+    adaptsurgery.fold(model, files.adapter)
+    check_live(files, model)
+    adaptsurgery.unfold(model, files.adapter)
+    for path, w in files.stored.items():
+        np.testing.assert_allclose(model.get_parameter(path).detach(), w, rtol=1e-4, atol=1e-5)
+
+
+@pytest.mark.parametrize("layout", ["peft", "kohya"])
+@pytest.mark.parametrize("name", LIVE)
+def test_load_into_a_live_model(tmp_path: Path, name: str, layout: str) -> None:
+    files = written(CASES[name], tmp_path)
+    adapter = files.adapter
+    if layout == "kohya":
+        adapter = tmp_path / "flat.safetensors"
+        adaptsurgery.convert(files.adapter, adapter, "kohya", base=files.base)
+    adapted = adaptsurgery.PeftModel.from_pretrained(live_model(files), adapter)
+    check_live(files, adapted.merge_and_unload())

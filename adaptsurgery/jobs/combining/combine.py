@@ -27,6 +27,7 @@ from adaptsurgery.jobs.loading import Loaded
 from adaptsurgery.jobs.lowrank import Spec, is_low_rank, lora_form
 from adaptsurgery.jobs.merging.adapters import Named, repeated, split_weight
 from adaptsurgery.jobs.report import Report, Row
+from adaptsurgery.jobs.rows import in_one_form, in_one_naming
 from adaptsurgery_formats import Format, ModuleState, Note
 from adaptsurgery_formats.errors import InexactError, ShapeError, ValueRefused
 from adaptsurgery_formats.traits import traits_of
@@ -66,6 +67,7 @@ def combine(
             "no adapter was named", next="A[=WEIGHT] B[=WEIGHT] …", code="no-adapter"
         )
     loaded = lowrank.load_together([name for name, _ in named], base=base, to=to)
+    loaded = _in_one_form(loaded)
     target = writable(to or loaded[0].state.layout)
     read = [path for one in loaded for path in one.paths]
     check_paths(read, out, target, overwrite, loaded[0].base_place)
@@ -83,6 +85,12 @@ def combine(
     )  # fmt: skip
     notes = [*repeated(one.paths[0] for one in loaded), *sum_.notes, *notes]
     return _told(report, rows, parts, notes)
+
+
+def _in_one_form(loaded: list[Loaded]) -> list[Loaded]:
+    """Adapters whose modules meet layer by layer, under the names of one model."""
+    states = in_one_naming(in_one_form([one.state for one in loaded], loaded[0].names))
+    return [replace(one, state=state) for one, state in zip(loaded, states)]
 
 
 def _check_rank(rank: int | None) -> None:

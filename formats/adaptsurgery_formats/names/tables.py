@@ -167,6 +167,10 @@ class Component:
             return {}
         return weights_of(self.parameters, self.config, self._known_rows())
 
+    def weights_at(self, path: str) -> StoredWeight | None:
+        """The weight at a path that is no stored module's; None for one that is, or is not known."""
+        return None if path in self.modules else self.weights.get(path)
+
     def _known_rows(self) -> Iterator[tuple[str, tuple[Rows, ...]]]:
         """What a bundled table tells, of this component alone where the whole base is in none."""
         known = self if self.naming != "base" else self._in_a_table()

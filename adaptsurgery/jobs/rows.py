@@ -16,7 +16,7 @@ from itertools import pairwise
 from adaptsurgery.jobs.renaming import at_one_scale
 from adaptsurgery_formats import AdapterState, ModuleState
 from adaptsurgery_formats.errors import InexactError
-from adaptsurgery_formats.names import Component, Names, Segment, to_diffusers, to_native
+from adaptsurgery_formats.names import Component, Names, to_diffusers, to_native
 from adaptsurgery_formats.names.rows import Rows
 from adaptsurgery_formats.state import delta_shape
 
@@ -155,5 +155,5 @@ def _table(
     fused: str, segments: Iterable[tuple[str, int, int]], shapes: Mapping[str, tuple[int, ...]]
 ) -> Component:
     """One fused module and its parts, as a table of a model has them."""
-    native = {fused: tuple(Segment(*segment) for segment in segments)}
+    native = {fused: tuple(Rows(*segment) for segment in segments)}
     return Component("", shapes, native=native, naming="base")

@@ -19,7 +19,7 @@ from typing import Any
 from adaptsurgery_formats.errors import NameLookupError, ShapeError, nearest
 from adaptsurgery_formats.names.cuts import cut_of, part_of
 from adaptsurgery_formats.names.families import weights_of
-from adaptsurgery_formats.names.native import RULES, Segment, Shapes
+from adaptsurgery_formats.names.native import RULES, Shapes
 from adaptsurgery_formats.names.rows import (
     Parameters,
     Rows,
@@ -58,7 +58,7 @@ class Component:
 
     name: str
     modules: Mapping[str, tuple[int, ...]]
-    native: Mapping[str, tuple[Segment, ...]] = field(default_factory=dict)
+    native: Mapping[str, tuple[Rows, ...]] = field(default_factory=dict)
     kohya_prefixes: tuple[str, ...] = ()
     kohya_naming: str = "diffusers"
     naming: str = "diffusers"
@@ -115,8 +115,8 @@ class Component:
         segments = self.native.get(path)
         if not segments:
             return None
-        rows = sum(s.stop - s.start for s in segments)
-        return (rows, *self.modules[segments[0].path][1:])
+        rows = sum(s.count for s in segments)
+        return (rows, *self.modules[segments[0].name][1:])
 
     def _shape_of_rows(self, path: str) -> tuple[int, ...] | None:
         weight = self.weights.get(path)
@@ -150,12 +150,12 @@ class Component:
             return (Rows(f"{path if native else self.called(path)}.weight"),)
         if not native:
             segments = self.native[path]
-            return tuple(Rows(f"{self.called(s.path)}.weight", s.start, s.stop) for s in segments)
+            return tuple(Rows(f"{self.called(s.name)}.weight", s.start, s.stop) for s in segments)
         fused = self.native_of.get(path, "")
         spans, at = [], 0
         for s in self.native.get(fused, ()):
-            rows = s.stop - s.start
-            if s.path == path:
+            rows = s.count
+            if s.name == path:
                 spans.append((s.start, at, at + rows))
             at += rows
         return tuple(Rows(f"{fused}.weight", start, stop) for _, start, stop in sorted(spans))
@@ -205,7 +205,7 @@ class Component:
     @cached_property
     def native_of(self) -> Mapping[str, str]:
         """Diffusers path → the native module that holds its rows."""
-        return {s.path: path for path, segments in self.native.items() for s in segments}
+        return {s.name: path for path, segments in self.native.items() for s in segments}
 
 
 @dataclass(frozen=True)
@@ -363,7 +363,7 @@ def _expected(component: Component, naming: str) -> dict[str, tuple[str, tuple[i
     """Name in the given naming → the (first) diffusers path behind it, and the weight's shape."""
     if naming == "native":
         return {
-            name: (segments[0].path, component.shape(name, "native") or ())
+            name: (segments[0].name, component.shape(name, "native") or ())
             for name, segments in component.native.items()
         }
     own = _shortened(component) if naming == "alias" else {}

@@ -18,6 +18,7 @@ import torch
 from safetensors.numpy import load_file, save_file
 
 import adaptsurgery
+from adaptsurgery_formats.errors import SurgeryError
 
 Array = np.ndarray[Any, Any]
 Shapes = dict[str, tuple[int, ...]]
@@ -421,3 +422,152 @@ def test_load_into_a_live_model(tmp_path: Path, name: str, layout: str) -> None:
         adaptsurgery.convert(files.adapter, adapter, "kohya", base=files.base)
     adapted = adaptsurgery.PeftModel.from_pretrained(live_model(files), adapter)
     check_live(files, adapted.merge_and_unload())
+
+
+def fused_and_split(home: Path) -> tuple[Files, Path]:
+    """An adapter of Phi-3's q, k, v and gate, up; and the same ΔW on its fused layers, by hand."""
+    files = written(Case(PHI3, SPLIT_ON_FUSED), home)
+    fused = home / "fused"
+    fused.mkdir()
+    tensors: dict[str, Array] = {}
+    for name, parts in ((QKV, "qkv"), (GATE_UP, ("gate", "up"))):
+        path = name.removesuffix(".weight")
+        halves = [files.factors[f"{path.rpartition('.')[0]}.{p}_proj"] for p in parts]
+        up = np.zeros((sum(len(u) for u, _ in halves), 6), np.float32)
+        row = 0
+        for number, (u, _) in enumerate(halves):
+            up[row : row + len(u), 2 * number : 2 * number + 2] = u * SCALE
+            row += len(u)
+        down = np.zeros((6, 6), np.float32)
+        down[: 2 * len(halves)] = np.concatenate([d for _, d in halves])
+        tensors[f"{PREFIX}{path}.lora_B.weight"] = up
+        tensors[f"{PREFIX}{path}.lora_A.weight"] = down
+    up, down = files.factors[f"{MLP}.down_proj"]
+    tensors[f"{PREFIX}{MLP}.down_proj.lora_B.weight"] = np.pad(up * SCALE, ((0, 0), (0, 4)))
+    tensors[f"{PREFIX}{MLP}.down_proj.lora_A.weight"] = np.pad(down, ((0, 4), (0, 0)))
+    save_file(tensors, fused / "adapter_model.safetensors")
+    names = ["qkv_proj", "gate_up_proj", "down_proj"]
+    config = {"peft_type": "LORA", "r": 6, "lora_alpha": 6, "target_modules": names}
+    (fused / "adapter_config.json").write_text(json.dumps(config))
+    return files, fused
+
+
+def test_a_fused_and_a_split_adapter_are_held_together(tmp_path: Path) -> None:
+    files, fused = fused_and_split(tmp_path)
+    files.check(fused)
+    adaptsurgery.verify(files.adapter, fused, base=files.base)
+    adaptsurgery.verify(fused, files.adapter, base=files.base)
+    changed = load_file(fused / "adapter_model.safetensors")
+    changed[f"{PREFIX}{ATTENTION}.qkv_proj.lora_B.weight"][9] *= 1.01
+    save_file(changed, fused / "adapter_model.safetensors")
+    with pytest.raises(SurgeryError, match="not-equal"):
+        adaptsurgery.verify(files.adapter, fused, base=files.base)
+
+
+def test_a_fused_and_a_split_adapter_add_up(tmp_path: Path) -> None:
+    files, fused = fused_and_split(tmp_path)
+    for number, sources in enumerate(([files.adapter, fused], [fused, files.adapter])):
+        out = tmp_path / f"sum{number}"
+        adaptsurgery.combine([str(s) for s in sources], out, base=files.base)
+        files.check(out, 2.0)
+
+
+def test_a_part_of_a_fused_layer_that_cannot_be_stacked_is_refused(tmp_path: Path) -> None:
+    """An HRA turns all outputs of a layer, so a live fused layer has no place for one of q alone."""
+    case = Case(PHI3, {f"{ATTENTION}.q_proj": ([Spot(QKV, 0, 8)], (8, 6))}, HEADS)
+    files = written(case, tmp_path, "HRA")
+    with pytest.raises(SurgeryError):
+        adaptsurgery.PeftModel.from_pretrained(live_model(files), files.adapter)
+    with pytest.raises(SurgeryError):
+        adaptsurgery.fold(live_model(files), files.adapter)
+
+
+REFUSED = {
+    "interleaved": (
+        {"h.0.self_attention.query_key_value.weight": (18, 6)},
+        {"h.0.self_attention.query": (6, 6)}, {}, "interleaved-weight",
+    ),
+    "codegen's order": (
+        {"transformer.h.0.attn.qkv_proj.weight": (18, 6)},
+        {"transformer.h.0.attn.q_proj": (6, 6)}, {"model_type": "codegen"}, "interleaved-weight",
+    ),
+    "gpt-oss's experts": (
+        {f"{STACK}.gate_up_proj": (3, 6, 20), f"{STACK}.down_proj": (3, 10, 6)},
+        {f"{STACK}.1.gate_proj": (10, 6)}, {"model_type": "gpt_oss"}, "interleaved-weight",
+    ),
+    "no such module": (linears("model.layers.0.a"), {"model.layers.0.b": (8, 6)}, {}, "unknown"),
+    "one of several": (
+        linears("model.layers.0.a", "model.layers.1.a"),
+        {"layers.0.a": (8, 6), "layers.0.b": (8, 6)}, {}, "unknown",
+    ),
+    "two places": (linears("a.layers.0.x", "b.layers.0.x"), {"layers.0.x": (8, 6)}, {}, "ambiguous"),
+    "other widths": (PHI3, {f"{ATTENTION}.q_proj": (9, 6)}, {}, "fused-cuts"),
+    "other inputs": (PHI3, {f"{ATTENTION}.q_proj": (8, 5)}, {}, "shape"),
+    "heads of another size": (PHI3, {f"{ATTENTION}.q_proj": (8, 6), f"{ATTENTION}.k_proj": (2, 6)},
+                              {}, "fused-cuts"),
+    "twice": (
+        linears("model.layers.0.a"),
+        {"model.layers.0.a": (8, 6), "model.language_model.layers.0.a": (8, 6)}, {}, "duplicate",
+    ),
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("name", REFUSED)
+def test_what_no_job_can_place(tmp_path: Path, name: str) -> None:
+    base, modules, config, code = REFUSED[name]
+    case = Case(base, {path: ([], shape) for path, shape in modules.items()}, config)
+    files = written(case, tmp_path)
+    out = tmp_path / "out"
+    jobs: list[Any] = [
+        lambda: adaptsurgery.inspect(files.adapter, base=files.base),
+        lambda: adaptsurgery.convert(files.adapter, out, "peft", base=files.base),
+        lambda: adaptsurgery.resize(files.adapter, out, rank=1, base=files.base),
+        lambda: adaptsurgery.combine([f"{files.adapter}=2"], out, base=files.base),
+        lambda: adaptsurgery.merge(files.base, [files.adapter], out),
+    ]
+    for number, job in enumerate(jobs):
+        with pytest.raises(SurgeryError) as caught:
+            job()
+        if number < len(jobs) - 1 or code != "unknown":
+            assert code in caught.value.code, caught.value
+        assert not out.exists()
+
+
+def test_two_names_of_one_weight_in_one_adapter(tmp_path: Path) -> None:
+    path = f"{MOE}.mlp.experts.0.gate_proj"
+    other = f"{MOE}.block_sparse_moe.experts.0.w1"
+    case = Case(linears(path), {path: ([], (8, 6)), other: ([], (8, 6))})
+    files = written(case, tmp_path)
+    for job in (adaptsurgery.inspect, adaptsurgery.load):
+        with pytest.raises(SurgeryError, match="adapted twice"):
+            job(files.adapter, base=files.base)
+    with pytest.raises(SurgeryError, match="adapted twice"):
+        adaptsurgery.merge(files.base, [files.adapter], tmp_path / "out")
+
+
+class _Block(torch.nn.Module):
+    def __init__(self, files: Files) -> None:
+        super().__init__()
+        self.model = live_model(files).get_submodule("model")
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        layer: Any = self.model.get_submodule("layers.0")
+        q, k, v = layer.self_attn.qkv_proj(x).split((8, 4, 4), -1)
+        gate, up = layer.mlp.gate_up_proj(x + layer.self_attn.o_proj(q)).chunk(2, -1)
+        return torch.as_tensor(layer.mlp.down_proj(gate * up) + k.sum() * v.sum())
+
+
+@pytest.mark.parametrize("bare", [False, True])
+def test_rewrite_an_exported_program(tmp_path: Path, bare: bool) -> None:
+    places = {p.removeprefix("model." if bare else ""): at for p, at in SPLIT_ON_FUSED.items()}
+    files = written(Case(PHI3, places), tmp_path)
+    block, x = _Block(files).eval(), torch.randn(5, 6)
+    torch.export.save(torch.export.export(block, (x,)), tmp_path / "block.pt2")
+    out = tmp_path / "adapted.pt2"
+    adaptsurgery.rewrite(tmp_path / "block.pt2", out, adapter=files.adapter)
+    after = files.merged()
+    for name, parameter in block.named_parameters():
+        parameter.data = torch.from_numpy(after[name].astype(np.float32))
+    wanted = block(x)
+    got = torch.export.load(out).module()(x)
+    torch.testing.assert_close(got, wanted, rtol=1e-4, atol=1e-4)

@@ -8,7 +8,8 @@ Either every module of an adapter is found under one alignment, and under no oth
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from collections import Counter
+from collections.abc import Callable, Collection, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 
 from adaptsurgery_formats.names.rows import StoredWeight, StoredWeights
@@ -33,6 +34,11 @@ class Alignment:
         if self.strip and self.add:
             return f"`{self.strip}` read as `{self.add}`"
         return f"`{self.strip}` dropped" if self.strip else f"`{self.add}` added"
+
+    @property
+    def inverse(self) -> Alignment:
+        """What takes an aligned path back."""
+        return Alignment(self.add, self.strip)
 
 
 SAME = Alignment()
@@ -70,26 +76,27 @@ class Lookup:
         """Alignments that some of the paths suggest."""
         heads: dict[str, set[str]] = {}
         for path in paths[:: max(1, len(paths) // _PROBES)]:
-            for tail, head in self._tails(path):
+            for tail, head in tails(path, self.separator):
                 heads.setdefault(tail, set()).add(head)
         for name in self.table:
-            for tail, add in self._tails(name):
+            for tail, add in tails(name, self.separator):
                 for strip in heads.get(tail, ()):
                     if self._plausible(strip, add):
                         yield Alignment(strip, add)
-
-    def _tails(self, path: str) -> Iterator[tuple[str, str]]:
-        """What remains of a path without its first segments, and those segments."""
-        at = 0
-        while at >= 0:
-            yield path[at:], path[:at]
-            at = path.find(self.separator, at) + 1 or -1
 
     def _plausible(self, strip: str, add: str) -> bool:
         """One of the two is empty, or neither has a number, which would tell layers apart."""
         if not strip or not add:
             return bool(strip or add)
         return not any(p.isdigit() for p in (strip + add).split(self.separator))
+
+
+def tails(path: str, separator: str) -> Iterator[tuple[str, str]]:
+    """What remains of a path without its first segments, and those segments."""
+    at = 0
+    while at >= 0:
+        yield path[at:], path[:at]
+        at = path.find(separator, at) + 1 or -1
 
 
 def best_alignments(
@@ -113,3 +120,24 @@ def best_alignments(
     if len(distinct) > 1:
         distinct = [a for a in distinct if fits(a)] or distinct
     return [a for a in distinct if not a.alignment.strip] or distinct
+
+
+def prefix_between(mine: Collection[str], theirs: Collection[str]) -> Alignment:
+    """How the names of one model become those of another of its kind: as they are where that finds
+    at least half, else the prefix that finds the most, which either of the two may have."""
+    same = sum(name in theirs for name in mine)
+    if 2 * same >= min(len(mine), len(theirs)):
+        return SAME
+    tried = [Alignment(add=prefix) for prefix in _prefixes(mine, theirs)]
+    tried += [Alignment(strip=prefix) for prefix in _prefixes(theirs, mine)]
+    hits = {a: sum(a.of(name) in theirs for name in mine) for a in tried}
+    best = max(tried, key=lambda a: hits[a], default=SAME)
+    return best if hits.get(best, 0) > same else SAME
+
+
+def _prefixes(short: Collection[str], long: Collection[str]) -> list[str]:
+    """Heads of the long names whose tails are short names, the commonest first."""
+    counts: Counter[str] = Counter()
+    for name in long:
+        counts.update(head for tail, head in tails(name, ".") if head and tail in short)
+    return [prefix for prefix, _ in counts.most_common(4)]

@@ -18,12 +18,13 @@ if TYPE_CHECKING:
     from types import ModuleType
     from typing import Any
 
+    from adaptsurgery.adapters.adapter import Adapter, load
+    from adaptsurgery.adapters.report import Report
     from adaptsurgery.algorithms.hra import HRAConfig
     from adaptsurgery.algorithms.loha import LoHaConfig
     from adaptsurgery.algorithms.lokr import LoKrConfig
-    from adaptsurgery.algorithms.lora import LoraConfig
+    from adaptsurgery.algorithms.lora_config import LoraConfig
     from adaptsurgery.core.config import AdapterConfig
-    from adaptsurgery.jobs.adapter import Adapter, load
     from adaptsurgery.jobs.combining.combine import combine
     from adaptsurgery.jobs.convert import convert
     from adaptsurgery.jobs.extract.extract import extract
@@ -31,7 +32,6 @@ if TYPE_CHECKING:
     from adaptsurgery.jobs.inspect import inspect
     from adaptsurgery.jobs.merging.check import verify_merge
     from adaptsurgery.jobs.merging.merge import merge, plan_merge, unmerge
-    from adaptsurgery.jobs.report import Report
     from adaptsurgery.jobs.resize import resize
     from adaptsurgery.jobs.rewrite import rewrite
     from adaptsurgery.jobs.verify import verify
@@ -91,8 +91,8 @@ _HOMES = {
     "LoHaConfig": "adaptsurgery.algorithms",
     "LoKrConfig": "adaptsurgery.algorithms",
     "LoraConfig": "adaptsurgery.algorithms",
-    "Adapter": "adaptsurgery.jobs.adapter",
-    "load": "adaptsurgery.jobs.adapter",
+    "Adapter": "adaptsurgery.adapters.adapter",
+    "load": "adaptsurgery.adapters.adapter",
     "combine": "adaptsurgery.jobs.combining.combine",
     "convert": "adaptsurgery.jobs.convert",
     "find_targets": "adaptsurgery.targeting",
@@ -107,10 +107,13 @@ _HOMES = {
     "resize": "adaptsurgery.jobs.resize",
     "rewrite": "adaptsurgery.jobs.rewrite",
     "verify": "adaptsurgery.jobs.verify",
-    "Report": "adaptsurgery.jobs.report",
+    "Report": "adaptsurgery.adapters.report",
     "SurgeryError": "adaptsurgery_formats.errors",
 }
-_ROOMS = ("algorithms", "checkpoint", "cli", "core", "graph", "jobs", "modules", "targeting")
+_ROOMS = (
+    "adapters", "algorithms", "checkpoint", "cli", "core", "graph", "jobs", "modules", "nearest",
+    "quickstart", "targeting",
+)  # fmt: skip
 
 
 def submodules(package: str) -> Callable[[str], ModuleType]:

@@ -16,8 +16,8 @@ import pytest
 from safetensors.torch import load_file
 
 from adaptsurgery.cli import run
-from adaptsurgery.jobs.quickstart import quickstart
-from adaptsurgery.jobs.quickstart.tiny import TinyModel
+from adaptsurgery.quickstart import quickstart
+from adaptsurgery.quickstart.tiny import TinyModel
 
 README = (Path(__file__).resolve().parent.parent / "README.md").read_text("utf-8")
 

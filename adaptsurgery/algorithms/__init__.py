@@ -13,26 +13,30 @@ from torch import Tensor
 from adaptsurgery.algorithms.dora import DoRA
 from adaptsurgery.algorithms.full import Full, Norm
 from adaptsurgery.algorithms.hra import HRA, HRAConfig
+from adaptsurgery.algorithms.ia3 import IA3, IA3Config
 from adaptsurgery.algorithms.loha import LoHa, LoHaConfig
 from adaptsurgery.algorithms.lokr import LoKr, LoKrConfig
-from adaptsurgery.algorithms.lora import LoRA, LoraConfig, Truncation
+from adaptsurgery.algorithms.lora import LoRA, Truncation
+from adaptsurgery.algorithms.lora_config import LoraConfig
 from adaptsurgery.core.config import AdapterConfig
-from adaptsurgery.core.fit import Fit
 from adaptsurgery.core.update import Delta, Update, only_whole
+from adaptsurgery.nearest.goal import Fit, Goal
 from adaptsurgery_formats.errors import KeyRefused, ValueRefused, nearest
 from adaptsurgery_formats.traits import named as table
 from adaptsurgery_formats.traits import traits_of
 
 # A new algorithm: its file, and its line here.
-ALGORITHMS: tuple[type[Update], ...] = (LoRA, LoHa, LoKr, HRA, Full, Norm)
+ALGORITHMS: tuple[type[Update], ...] = (LoRA, LoHa, LoKr, HRA, IA3, Full, Norm)
 
 __all__ = [
     "ALGORITHMS",
     "HRA",
+    "IA3",
     "AdapterConfig",
     "DoRA",
     "Full",
     "HRAConfig",
+    "IA3Config",
     "LoHa",
     "LoHaConfig",
     "LoKr",
@@ -43,6 +47,7 @@ __all__ = [
     "Norm",
     "Truncation",
     "build",
+    "extract",
     "fitter",
     "made",
     "named",
@@ -115,6 +120,28 @@ def named(algorithm: str) -> Any:
         next=nearest(algorithm, names) or f"one of {', '.join(names)}",
         code="unknown-algorithm",
     )
+
+
+def extract(
+    algorithm: str,
+    base: Tensor,
+    tuned: Tensor,
+    *,
+    rank: int | None = None,
+    energy: float | None = None,
+    max_error: float | None = None,
+    budget: int | None = None,
+    seed: int = 0,
+    **own: Any,
+) -> Update:
+    """The update of an algorithm that makes ``tuned`` of ``base`` as nearly as it can.
+
+    Weights are canonical, (o, i, *k). The goal is one of ``rank``, ``energy``, ``max_error`` and
+    ``budget``, as in ``nearest.goal.Goal``; ``own`` options are those of the algorithm's ``fit``.
+    Raises what these do.
+    """
+    goal = Goal(rank=rank, energy=energy, max_error=max_error, budget=budget)
+    return fitter(algorithm)(base, tuned, goal, seed=seed, **own).update
 
 
 def fitter(algorithm: str) -> Callable[..., Fit]:

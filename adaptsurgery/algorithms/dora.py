@@ -20,8 +20,8 @@ from adaptsurgery.algorithms.full import Full
 from adaptsurgery.algorithms.lora import LoRA, Truncation, truncation
 from adaptsurgery.core.cost import Form
 from adaptsurgery.core.geometry import Layer
-from adaptsurgery.core.lanczos import truncate
 from adaptsurgery.core.update import Gates, Renorm, axis_norms, compute_dtype, only_one
+from adaptsurgery.nearest.lanczos import truncate
 from adaptsurgery_formats.errors import ShapeError
 
 

@@ -20,8 +20,8 @@ from torch import Tensor
 from adaptsurgery.algorithms.lora import Truncation, truncation
 from adaptsurgery.core.cost import Form, price
 from adaptsurgery.core.geometry import Layer
-from adaptsurgery.core.lanczos import truncate
 from adaptsurgery.core.update import Delta, compute_dtype
+from adaptsurgery.nearest.lanczos import truncate
 from adaptsurgery_formats.errors import ShapeError, ValueRefused
 
 

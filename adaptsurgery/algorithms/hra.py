@@ -27,10 +27,10 @@ from adaptsurgery.algorithms.lora import LoRA
 from adaptsurgery.core.config import AdapterConfig, Shapes, kaiming_
 from adaptsurgery.core.cost import Form, folding, price
 from adaptsurgery.core.exporting import plain_operations
-from adaptsurgery.core.fit import Fit, Goal, difference, norm_of, rank_for
 from adaptsurgery.core.geometry import Layer
-from adaptsurgery.core.procrustes import Procrustes, reflections
 from adaptsurgery.core.update import Rotation, compute_dtype, tracked, widened
+from adaptsurgery.nearest.goal import Fit, Goal, difference, norm_of, rank_for
+from adaptsurgery.nearest.procrustes import Procrustes, reflections
 from adaptsurgery_formats.errors import ShapeError, ValueRefused
 
 # Below this distance (of a unit column, from the span of those before it) float32 Gram–Schmidt
@@ -280,23 +280,6 @@ def orthonormal(columns: Tensor) -> Tensor:
     for _ in range(2):
         second = second - first @ (first.t() @ second)
     return torch.cat([first, orthonormal(second)], dim=1)
-
-
-def extract(
-    base: Tensor,
-    tuned: Tensor,
-    *,
-    rank: int | None = None,
-    energy: float | None = None,
-    max_error: float | None = None,
-    budget: int | None = None,
-    seed: int = 0,
-) -> HRA:
-    """The HRA that turns ``base`` nearest to ``tuned``, canonical weights (o, i, *k); see ``fit``."""
-    goal = Goal(rank=rank, energy=energy, max_error=max_error, budget=budget)
-    update = fit(base, tuned, goal, seed=seed).update
-    assert isinstance(update, HRA)
-    return update
 
 
 def fit(base: Tensor, tuned: Tensor, goal: Goal, *, seed: int = 0, whole: bool = False) -> Fit:

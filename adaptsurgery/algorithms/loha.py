@@ -16,7 +16,7 @@ from __future__ import annotations
 
 import math
 from dataclasses import dataclass, replace
-from typing import Any, ClassVar
+from typing import ClassVar
 
 import torch
 from torch import Tensor, nn
@@ -24,11 +24,11 @@ from torch import Tensor, nn
 from adaptsurgery.algorithms.lora import LoRA, Truncation
 from adaptsurgery.core.config import LycorisConfig, Shapes, kaiming_
 from adaptsurgery.core.cost import Form, price
-from adaptsurgery.core.fit import Fit, Goal, cut_down, difference, error_of, rank_for
 from adaptsurgery.core.geometry import Layer
-from adaptsurgery.core.hadamard import nearest_product
-from adaptsurgery.core.scaling import full_norm, in_range, powers
 from adaptsurgery.core.update import Delta
+from adaptsurgery.nearest.goal import Fit, Goal, cut_down, difference, error_of, rank_for
+from adaptsurgery.nearest.hadamard import nearest_product
+from adaptsurgery.nearest.scaling import full_norm, in_range, powers
 
 HALF = 128 * 1024  # numbers of each half of Δ that are built at a time
 
@@ -212,24 +212,6 @@ def fit(base: Tensor, tuned: Tensor, goal: Goal, *, seed: int = 0) -> Fit:
         error_at=lambda rank: at(rank).error,
     )
     return replace(at(rank), notes=(*cut_down(goal, rank), *at(rank).notes))
-
-
-def extract(
-    base: Tensor,
-    tuned: Tensor,
-    *,
-    rank: int | None = None,
-    energy: float | None = None,
-    max_error: float | None = None,
-    budget: int | None = None,
-    seed: int = 0,
-    **own: Any,
-) -> LoHa:
-    """The update of ``fit``, with the goal given by its name; ``own`` options as there."""
-    goal = Goal(rank=rank, energy=energy, max_error=max_error, budget=budget)
-    found = fit(base, tuned, goal, seed=seed, **own).update
-    assert isinstance(found, LoHa)
-    return found
 
 
 def _fitted(delta: Tensor, exponent: int, rank: int, seed: int) -> Fit:

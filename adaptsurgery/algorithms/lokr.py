@@ -17,7 +17,7 @@ import math
 from collections.abc import Iterable
 from dataclasses import dataclass
 from functools import cached_property
-from typing import Any, ClassVar
+from typing import ClassVar
 
 import torch
 from torch import Tensor, nn
@@ -25,9 +25,11 @@ from torch import Tensor, nn
 from adaptsurgery.algorithms.lora import LoRA, Truncation, truncation
 from adaptsurgery.core.config import LycorisConfig, Shapes, kaiming_
 from adaptsurgery.core.cost import Form, price
-from adaptsurgery.core.fit import Fit, Goal, difference, error_of, norm_of, rank_for
 from adaptsurgery.core.geometry import Layer
-from adaptsurgery.core.kronecker import (
+from adaptsurgery.core.linalg import check_rank, factor_svd, split, tail_error
+from adaptsurgery.core.update import Delta, widest
+from adaptsurgery.nearest.goal import Fit, Goal, difference, error_of, norm_of, rank_for
+from adaptsurgery.nearest.kronecker import (
     Cut,
     LowRank,
     Tucker,
@@ -37,11 +39,9 @@ from adaptsurgery.core.kronecker import (
     outer_error,
     rearranged,
 )
-from adaptsurgery.core.linalg import check_rank, factor_svd, split, tail_error
-from adaptsurgery.core.scaling import full_norm, in_range, powers
-from adaptsurgery.core.update import Delta, widest
+from adaptsurgery.nearest.scaling import full_norm, in_range, powers
 from adaptsurgery_formats.errors import ValueRefused
-from adaptsurgery_formats.kronecker import (
+from adaptsurgery_formats.lokr_cuts import (
     FACTORIZATIONS,
     Storage,
     peft_factorization,
@@ -366,24 +366,6 @@ def fit(
     if goal.budget is not None:
         return min(found, key=lambda one: (one.error, one.parameters))
     return min(found, key=lambda one: (one.parameters, one.error))
-
-
-def extract(
-    base: Tensor,
-    tuned: Tensor,
-    *,
-    rank: int | None = None,
-    energy: float | None = None,
-    max_error: float | None = None,
-    budget: int | None = None,
-    seed: int = 0,
-    **own: Any,
-) -> LoKr:
-    """The update of ``fit``, with the goal given by its name; ``own`` options as there."""
-    goal = Goal(rank=rank, energy=energy, max_error=max_error, budget=budget)
-    found = fit(base, tuned, goal, seed=seed, **own).update
-    assert isinstance(found, LoKr)
-    return found
 
 
 def sweep(

@@ -4,7 +4,8 @@ Nothing here imports torch or numpy until a number has to be computed:
 
 - ``safetensors``: the strict header-only reader
 - ``writer``: the header as the safetensors library lays it out, and the data moved into place
-- ``finite``: NaN and infinity found in raw bytes
+- ``finite``: NaN and infinity found in raw bytes, and the rule for them
+- ``watched``: what is read, and whether it is still the same
 - ``atomic``: an output that is there in full or not at all
 - ``base``: what ``--base`` names, as components and modules
 - ``hub``: ``org/name`` turned into a local path

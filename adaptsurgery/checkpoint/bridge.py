@@ -82,8 +82,9 @@ def to_torch(tensor: Tensor) -> torch.Tensor:
     return torch.frombuffer(data, dtype=dtype).reshape(tensor.shape)
 
 
-def from_torch(t: torch.Tensor) -> Tensor:
-    """A torch tensor by reference; its bytes are taken when they are read.
+def from_torch(t: torch.Tensor, source: str = "") -> Tensor:
+    """A torch tensor by reference; its bytes are taken when they are read. ``source`` is the file
+    whose numbers they are, where nothing was computed.
 
     Raises ValueRefused for dtypes and layouts (sparse, quantised, nested, meta) that have no bytes to write.
     """
@@ -94,7 +95,7 @@ def from_torch(t: torch.Tensor) -> Tensor:
             seen=f"{'nested' if t.is_nested else t.layout}, {t.dtype}, on {t.device}",
             code="unknown-dtype",
         )
-    return Tensor(dtype_name(t.dtype), tuple(t.shape), (Held(t.detach()),))
+    return Tensor(dtype_name(t.dtype), tuple(t.shape), (Held(t.detach(), source),))
 
 
 def computed(dtype: str, shape: tuple[int, ...], thunk: Callable[[], torch.Tensor]) -> Tensor:
@@ -121,9 +122,10 @@ def _memory_of(t: torch.Tensor) -> memoryview:
 
 @dataclass(frozen=True, eq=False, slots=True)
 class Held:
-    """A torch tensor in memory as a Part."""
+    """A torch tensor in memory as a Part; ``source`` is the file that it was read from, if any."""
 
     tensor: torch.Tensor
+    source: str = ""
 
     @property
     def nbytes(self) -> int:
@@ -134,9 +136,9 @@ class Held:
 
     def window(self, start: int, stop: int) -> Part:
         size = self.tensor.element_size()
-        if start % size or stop % size or not self.tensor.is_contiguous():
+        if start % size or stop % size:
             return Literal(self.read()[start:stop])
-        return Held(self.tensor.reshape(-1)[start // size : stop // size])
+        return Held(self.tensor.reshape(-1)[start // size : stop // size], self.source)
 
     def read(self) -> bytes:
         return bytes(self.buffer())

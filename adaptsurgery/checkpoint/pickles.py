@@ -147,7 +147,7 @@ def _tensors(found: dict[Any, Any], where: str) -> dict[str, Tensor]:
     for key, value in found.items():
         try:
             _check_memory(value)
-            tensors[key] = from_torch(value)
+            tensors[key] = from_torch(value, where)
         except SurgeryError as error:
             code = "absurd-size" if error.code == "absurd-size" else "bad-file"
             raise FileError(

@@ -23,6 +23,7 @@ from typing import TYPE_CHECKING
 from adaptsurgery.checkpoint import system
 from adaptsurgery.checkpoint.bridge import torch_device, torch_dtype
 from adaptsurgery.checkpoint.failures import as_file_error
+from adaptsurgery.checkpoint.finite import Nonfinite
 from adaptsurgery.checkpoint.pool import about, run
 from adaptsurgery.checkpoint.safetensors import Span, cut_short
 from adaptsurgery.checkpoint.writer import Progress, layout, order
@@ -75,6 +76,7 @@ def write_stream(
     norms: bool = False,
     sync: bool = True,
     device: str = "cpu",
+    nonfinite: Nonfinite | None = None,
 ) -> dict[str, Norms]:
     """Write a new safetensors file; returns the norms of every edited tensor where ``norms``.
 
@@ -84,7 +86,8 @@ def write_stream(
     all and names the tensor; the file is left unfinished, for ``atomic.output`` to remove.
 
     Raises ValueRefused ("quantised-weight" for an edit or a cast of a dtype that is not F64, F32,
-    F16 or BF16, "non-finite" for an edit whose result is not finite or a cast that overflows),
+    F16 or BF16, "non-finite" for an edit or a cast whose result is not finite, unless ``nonfinite``
+    allows and counts it; bytes that only move are not looked at),
     ShapeError where parts or an edit do not make up the shape, FileError ("output-exists",
     "no-space", "not-writable"), and what sources and edits raise.
     """
@@ -97,11 +100,15 @@ def write_stream(
     where_changed = torch_device(device) if device != "cpu" else None
     with _Target(where, size, progress) as target, _Sources() as sources:
         target.write(head, 0)
-        plan = _Plan(target, sources, compute, norms, where_changed)
+        allowed = nonfinite is not None and nonfinite.allowed
+        plan = _Plan(target, sources, compute, norms, where_changed, allowed)
         jobs = plan.jobs({key: entries[key] for key in order(outputs)}, len(head))
         run(jobs, partial(_Desk, where_changed), workers)
         if sync:
             target.sync()
+    if nonfinite is not None:
+        for key, count in plan.nonfinite:
+            nonfinite.computed[key] += count
     return plan.norms()
 
 
@@ -165,9 +172,12 @@ class _Plan:
         compute: str,
         measured: bool,
         device: torch.device | None,
+        allowed: bool = False,
     ) -> None:
         self.target, self.sources = target, sources
         self.compute, self.measured, self.device = compute, measured, device
+        self.allowed = allowed
+        self.nonfinite: list[tuple[str, int]] = []
         self.pieces: list[tuple[int, str, Norms]] = []
 
     def norms(self) -> dict[str, Norms]:
@@ -293,7 +303,9 @@ class _Change:
         stride = min(stop - start, stride_of(self.columns))
         scratch = desk.wide("block", stride, self.columns, self.compute)
         norms = self._norms()
-        change_rows(self.edit, source, target, start, scratch, norms)
+        allowed = self.plan.allowed
+        bad = change_rows(self.edit, source, target, start, scratch, norms, allowed=allowed)
+        self._count(bad)
         self._write(target, start, norms)
 
     def _together(self, desk: _Desk, start: int, stop: int) -> None:
@@ -311,8 +323,12 @@ class _Change:
             if norms is not None:
                 norms.take(self._read(desk, a, b), block, self.out)
             target = desk.numbers("out", b - a, self.columns, self.out)
-            settle(block, target, True, a)
+            self._count(settle(block, target, a, allowed=self.plan.allowed))
             self._write(target, a, norms)
+
+    def _count(self, bad: int) -> None:
+        if bad:
+            self.plan.nonfinite.append((self.key, bad))
 
     def _read(self, desk: _Desk, start: int, stop: int) -> torch.Tensor:
         """Stored rows [start, stop)."""

@@ -19,6 +19,7 @@ from io import BufferedReader, FileIO
 from pathlib import PureWindowsPath
 from typing import Any, BinaryIO
 
+from adaptsurgery.checkpoint.watched import note
 from adaptsurgery_formats.errors import FileError
 from adaptsurgery_formats.paths import is_device
 
@@ -58,10 +59,12 @@ def open_input(path: Path) -> int:
             raise not_a_file(path) from error
         raise
     try:
-        _check_regular(os.fstat(fd).st_mode, path)
+        described = os.fstat(fd)
+        _check_regular(described.st_mode, path)
     except BaseException:
         os.close(fd)
         raise
+    note(path, described)
     return fd
 
 

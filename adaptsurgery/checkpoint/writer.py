@@ -9,14 +9,24 @@ from __future__ import annotations
 
 import json
 import os
+from bisect import bisect_right
 from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass
+from itertools import accumulate
 from queue import Queue
 from threading import Thread
 
 from adaptsurgery.checkpoint import system
 from adaptsurgery.checkpoint.failures import as_file_error
-from adaptsurgery.checkpoint.finite import BLOCK, cut, first_nonfinite, scanned, whole_numbers
+from adaptsurgery.checkpoint.finite import (
+    BLOCK,
+    Nonfinite,
+    cut,
+    marks_of,
+    scanned,
+    whole_numbers,
+    width_of,
+)
 from adaptsurgery.checkpoint.safetensors import Span, cut_short
 from adaptsurgery_formats.errors import FileError, ShapeError, ValueRefused
 from adaptsurgery_formats.tensors import DTYPE_BITS, Part, Tensor, total_bytes
@@ -61,12 +71,14 @@ def write_safetensors(
     metadata: Mapping[str, str] | None = None,
     *,
     check_finite: bool = True,
+    nonfinite: Nonfinite | None = None,
     progress: Progress | None = None,
 ) -> None:
     """Write a new safetensors file; ``progress`` is called with each count of bytes written.
 
     The file must not exist yet: ``atomic.output`` gives the path to write to, and takes it away
-    again on an error. Raises ValueRefused ``non-finite`` for a NaN or an infinity, ShapeError if
+    again on an error. Raises ValueRefused ``non-finite`` for a NaN or an infinity, or counts it in
+    ``nonfinite`` by the rule there; ShapeError if
     a tensor's parts do not make up its shape, FileError
     ``output-exists``, ``no-space``, ``not-writable``, and what the parts' sources raise.
     """
@@ -83,8 +95,9 @@ def write_safetensors(
         with _Sources() as sources, _Behind(fd, where) as behind:
             head = layout(tensors, metadata)
             behind.write(head)
+            finite = _Finite(tensors, where, nonfinite)
             for run in _runs(tensors, check_finite):
-                _write_run(behind, run, sources, tensors, tell)
+                _write_run(behind, run, sources, finite, tell)
         _check_size(fd, len(head) + total_bytes(tensors.values()), where)
     finally:
         os.close(fd)
@@ -148,7 +161,7 @@ def _write_run(
     behind: _Behind,
     run: _Run,
     sources: _Sources,
-    tensors: Mapping[str, Tensor],
+    finite: _Finite,
     tell: Progress,
 ) -> None:
     if isinstance(run.part, Span):
@@ -157,9 +170,9 @@ def _write_run(
         blocks = cut(run.part)
     at = run.at
     for block in blocks:
-        found = first_nonfinite(run.dtype, block) if run.dtype else -1
-        if found >= 0:
-            raise _non_finite(tensors, at + found, behind.where)
+        marks = marks_of(run.dtype, block) if run.dtype else None
+        if marks is not None:
+            finite.take(run, at, marks)
         behind.write(block)
         at += len(block)
         tell(len(block))
@@ -278,15 +291,48 @@ class _Behind:
             raise as_file_error(error, self.where, writing=True) from error
 
 
-def _non_finite(tensors: Mapping[str, Tensor], position: int, where: str) -> ValueRefused:
-    """The error for a NaN or an infinity at a byte position in the data of the output."""
-    start = 0
-    for key in order(tensors):
-        t = tensors[key]
-        if position < start + t.nbytes:
-            break
-        start += t.nbytes
-    return non_finite_error(key, t, (position - start) * t.numel // t.nbytes, where)
+class _Finite:
+    """NaN and infinity on their way into a file: counted by the tensor, or refused."""
+
+    def __init__(
+        self, tensors: Mapping[str, Tensor], where: str, nonfinite: Nonfinite | None
+    ) -> None:
+        self.tensors, self.where, self.nonfinite = tensors, where, nonfinite
+        self.keys: list[str] = []
+        self.ends: list[int] = []  # of each tensor's bytes in the data, once there is a need
+
+    def take(self, run: _Run, at: int, marks: bytes) -> None:
+        """The ``marks`` of a block that begins ``at`` bytes into the output's data."""
+        width = width_of(run.dtype)
+        if self.nonfinite is None or not (self.nonfinite.allowed or _is_copied(run.part)):
+            raise self._error(at + marks.find(1) * width)
+        counts = self.nonfinite.copied if _is_copied(run.part) else self.nonfinite.computed
+        start = 0
+        while (start := marks.find(1, start)) >= 0:
+            key, end = self._tensor_at(at + start * width)
+            stop = (end - at) // width
+            counts[key] += marks[start:stop].count(1)
+            start = stop
+
+    def _tensor_at(self, position: int) -> tuple[str, int]:
+        """The tensor that a byte of the data belongs to, and where its bytes end."""
+        if not self.keys:
+            self.keys = order(self.tensors)
+            self.ends = list(accumulate(self.tensors[key].nbytes for key in self.keys))
+        number = bisect_right(self.ends, position)
+        return self.keys[number], self.ends[number]
+
+    def _error(self, position: int) -> ValueRefused:
+        """The error for a NaN or an infinity at a byte position in the data of the output."""
+        key, end = self._tensor_at(position)
+        tensor = self.tensors[key]
+        index = (position - end + tensor.nbytes) * tensor.numel // tensor.nbytes
+        return non_finite_error(key, tensor, index, self.where)
+
+
+def _is_copied(part: Part) -> bool:
+    """Whether a part's numbers are a file's own, and were not computed."""
+    return isinstance(part, Span) or bool(getattr(part, "source", ""))
 
 
 def non_finite_error(key: str, tensor: Tensor, index: int, where: str = "") -> ValueRefused:
@@ -300,7 +346,8 @@ def non_finite_error(key: str, tensor: Tensor, index: int, where: str = "") -> V
         f"`{key}` holds NaN or infinity",
         where=where,
         seen=f"the first at index {place} of {tensor.dtype} {list(tensor.shape)}",
-        next="the file comes from a run that diverged or overflowed; no surgery mends it",
+        next="it comes from a run that diverged or overflowed, and no surgery mends it; "
+        "commands that write take --allow-nonfinite",
         code="non-finite",
     )
 

@@ -9,7 +9,7 @@ import click
 from adaptsurgery.cli import options, output
 
 if TYPE_CHECKING:
-    from adaptsurgery.jobs.report import Report
+    from adaptsurgery.adapters.report import Report
 
 
 @click.command()
@@ -20,6 +20,7 @@ if TYPE_CHECKING:
 @click.option("--rank", type=click.IntRange(min=1), help="Truncate to this rank, optimally.")
 @click.option("--allow-lossy", is_flag=True, help="Accept what --rank loses; it is told.")
 @click.option("--allow-zero", is_flag=True, help="Write zeros where everything cancels.")
+@options.ALLOW_NONFINITE
 @options.OVERWRITE
 @options.NO_HASHES
 @options.DRY_RUN
@@ -33,6 +34,7 @@ def command(
     rank: int | None,
     allow_lossy: bool,
     allow_zero: bool,
+    allow_nonfinite: bool,
     overwrite: bool,
     no_hashes: bool,
     dry_run: bool,
@@ -60,6 +62,7 @@ def command(
             rank=rank,
             allow_lossy=allow_lossy,
             allow_zero=allow_zero,
+            allow_nonfinite=allow_nonfinite,
             overwrite=overwrite,
             dry_run=dry_run,
             hashes=not no_hashes,
@@ -77,6 +80,7 @@ def command(
 )
 @options.TO
 @options.BASE
+@options.ALLOW_NONFINITE
 @options.OVERWRITE
 @options.NO_HASHES
 @options.DRY_RUN
@@ -89,6 +93,7 @@ def resize_command(
     energy: float | None,
     to: str | None,
     base: str | None,
+    allow_nonfinite: bool,
     overwrite: bool,
     no_hashes: bool,
     dry_run: bool,
@@ -115,6 +120,7 @@ def resize_command(
             energy=energy,
             to=to,
             base=base,
+            allow_nonfinite=allow_nonfinite,
             overwrite=overwrite,
             dry_run=dry_run,
             hashes=not no_hashes,

@@ -9,7 +9,7 @@ import click
 from adaptsurgery.cli import options, output
 
 if TYPE_CHECKING:
-    from adaptsurgery.jobs.report import Report
+    from adaptsurgery.adapters.report import Report
 
 
 @click.command()
@@ -30,6 +30,7 @@ if TYPE_CHECKING:
 )  # fmt: skip
 @click.option("--rank", type=click.IntRange(min=1), help="With --as lora: the highest rank.")
 @click.option("--allow-lossy", is_flag=True, help="Accept approximations; their errors are told.")
+@options.ALLOW_NONFINITE
 @click.option(
     "--prefix",
     default="",
@@ -49,6 +50,7 @@ def command(
     algorithm: str | None,
     rank: int | None,
     allow_lossy: bool,
+    allow_nonfinite: bool,
     prefix: str,
     overwrite: bool,
     no_hashes: bool,
@@ -82,6 +84,7 @@ def command(
             algorithm=algorithm,
             rank=rank,
             allow_lossy=allow_lossy,
+            allow_nonfinite=allow_nonfinite,
             prefix=prefix,
             overwrite=overwrite,
             dry_run=dry_run,

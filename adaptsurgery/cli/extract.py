@@ -7,10 +7,10 @@ from typing import TYPE_CHECKING, Any
 import click
 
 from adaptsurgery.cli import output
-from adaptsurgery.cli.options import TARGETS, Extractable
+from adaptsurgery.cli.options import ALLOW_NONFINITE, TARGETS, Extractable
 
 if TYPE_CHECKING:
-    from adaptsurgery.jobs.report import Report
+    from adaptsurgery.adapters.report import Report
 
 INTERRUPTED = 130
 
@@ -20,7 +20,7 @@ def _ranks(ctx: click.Context, param: click.Parameter, value: tuple[str, ...]) -
     found = {}
     for text in value:
         name, sign, number = text.rpartition("=")
-        if not sign or not name or not number.isdigit() or not int(number):
+        if not sign or not name or not number.isdecimal() or not int(number):
             raise click.BadParameter(f"{text!r} is not NAME=N", ctx, param)
         found[name] = int(number)
     return found
@@ -75,6 +75,7 @@ def _ranks(ctx: click.Context, param: click.Parameter, value: tuple[str, ...]) -
 @click.option("--compare", is_flag=True, help="Measure the other algorithms at the same size.")
 @click.option("--report", metavar="FILE", help="A page to look at, .html, or all figures, .json.")
 @click.option("--allow-empty", is_flag=True, help="Write zeros where nothing differs.")
+@ALLOW_NONFINITE
 @click.option("--overwrite", is_flag=True, help="Replace OUT if it is there.")
 @click.option("--dry-run", is_flag=True, help="Plan and tell, from headers alone.")
 @click.option("--workers", type=click.IntRange(min=1), default=2, show_default=True)

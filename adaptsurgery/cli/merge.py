@@ -4,28 +4,34 @@ from __future__ import annotations
 
 import re
 from collections.abc import Callable
+from fractions import Fraction
 from typing import TYPE_CHECKING, Any, TypeVar
 
 import click
 
-from adaptsurgery.cli import output
+from adaptsurgery.cli import options, output
 
 if TYPE_CHECKING:
-    from adaptsurgery.jobs.report import Report
+    from adaptsurgery.adapters.report import Report
 
 INTERRUPTED = 130
 _F = TypeVar("_F", bound=Callable[..., Any])
 
 
 def _size(ctx: click.Context, param: click.Parameter, value: str | None) -> int | None:
-    """A number of bytes: 5GB, 500MB, 2GiB."""
+    """A number of bytes: 5GB, 500MB, 2GiB; a part of a byte is dropped, and less than one refused."""
     if value is None:
         return None
-    found = re.fullmatch(r"(\d+(?:\.\d+)?)\s*([KMGT]?)(i?)B?", value.strip(), re.I)
-    if not found or not float(found[1]):
+    parts = re.fullmatch(
+        r"([0-9]{1,20}(?:\.[0-9]{1,20})?)\s*(?:([KMGT])(i?))?B?", value.strip(), re.I
+    )
+    size = 0
+    if parts:
+        power = "KMGT".find(parts[2].upper()) + 1 if parts[2] else 0
+        size = int(Fraction(parts[1]) * (1024 if parts[3] else 1000) ** power)
+    if not size:
         raise click.BadParameter(f"{value!r} is no size; 5GB, 500MB, 2GiB", ctx, param)
-    power = "KMGT".find(found[2].upper()) + 1 if found[2] else 0
-    return int(float(found[1]) * (1024 if found[3] else 1000) ** power)
+    return size
 
 
 def _options(command: _F) -> _F:
@@ -52,6 +58,7 @@ _COMMON = (
     click.option("--device", default="cpu", show_default=True, help="Where to fold."),
     click.option("--max-shard-size", callback=_size, metavar="SIZE", help="Deal the shards anew: 5GB."),
     click.option("--allow-unmatched", is_flag=True, help="Leave out modules that BASE lacks."),
+    options.ALLOW_NONFINITE,
     click.option(
         "--skip-links", is_flag=True,
         help="Leave out files of BASE that are links to places outside of it.",

@@ -37,4 +37,9 @@ NO_HASHES = click.option(
     "--no-hashes", is_flag=True, help="Leave out kohya's sshs hashes (a second reading)."
 )
 DRY_RUN = click.option("--dry-run", is_flag=True, help="Do everything but write.")
+ALLOW_NONFINITE = click.option(
+    "--allow-nonfinite",
+    is_flag=True,
+    help="Write NaN and infinity that are computed; they are told.",
+)
 QUIET = click.option("-q", "--quiet", is_flag=True, help="Print nothing but errors.")

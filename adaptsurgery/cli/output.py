@@ -14,7 +14,7 @@ import click
 if TYPE_CHECKING:
     from collections.abc import Iterator
 
-    from adaptsurgery.jobs.report import Row
+    from adaptsurgery.adapters.report import Row
 
 _F = TypeVar("_F", bound=Callable[..., Any])
 _SHOWN = 10  # rows in the text; --json has them all

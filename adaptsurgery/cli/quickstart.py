@@ -11,7 +11,7 @@ import click
 from adaptsurgery.cli import output
 
 if TYPE_CHECKING:
-    from adaptsurgery.jobs.report import Report
+    from adaptsurgery.adapters.report import Report
 
 _HEADS = (
     "adapter", "rank", "numbers", "file", "loss", "‖ΔW‖/‖W‖", "around", "ΔW off", "as LoRA"
@@ -46,7 +46,7 @@ def command(
     nothing is downloaded. The files stay in DIR, which must be new or empty; without
     one they are removed. Exit code 1 if anything does not agree.
     """
-    from adaptsurgery.jobs.quickstart import quickstart
+    from adaptsurgery.quickstart import quickstart
 
     silent = quiet or as_json
     report = quickstart(folder, base=base, small=small, seed=seed, tell=_hush if silent else _say)

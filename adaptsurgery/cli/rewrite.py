@@ -9,7 +9,7 @@ import click
 from adaptsurgery.cli import output
 
 if TYPE_CHECKING:
-    from adaptsurgery.jobs.report import Report
+    from adaptsurgery.adapters.report import Report
 
 
 @click.command()
@@ -27,7 +27,11 @@ if TYPE_CHECKING:
     help="Beside the layer, or folded into its weight on every call.",
 )  # fmt: skip
 @click.option("--base", metavar="BASE", help="Where flat names are looked up, if not in the program.")  # fmt: skip
-@click.option("--seed", type=int, help="With --config: of the initial values.")
+@click.option(
+    "--seed",
+    type=click.IntRange(-(1 << 63), (1 << 64) - 1),
+    help="With --config: of the initial values.",
+)
 @click.option(
     "--table",
     is_flag=True,

@@ -9,7 +9,7 @@ import click
 from adaptsurgery.cli import output
 
 if TYPE_CHECKING:
-    from adaptsurgery.jobs.report import Report
+    from adaptsurgery.adapters.report import Report
     from adaptsurgery_formats.errors import SurgeryError
 
 
@@ -56,7 +56,8 @@ def command(
     """
     second = _second(first, others)
     _check_usage(second, base, adapters, inverse or allow_unmatched or dequantize)
-    from adaptsurgery.jobs.verify import VerificationError, verify
+    from adaptsurgery.adapters.comparing import VerificationError
+    from adaptsurgery.jobs.verify import verify
 
     try:
         if second is not None:

@@ -35,6 +35,7 @@ from adaptsurgery.core.update import (
     parts_of,
     two_renorms,
     wide_for,
+    wide_for_scale,
     widest,
 )
 from adaptsurgery_formats.errors import InexactError, ShapeError, ValueRefused
@@ -205,6 +206,7 @@ def edit_of(
     stacked = len(shape) > 1 and any(place.expert is not None for place, _ in found)
     rows = math.prod(shape[: 2 if stacked else 1])
     columns = math.prod(shape[2 if stacked else 1 :])
+    compute = _for_scales(compute, [part for _, part in found], device)
     ready = _Building(shape, compute, device, inverse)
     inner = [(place, part.plain) for place, part in found if part.plain is not part]
     placed = sorted([*found, *inner], key=lambda one: order_of(one[1]))
@@ -217,6 +219,17 @@ def edit_of(
     unit = unit if any(s.whole for s in steps) else 1
     turns = any(order_of(part) is not Order.ADD for _, part in placed)
     return BlockEdit(rows, columns, unit, steps, compute, turns)
+
+
+def _for_scales(
+    compute: torch.dtype, parts: Iterable[Update], device: torch.device | None
+) -> torch.dtype:
+    """``compute``, or float64 where one of the scales needs it."""
+    for part in parts:
+        delta = part.inner if isinstance(part, Renorm) else part
+        if isinstance(delta, Delta):
+            compute = wide_for_scale(compute, delta.scale, device)
+    return compute
 
 
 def edit_for(
@@ -515,17 +528,21 @@ def change_rows(
     start: int,
     scratch: Tensor,
     norms: Norms | None = None,
-) -> None:
+    *,
+    allowed: bool = False,
+) -> int:
     """Rows [start, start + n) from ``source`` (n, columns) edited into ``target``, rounded once.
 
     For edits that are not ``whole``; None only rounds. Both may be the same memory. ``scratch``
     (at least ``edit.stride``, columns) has the compute dtype, and what it holds stays in cache.
-    ``norms`` (new ones) gets all blocks. Raises ValueRefused "non-finite".
+    ``norms`` (new ones) gets all blocks. Returns how many numbers are not finite, which is a
+    ValueRefused "non-finite" unless ``allowed``.
     """
     stop = start + source.shape[0]
     steps = [] if edit is None else edit.between(start, stop)
     stride = scratch.shape[0]
     narrow = scratch.float() if edit is not None and edit.narrow else scratch
+    bad = 0
     for part, here in zip(torch.split(source, stride), torch.split(target, stride)):
         block, ends = scratch[: part.shape[0]], narrow[: part.shape[0]]
         ends.copy_(part)
@@ -536,30 +553,40 @@ def change_rows(
             run_steps(steps, (block,), start)
         if norms is not None:
             norms.take(part, ends, target.dtype)
-        settle(ends, here, edit is not None, start)
+        bad += settle(ends, here, start, allowed=allowed)
         start += stride
+    return bad
 
 
-def settle(block: Tensor, target: Tensor, edited: bool, start: int = 0) -> None:
-    """Round ``block`` into ``target``, and refuse what is not finite there: "non-finite".
+def settle(block: Tensor, target: Tensor, start: int = 0, *, allowed: bool = False) -> int:
+    """Round ``block`` into ``target``; how many numbers are not finite there.
 
-    A cast that was not edited may hand on what was not finite before.
+    Unless that is ``allowed`` they are a ValueRefused "non-finite", edited or only cast.
     """
     round_into(target, block)
-    flat = block.view(-1)
+    return check_rows(target, block, start, allowed=allowed)
+
+
+def check_rows(target: Tensor, block: Tensor, start: int = 0, *, allowed: bool = False) -> int:
+    """How many numbers of ``target`` are not finite, in rows from ``start`` on, computed as ``block``.
+
+    Raises ValueRefused "non-finite" for one unless that is ``allowed``.
+    """
+    flat = block.reshape(-1)
     double = target.dtype == torch.float64
     most = math.inf if double else float(torch.finfo(target.dtype).max) ** 2
     if float(flat.dot(flat)) < most:
-        return  # no number is larger than the norm
+        return 0  # no number is larger than the norm
     bad = ~target.isfinite()
-    if not edited:
-        bad &= block.isfinite().to(bad.device)
-    if bool(bad.any()):
+    count = int(bad.sum())
+    if count and not allowed:
         row, column = (int(n) for n in bad.nonzero()[0])
         raise ValueRefused(
             "the result is not finite",
             seen=f"{float(block[row, column]):g} in row {start + row}, column {column}, "
             f"for {str(target.dtype).removeprefix('torch.')}",
-            next="a wider --dtype, if it only overflows; else base or adapter are broken",
+            next="a wider --dtype, if it only overflows; else base or adapter are broken, and "
+            "--allow-nonfinite writes it as it comes",
             code="non-finite",
         )
+    return count

@@ -269,6 +269,10 @@ class AdapterConfig(ABC, metaclass=_Checked):
     ) -> None:
         """Give the tensors their initial values, in place. ValueRefused where there are none."""
 
+    def for_module(self, name: str) -> AdapterConfig:
+        """The config as it is for the module ``name``, where its name says more than rank and alpha."""
+        return self
+
     def blank(
         self,
         shape: tuple[int, ...],

@@ -26,12 +26,14 @@ from adaptsurgery.core.cost import Form, cheapest, folding
 from adaptsurgery.core.geometry import Layer
 from adaptsurgery.core.law import Order, in_order, order_of, unknown_update
 from adaptsurgery.core.rounding import round_into, rounded
+from adaptsurgery.core.strength import times
 from adaptsurgery_formats.errors import InexactError, ShapeError, ValueRefused
 from adaptsurgery_formats.traits import traits_of
 
 U = TypeVar("U", bound="Update")
 Gates = Tensor | Sequence[Tensor | None] | None
 BLOCK = 32 * 1024  # numbers in a block of rows: 128 KiB of float32 stays in cache
+_LEAST = 2.0**-32  # of the scales that are multiplied in float32, and their inverse the most
 LINE = 32  # rows at least, so that a block of a transposed weight still fills cache lines
 
 
@@ -167,7 +169,7 @@ class Delta(Update):
     @property
     def extent(self) -> tuple[int, int]:
         """Δ as a matrix: (o, i·∏k)."""
-        return traits_of(self.name).extent(self._shapes())
+        return traits_of(self.name).extent(self._shapes(), {})
 
     @property
     def kernel(self) -> tuple[int, ...] | None:
@@ -243,7 +245,7 @@ class Delta(Update):
 
     def folded(self, weight: Tensor, gate: Tensor | None = None) -> Tensor:
         self.check_fits(weight.shape)
-        wide = compute_dtype(weight)
+        wide = wide_for_scale(compute_dtype(weight), self.scale, weight.device)
         matrix = self.cast(wide, weight.device).flat().matrix()
         change = gated(self.scale * matrix.reshape(weight.shape), gate)
         return (weight.to(wide) + change).to(weight.dtype)
@@ -257,6 +259,7 @@ class Delta(Update):
     def _shift(self, weight: Tensor, factor: float, compute: torch.dtype | None) -> Tensor:
         """W + factor·Δ, a block of rows at a time."""
         wide = compute_dtype(weight, compute)
+        wide = wide_for_scale(wide, factor, weight.device)
         self.check_fits(weight.shape)
         ready = self.prepared(wide, weight.device)
 
@@ -337,7 +340,7 @@ class Delta(Update):
         return folding(build, math.prod(self.extent), positions, training)
 
     def scaled(self, weight: float) -> Self:
-        return self if weight == 1.0 else replace(self, scale=self.scale * weight)
+        return self if weight == 1.0 else replace(self, scale=times(weight, self.scale))
 
     def wide_dtype(self) -> torch.dtype:
         """float64 where a factor is, else float32."""
@@ -535,7 +538,7 @@ class Scaling(Update):
             raise ShapeError(f"{self.name}: factors of {count} {side} for a weight {list(shape)}")
 
     def scaled(self, weight: float) -> Self:
-        return self if weight == 1.0 else replace(self, scale=self.scale * weight)
+        return self if weight == 1.0 else replace(self, scale=times(weight, self.scale))
 
     def folded(self, weight: Tensor, gate: Tensor | None = None) -> Tensor:
         self.check_fits(weight.shape)
@@ -781,6 +784,13 @@ def _in_order(
             others.append(layer.forward(seen, new - now, None))
         now = new
     return sum(others, layer.forward(x, for_x, bias))
+
+
+def wide_for_scale(
+    wide: torch.dtype, scale: float, device: torch.device | None = None
+) -> torch.dtype:
+    """``wide``, or float64 for a scale that leaves float32 no room for its products."""
+    return wide if scale == 0 or _LEAST <= abs(scale) <= 1 / _LEAST else widest(device)
 
 
 def tracked(*tensors: Tensor) -> bool:

@@ -336,7 +336,7 @@ def _chosen(
     config = made.config
     found: dict[str, tuple[Update, AdapterConfig | None]] = {}
     for site, target in made.placed:
-        update = config.fresh(
+        update = config.for_module(target.name).fresh(
             site.shape,
             rank=target.rank,
             alpha=target.alpha,

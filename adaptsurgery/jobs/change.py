@@ -12,10 +12,11 @@ from collections.abc import Callable
 from dataclasses import replace
 from typing import TYPE_CHECKING
 
-from adaptsurgery.jobs.loading import Loaded
-from adaptsurgery.jobs.lowrank import hides_kernel, in_place_of, is_low_rank, low_rank_update
-from adaptsurgery.jobs.report import some
-from adaptsurgery.jobs.updates import base_weight, update_of
+from adaptsurgery.adapters.comparing import EXACT
+from adaptsurgery.adapters.loading import Loaded
+from adaptsurgery.adapters.lowrank import hides_kernel, in_place_of, is_low_rank, low_rank_update
+from adaptsurgery.adapters.report import some
+from adaptsurgery.adapters.updates import base_weight, update_of
 from adaptsurgery_formats import AdapterState, ModuleState
 from adaptsurgery_formats.errors import InexactError, LayoutError
 from adaptsurgery_formats.state import UNSCALED
@@ -24,8 +25,6 @@ from adaptsurgery_formats.traits import traits_of
 
 if TYPE_CHECKING:
     from adaptsurgery.algorithms import LoRA, LowRank
-
-EXACT = 1e-6  # relative error of ΔW up to which a rewriting counts as float32 rounding
 
 
 def as_lora(

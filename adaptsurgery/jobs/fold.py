@@ -17,6 +17,8 @@ from typing import cast
 import torch
 from torch import Tensor, nn
 
+from adaptsurgery.adapters.adapter import Adapter, load, shapes_of
+from adaptsurgery.adapters.report import Report, Row
 from adaptsurgery.algorithms.full import Norm
 from adaptsurgery.checkpoint.bridge import to_torch
 from adaptsurgery.checkpoint.pool import about, run
@@ -25,14 +27,14 @@ from adaptsurgery.core.blocks import (
     Place,
     change_rows,
     check_places,
+    check_rows,
     edit_for,
     edit_of,
     settle,
 )
 from adaptsurgery.core.geometry import Layer
 from adaptsurgery.core.update import Update, parts_of
-from adaptsurgery.jobs.adapter import Adapter, load, shapes_of
-from adaptsurgery.jobs.report import Report, Row
+from adaptsurgery.jobs.values import check_whole
 from adaptsurgery_formats import Note
 from adaptsurgery_formats.errors import (
     InexactError,
@@ -69,7 +71,7 @@ def fold(
 
     Raises, before anything is changed, NameLookupError ("unknown-module") for modules that the model
     does not have, ShapeError, ValueRefused ("quantised-weight", "no-weight", "two-renorms",
-    "not-on-device"); and while it changes, ValueRefused "non-finite" where float16 overflows.
+    "not-on-device"); and while it changes, ValueRefused "non-finite" where the result overflows.
     """
     return _run("fold", model, adapter, weight, compute, component, workers)
 
@@ -101,6 +103,8 @@ def _run(
     component: str | None,
     workers: int | None,
 ) -> Report:
+    if workers is not None:
+        check_whole("workers", workers)
     work = _Work(model, compute, inverse=job == "unfold")
     for one, strength in _pairs(adapter, weight):
         work.take(one, strength, component)
@@ -306,10 +310,11 @@ def _in_place(name: str, edit: BlockEdit, rows: Tensor, start: int, _: object) -
     with about(name):
         if rows.dtype == edit.compute:
             edit.apply(rows, start)
+            check_rows(rows, rows, start)
         elif edit.whole:
             changed = rows.to(edit.compute)
             edit.apply(changed, start)
-            settle(changed, rows, True, start)
+            settle(changed, rows, start)
         else:
             stride = min(rows.shape[0], edit.stride)
             scratch = torch.empty((stride, edit.columns), dtype=edit.compute, device=rows.device)
@@ -322,7 +327,7 @@ def _as_copy(name: str, edit: BlockEdit, stored: Tensor, _: object) -> None:
         changed = stored.to(edit.compute).contiguous().view(edit.rows, edit.columns)
         edit.apply(changed)
         out = torch.empty(changed.shape, dtype=stored.dtype, device=stored.device)
-        settle(changed, out, True)
+        settle(changed, out)
         stored.copy_(out.view(stored.shape))
 
 
@@ -343,6 +348,7 @@ def _saved(adapter: Mapping[str, Update], component: str | None) -> dict[str, Te
         if component is None or not several or name == component:
             prefix = f"{name}." if several and component is None else ""
             found.update({prefix + key: to_torch(tensor) for key, tensor in tensors.items()})
+    adapter.check_unchanged()
     return found
 
 

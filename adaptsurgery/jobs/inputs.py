@@ -12,6 +12,8 @@ from adaptsurgery.checkpoint import system
 from adaptsurgery.checkpoint.base import PICKLES, Base, BaseFile, find_weights, read_base
 from adaptsurgery.checkpoint.failures import as_file_error
 from adaptsurgery.checkpoint.hub import base_headers, resolve
+from adaptsurgery.checkpoint.watched import changed, note
+from adaptsurgery.jobs.values import is_whole
 from adaptsurgery_formats.errors import FileError, ValueRefused
 
 
@@ -74,25 +76,34 @@ def base_input(base: Base, file: BaseFile) -> Input:
     return Input(str(Path(path).resolve()), told.st_size, digest, told.st_mtime_ns)
 
 
+def beside_input(base: Base, name: str) -> Input:
+    """A file beside the base's weights: its config, index, tokenizer, by size and time alone."""
+    assert base.folder is not None
+    path = base.folder / name
+    if not base.local:
+        return Input(str(path), 0, "", 0)
+    try:
+        stat = os.stat(path)
+    except OSError as error:
+        raise as_file_error(error, path, writing=False) from error
+    note(path, stat)
+    return Input(str(path.resolve()), stat.st_size, "", stat.st_mtime_ns)
+
+
 def check_inputs(inputs: Iterable[Input]) -> None:
     """Every input as it was when the plan was made, by size and time; FileError ``input-changed``."""
     for given in inputs:
         try:
-            told = os.stat(given.path)
+            stat = os.stat(given.path)
         except OSError as error:
-            raise as_file_error(error, given.path, writing=False) from error
-        if (told.st_size, told.st_mtime_ns) != (given.size, given.modified):
-            raise FileError(
-                "it has changed since the plan was made",
-                where=given.path,
-                next="plan again",
-                code="input-changed",
-            )
+            raise changed(given.path, error.strerror or str(error)) from error
+        if (stat.st_size, stat.st_mtime_ns) != (given.size, given.modified):
+            raise changed(given.path)
 
 
 def check_part(index: int, count: int) -> tuple[int, int]:
     """(index, count) of a part of a plan; raises ValueRefused where there is no such part."""
-    if count < 1 or not 0 <= index < count:
+    if not is_whole(count) or not is_whole(index, 0, count - 1):
         raise ValueRefused(
             f"there is no part {index} of {count}",
             next="--shard-index from 0 to --num-shards − 1",

@@ -14,14 +14,17 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import TYPE_CHECKING
 
+from adaptsurgery.adapters import lowrank
+from adaptsurgery.adapters.comparing import EXACT
+from adaptsurgery.adapters.loading import Loaded
+from adaptsurgery.adapters.lowrank import Spec, in_naming, lora_form, with_factors
+from adaptsurgery.adapters.report import Report, Row
+from adaptsurgery.adapters.rewritings import stored
+from adaptsurgery.adapters.updates import is_nonfinite_allowed, nonfinite_allowed, nonfinite_of
+from adaptsurgery.adapters.writing import Progress, check_paths, writable, write_adapter
 from adaptsurgery.checkpoint.bridge import from_torch, torch_dtype
-from adaptsurgery.jobs import lowrank
-from adaptsurgery.jobs.change import EXACT, note_kernels
-from adaptsurgery.jobs.convert import Progress, check_paths, writable, write_adapter
-from adaptsurgery.jobs.loading import Loaded
-from adaptsurgery.jobs.lowrank import Spec, in_naming, lora_form, with_factors
-from adaptsurgery.jobs.report import Report, Row
-from adaptsurgery.jobs.steps import stored
+from adaptsurgery.jobs.change import note_kernels
+from adaptsurgery.jobs.values import is_whole
 from adaptsurgery_formats import ModuleState, Tensor
 from adaptsurgery_formats.errors import LayoutError, ShapeError, ValueRefused
 from adaptsurgery_formats.traits import traits_of
@@ -41,6 +44,7 @@ def resize(
     to: str | None = None,
     base: Spec | None = None,
     layout: str | None = None,
+    allow_nonfinite: bool = False,
     overwrite: bool = False,
     dry_run: bool = False,
     hashes: bool = True,
@@ -55,7 +59,8 @@ def resize(
 
     ``to`` is the layout to write, the source's by default; ``base`` gives the module list. The
     report has each module's rank before and after and its relative error, 1e-6 and less being
-    float32's rounding. Raises LayoutError ("rank-or-energy"), ValueRefused ("bad-energy"), and
+    float32's rounding. A module that is to be cut and is not finite is refused, or stays as it is with
+    ``allow_nonfinite``. Raises LayoutError ("rank-or-energy"), ValueRefused ("bad-energy"), and
     what loading and writing raise.
     """
     goal = _Goal(rank, energy)
@@ -63,13 +68,14 @@ def resize(
     target = writable(to or loaded.state.layout)
     check_paths(loaded.paths, out, target, overwrite, loaded.base_place)
     state = in_naming(loaded.state, loaded.names, target)
-    cuts = [_cut(module, loaded, goal) for module in state.modules]
+    with nonfinite_allowed(allow_nonfinite):
+        cuts = [_cut(module, loaded, goal) for module in state.modules]
     note_kernels(loaded)
     _note_changes(loaded, cuts)
     result = replace(loaded, state=replace(state, modules=[cut.written for cut in cuts]))
     report = write_adapter(
         result, Path(out), target.name,
-        overwrite=overwrite, dry_run=dry_run, hashes=hashes, progress=progress,
+        allow_nonfinite=allow_nonfinite, overwrite=overwrite, dry_run=dry_run, hashes=hashes, progress=progress,
     )  # fmt: skip
     return _told(report, cuts)
 
@@ -84,7 +90,7 @@ class _Goal:
                 next="--rank N, or --energy E",
                 code="rank-or-energy",
             )
-        if rank is not None and rank < 1:
+        if rank is not None and not is_whole(rank):
             raise ShapeError(f"no LoRA has rank {rank}", next="a rank of at least 1")
         if energy is not None and not 0 < energy <= 1:
             raise ValueRefused(
@@ -129,6 +135,10 @@ def _cut(module: ModuleState, loaded: Loaded, goal: _Goal) -> _Cut:
     if not traits_of(module.algorithm).low_rank:
         return _Cut(module, module)
     if module.algorithm == "lora" and goal.rank is not None and (module.rank or 0) <= goal.rank:
+        return _Cut(module, module)
+    if is_nonfinite_allowed() and nonfinite_of(module):
+        text = "it holds NaN or infinity: it has no lower rank, and stays as it is"
+        loaded.state.note("not-cut", module.label, text)
         return _Cut(module, module)
     form = lora_form(module, loaded.names, loaded.state.where)
     u, s, vt = factor_svd(*form.factors())

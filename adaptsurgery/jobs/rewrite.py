@@ -12,13 +12,15 @@ from dataclasses import dataclass, fields
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, BinaryIO
 
+from adaptsurgery.adapters.adapter import Adapter
+from adaptsurgery.adapters.loading import load_state
+from adaptsurgery.adapters.report import Report, Row
 from adaptsurgery.checkpoint import atomic, privacy, system
+from adaptsurgery.checkpoint.apart import keep_apart
 from adaptsurgery.checkpoint.failures import as_file_error
 from adaptsurgery.checkpoint.programs import check_program
-from adaptsurgery.jobs.adapter import Adapter
-from adaptsurgery.jobs.apart import keep_apart
-from adaptsurgery.jobs.loading import load_state
-from adaptsurgery.jobs.report import Report, Row
+from adaptsurgery.checkpoint.watched import check_watched, current, watching
+from adaptsurgery.jobs.values import SEEDS, is_whole
 from adaptsurgery_formats import Note
 from adaptsurgery_formats.errors import FileError, LayoutError, NameLookupError, nearest
 from adaptsurgery_formats.names import names_of_modules
@@ -32,7 +34,6 @@ if TYPE_CHECKING:
     from adaptsurgery.graph.sites import Site
 
 AnyPath = str | os.PathLike[str]
-_SEEDS = 2**64  # as many as torch's generators tell apart
 TRUSTED = (
     "it was not looked through: torch unpickles what the file holds, evaluates its formulas and imports "
     "what it names, all of which can run any code"
@@ -87,7 +88,7 @@ def rewrite(
                                     "name": name != "default", "seed": seed is not None})  # fmt: skip
     _check_seed(seed)
     _check_outputs((source, config, adapter, base), out, onnx, overwrite)
-    with _torch_to_itself():
+    with _torch_to_itself(), watching():
         return _rewritten(
             source, out, listing, config, adapter, name, mode, merge, onnx, base, seed, overwrite, dry_run, trust
         )  # fmt: skip
@@ -106,11 +107,11 @@ def _check_effect(config: AnyPath | None, listing: bool, said: Mapping[str, bool
 
 
 def _check_seed(seed: int | None) -> None:
-    if seed is not None and not -(_SEEDS // 2) <= seed < _SEEDS:
+    if seed is not None and not is_whole(seed, *SEEDS):
         raise LayoutError(
             "the seed is no number of 64 bits",
             seen=str(seed)[:60],
-            next=f"a seed from 0 to {_SEEDS - 1}",
+            next=f"a seed from 0 to {SEEDS[1]}",
             code="bad-seed",
         )
 
@@ -157,6 +158,7 @@ def _rewritten(
     if listing:
         return report
     changed = _changed(program, chosen, name, mode, merge, seed)
+    check_watched(current())  # all that is read has been
     report.facts["parameters"] = _parameters(program, changed, name, merge)
     if not dry_run:
         inputs = _inputs(source, config, adapter, base)

@@ -17,20 +17,22 @@ from pathlib import Path
 import torch
 from torch import Tensor, nn
 
+from adaptsurgery.adapters.adapter import load, parts, shapes_of
+from adaptsurgery.adapters.report import Report
 from adaptsurgery.checkpoint import system
 from adaptsurgery.checkpoint.atomic import output
 from adaptsurgery.checkpoint.bridge import from_torch, to_torch
 from adaptsurgery.checkpoint.hub import resolve
 from adaptsurgery.checkpoint.pickles import read_pickle
 from adaptsurgery.checkpoint.safetensors import read_safetensors
+from adaptsurgery.checkpoint.watched import unchanged
 from adaptsurgery.checkpoint.writer import write_safetensors
 from adaptsurgery.core.config import FILE, AdapterConfig
 from adaptsurgery.core.update import is_finite
-from adaptsurgery.jobs.adapter import load, parts, shapes_of
-from adaptsurgery.jobs.report import Report
 from adaptsurgery.modules import slots
 from adaptsurgery.modules.layer import AdaptedLayer
 from adaptsurgery.modules.model import AdaptedModel
+from adaptsurgery_formats import Tensor as LazyTensor
 from adaptsurgery_formats.errors import (
     FileError,
     InexactError,
@@ -201,13 +203,16 @@ def _check_one_model(place: Path) -> None:
 
 
 def _tensors(folder: Path) -> dict[str, Tensor]:
+    with unchanged():
+        return {key: to_torch(tensor) for key, tensor in _read(folder).items()}
+
+
+def _read(folder: Path) -> Mapping[str, LazyTensor]:
     if system.is_there(folder / WEIGHTS):
-        found = read_safetensors(folder / WEIGHTS).tensors
-    elif system.is_there(folder / "adapter_model.bin"):
-        found = read_pickle(folder / "adapter_model.bin")
-    else:
-        raise FileError(f"there is no {WEIGHTS} in it", where=str(folder), code="no-such-file")
-    return {key: to_torch(tensor) for key, tensor in found.items()}
+        return read_safetensors(folder / WEIGHTS).tensors
+    if system.is_there(folder / "adapter_model.bin"):
+        return read_pickle(folder / "adapter_model.bin")
+    raise FileError(f"there is no {WEIGHTS} in it", where=str(folder), code="no-such-file")
 
 
 def load_state(

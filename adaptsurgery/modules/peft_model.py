@@ -10,8 +10,8 @@ from typing import Any
 
 from torch import nn
 
+from adaptsurgery.adapters.report import Report
 from adaptsurgery.core.config import AdapterConfig
-from adaptsurgery.jobs.report import Report
 from adaptsurgery.modules import files, status
 from adaptsurgery.modules.injection import check_unadapted
 from adaptsurgery.modules.layer import AdaptedLayer

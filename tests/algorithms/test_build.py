@@ -12,6 +12,7 @@ import adaptsurgery.algorithms as algorithms
 from adaptsurgery.algorithms import ALGORITHMS, HRA, DoRA, Full, LoHa, LoKr, LoRA, Norm, build
 from adaptsurgery_formats.errors import KeyRefused, ShapeError, ValueRefused
 from adaptsurgery_formats.state import SLOTS
+from adaptsurgery_formats.traits import traits_of
 
 
 def test_every_algorithm_is_listed_and_names_its_slots() -> None:
@@ -20,7 +21,8 @@ def test_every_algorithm_is_listed_and_names_its_slots() -> None:
     assert files == homes
     assert {algorithm.name for algorithm in ALGORITHMS} == set(SLOTS)
     for algorithm in ALGORITHMS:
-        slots = {f.name for f in fields(algorithm)} - {"scale", "weight_shape", "apply_gs"}
+        given = {*algorithm.takes, *traits_of(algorithm.name).options}
+        slots = {f.name for f in fields(algorithm)} - given
         assert slots == set(SLOTS[algorithm.name]) - {"magnitude"}
 
 

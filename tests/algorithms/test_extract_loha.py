@@ -13,10 +13,11 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch import Tensor, nn
 
-from adaptsurgery.algorithms.loha import LoHa, extract, fit
-from adaptsurgery.core import hadamard
-from adaptsurgery.core.fit import Fit, Goal
+from adaptsurgery.algorithms import extract
+from adaptsurgery.algorithms.loha import LoHa, fit
 from adaptsurgery.core.geometry import Layer
+from adaptsurgery.nearest import hadamard
+from adaptsurgery.nearest.goal import Fit, Goal
 from adaptsurgery_formats.errors import SurgeryError, ValueRefused
 
 
@@ -354,9 +355,9 @@ def bits(update: LoHa) -> list[bytes]:
 )
 def test_one_seed_gives_the_same_bits(delta: Tensor) -> None:
     base = drawn(300, 280, seed=9)
-    one, two = (extract(base, base + delta, rank=3, seed=5) for _ in range(2))
+    one, two = (extract("loha", base, base + delta, rank=3, seed=5) for _ in range(2))
     assert bits(one) == bits(two)
-    assert bits(one) != bits(extract(base, base + delta, rank=3, seed=6))
+    assert bits(one) != bits(extract("loha", base, base + delta, rank=3, seed=6))
 
 
 @pytest.mark.parametrize("power", [-100, -37, 3, 100])

@@ -13,13 +13,20 @@ from hypothesis import given
 from hypothesis import strategies as st
 from torch import Tensor, nn
 
-from adaptsurgery.algorithms import build
-from adaptsurgery.algorithms.lokr import LoKr, candidates, extract, fit, sweep
-from adaptsurgery.core.fit import Fit, Goal
+from adaptsurgery.algorithms import build, extract
+from adaptsurgery.algorithms.lokr import LoKr, candidates, fit, sweep
 from adaptsurgery.core.geometry import Layer
-from adaptsurgery.core.kronecker import Cut, LowRank, Tucker, Whole, leading_vector, nearest_product
+from adaptsurgery.nearest.goal import Fit, Goal
+from adaptsurgery.nearest.kronecker import (
+    Cut,
+    LowRank,
+    Tucker,
+    Whole,
+    leading_vector,
+    nearest_product,
+)
 from adaptsurgery_formats.errors import SurgeryError, ValueRefused
-from adaptsurgery_formats.kronecker import (
+from adaptsurgery_formats.lokr_cuts import (
     FACTORIZATIONS,
     Storage,
     lycoris_factorization,
@@ -448,7 +455,7 @@ def bits(update: LoKr) -> list[bytes]:
 def test_one_seed_gives_the_same_bits() -> None:
     base, tuned = drawn(320, 300), drawn(320, 300, seed=1)
     own: dict[str, Any] = {"rank": 4, "factor": 20}  # R (300, 320): by Lanczos
-    assert bits(extract(base, tuned, **own)) == bits(extract(base, tuned, **own))
+    assert bits(extract("lokr", base, tuned, **own)) == bits(extract("lokr", base, tuned, **own))
 
 
 @pytest.mark.parametrize("power", [-100, -37, 3, 100])

@@ -12,9 +12,9 @@ from hypothesis import strategies as st
 from strategies import numbers, seeds
 from torch import Tensor
 
-from adaptsurgery.algorithms import lora
+from adaptsurgery.algorithms import extract, lora
 from adaptsurgery.algorithms.lora import LoRA
-from adaptsurgery.core.fit import Fit, Goal
+from adaptsurgery.nearest.goal import Fit, Goal
 from adaptsurgery_formats.errors import ShapeError, ValueRefused
 
 shapes = st.one_of(
@@ -130,8 +130,8 @@ def test_a_lora_comes_out_as_it_went_in(dtype: torch.dtype, shape: tuple[int, ..
 
 def test_a_kernel_is_a_matrix_of_its_columns() -> None:
     base, tuned = pair(7, 12, 5, 3, 2)
-    conv = lora.extract(base, tuned, rank=3)
-    flat = lora.extract(base.flatten(1), tuned.flatten(1), rank=3)
+    conv = extract("lora", base, tuned, rank=3)
+    flat = extract("lora", base.flatten(1), tuned.flatten(1), rank=3)
     assert conv.up.shape == (12, 3, 1, 1) and conv.down.shape == (3, 5, 3, 2)
     assert torch.equal(conv.up.flatten(1), flat.up) and torch.equal(conv.down.flatten(1), flat.down)
 
@@ -183,7 +183,7 @@ def test_a_kernel_of_one_position_needs_no_core() -> None:
 @pytest.mark.parametrize("tucker", [False, True])
 def test_one_seed_gives_the_same_bits(shape: tuple[int, ...], tucker: bool) -> None:
     base, tuned = pair(5, *shape, dtype=torch.float32)
-    first, again = (lora.extract(base, tuned, rank=8, seed=3, tucker=tucker) for _ in range(2))
+    first, again = (extract("lora", base, tuned, rank=8, seed=3, tucker=tucker) for _ in range(2))
     pairs = zip(first.tensors().values(), again.tensors().values())
     assert all(torch.equal(a, b) for a, b in pairs)
 
@@ -226,8 +226,8 @@ def test_thin_weights(shape: tuple[int, ...]) -> None:
 def test_what_is_no_pair_or_no_goal() -> None:
     one = torch.ones(3, 4)
     with pytest.raises(ShapeError):
-        lora.extract(one, one.t(), rank=1)
+        extract("lora", one, one.t(), rank=1)
     with pytest.raises(ValueRefused):
-        lora.extract(one, one * float("nan"), rank=1)
+        extract("lora", one, one * float("nan"), rank=1)
     with pytest.raises(ValueRefused):
-        lora.extract(one, one, rank=1, energy=0.5)
+        extract("lora", one, one, rank=1, energy=0.5)

@@ -10,7 +10,7 @@ import torch
 from strategies import numbers
 from torch import Tensor, nn
 
-from adaptsurgery.algorithms import hra, lora
+from adaptsurgery.algorithms import extract
 
 peft = pytest.importorskip("peft")
 
@@ -45,7 +45,7 @@ def test_lora(kind: str, rank: int) -> None:
     config = peft.LoraConfig(r=rank, lora_alpha=3, target_modules=["0"])
     factors = {"lora_A": numbers(1, rank, n), "lora_B": numbers(2, o, rank)}
     tuned = merged(layer, config, factors)
-    found = lora.extract(base, tuned, rank=rank)
+    found = extract("lora", base, tuned, rank=rank)
     close = {"rtol": 1e-6, "atol": 1e-6 * float(tuned.abs().max())}
     assert torch.allclose(found.fold(base), tuned, **close)
     config = peft.LoraConfig(r=rank, lora_alpha=rank, target_modules=["0"])
@@ -62,7 +62,7 @@ def test_hra(kind: str, rank: int) -> None:
     n = base.flatten(1).shape[1]
     config = peft.HRAConfig(r=rank, target_modules=["0"])
     tuned = merged(layer, config, {"hra_u": numbers(1, n, rank)})
-    found = hra.extract(base, tuned, rank=rank)
+    found = extract("hra", base, tuned, rank=rank)
     assert torch.allclose(found.fold(base), tuned, atol=5e-7)
     again = merged(layer, config, {"hra_u": found.u})
     assert float((again - found.fold(base)).norm() / (tuned - base).norm()) < 1e-5
@@ -76,10 +76,10 @@ def test_approximations_too(kind: str) -> None:
     base = layer.weight.detach()
     tuned = base + 0.1 * numbers(1, *base.shape).float()
     size = float((tuned - base).norm())
-    found = lora.extract(base, tuned, rank=4)
+    found = extract("lora", base, tuned, rank=4)
     config = peft.LoraConfig(r=4, lora_alpha=4, target_modules=["0"])
     again = merged(layer, config, {"lora_A": found.down, "lora_B": found.up})
     assert float((again - found.fold(base)).norm()) / size < 1e-6
-    turned = hra.extract(base, tuned, rank=4)
+    turned = extract("hra", base, tuned, rank=4)
     again = merged(layer, peft.HRAConfig(r=4, target_modules=["0"]), {"hra_u": turned.u})
     assert float((again - turned.fold(base)).norm()) / size < 1e-5

@@ -16,6 +16,7 @@ from unix import needs
 from adaptsurgery.algorithms import HRA, LoRA, build
 from adaptsurgery.checkpoint import stream
 from adaptsurgery.checkpoint.bridge import from_torch
+from adaptsurgery.checkpoint.finite import Nonfinite
 from adaptsurgery.checkpoint.safetensors import read_safetensors
 from adaptsurgery.checkpoint.stream import Entry, write_stream
 from adaptsurgery.core.blocks import Place, edit_of
@@ -161,10 +162,15 @@ def test_a_source_cut_short_is_told(source: dict[str, Tensor], tmp_path: Path) -
             write_stream(tmp_path / f"out{len(os.listdir(tmp_path))}", entries)
 
 
-def test_casts_refuse_what_overflows_and_hand_on_what_was_not_finite(tmp_path: Path) -> None:
+def test_casts_and_edits_refuse_what_is_not_finite_unless_it_is_allowed(tmp_path: Path) -> None:
     infinite = from_torch(torch.tensor([1.0, float("inf")]))
-    write_stream(tmp_path / "a", {"w": Entry(infinite, dtype="F16")})
+    write_stream(tmp_path / "copy", {"w": Entry(infinite)})
+    with pytest.raises(ValueRefused, match="non-finite"):
+        write_stream(tmp_path / "refused", {"w": Entry(infinite, dtype="F16")})
+    allowed = Nonfinite(allowed=True)
+    write_stream(tmp_path / "a", {"w": Entry(infinite, dtype="F16")}, nonfinite=allowed)
     assert load_file(tmp_path / "a")["w"].tolist() == [1.0, float("inf")]
+    assert allowed.computed == {"w": 1} and not allowed.copied
     with pytest.raises(ValueRefused, match="non-finite"):
         write_stream(tmp_path / "b", {"w": Entry(from_torch(torch.tensor([7e4])), dtype="F16")})
     with pytest.raises(ValueRefused, match="non-finite"):
@@ -181,6 +187,7 @@ def test_torch_gets_its_threads_back(source: dict[str, Tensor], tmp_path: Path) 
 SPARSE = """
 import json, sys, torch
 from adaptsurgery.algorithms import LoRA
+from adaptsurgery.checkpoint.finite import Nonfinite
 from adaptsurgery.checkpoint.safetensors import read_safetensors
 from adaptsurgery.checkpoint.stream import Entry, write_stream
 from adaptsurgery.core.blocks import Place, edit_of

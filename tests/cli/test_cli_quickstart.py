@@ -60,7 +60,7 @@ def test_a_model_of_the_users(command: Command, model: Path, tmp_path: Path) -> 
 def test_disagreement_is_exit_code_1(
     command: Command, model: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    from adaptsurgery.jobs.quickstart import run
+    from adaptsurgery.quickstart import run
 
     monkeypatch.setattr(run, "AGREE", -1.0)
     done = command("quickstart", "--base", model)

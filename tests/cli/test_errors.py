@@ -214,7 +214,7 @@ def test_a_signal_while_writing_leaves_nothing(tmp_path: Path, sent: signal.Sign
     source = write_kohya(tmp_path / "a.safetensors")
     program = """
 import sys, time
-import adaptsurgery.jobs.convert as job
+import adaptsurgery.adapters.writing as job
 from adaptsurgery.cli import main
 write = job.write_safetensors
 def slow(*args, **kwargs):

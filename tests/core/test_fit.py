@@ -7,7 +7,7 @@ import torch
 from hypothesis import given
 from hypothesis import strategies as st
 
-from adaptsurgery.core.fit import SLACK, Goal, cut_down, difference, rank_for
+from adaptsurgery.nearest.goal import SLACK, Goal, cut_down, difference, rank_for
 from adaptsurgery_formats.errors import ShapeError, SurgeryError, ValueRefused
 
 

@@ -8,7 +8,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from strategies import numbers, seeds
 
-from adaptsurgery.core.lanczos import SMALL, Leading, leading, leading_until, truncate
+from adaptsurgery.nearest.lanczos import SMALL, Leading, leading, leading_until, truncate
 from adaptsurgery_formats.errors import ShapeError
 
 

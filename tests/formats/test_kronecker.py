@@ -8,7 +8,7 @@ from hypothesis import strategies as st
 from lycoris.functional.general import factorization as lycoris
 from peft.tuners.lokr.layer import factorization as peft
 
-from adaptsurgery_formats.kronecker import (
+from adaptsurgery_formats.lokr_cuts import (
     lycoris_factorization,
     peft_decompose_factor,
     peft_factorization,

@@ -39,6 +39,7 @@ LAYERS = {
 WORDS = {"q", "k", "v", "key", "value", "query", "output", "shared", "score"}
 # Made of layers of their own: what they say is what they make.
 MAKERS = {"quickstart"}
+READERS = "readers.py"  # a row says by a pattern which keys a reader leaves out
 
 
 def literals(path: Path) -> Iterator[str]:
@@ -57,7 +58,7 @@ def test_no_other_file_names_layers() -> None:
     for root in PACKAGES:
         for path in sorted(root.rglob("*.py")):
             place = path.relative_to(root).parts
-            if place[0] == "names" or MAKERS & set(place):
+            if place[0] in ("names", READERS) or MAKERS & set(place):
                 continue
             for text in literals(path):
                 names = set(re.split(r"[^A-Za-z0-9_]+", text)) & LAYERS - WORDS

@@ -12,7 +12,8 @@ from torch.export import Dim, ExportedProgram, export
 from torch.fx import symbolic_trace
 
 from adaptsurgery import graph
-from adaptsurgery.algorithms.lora import LoRA, LoraConfig
+from adaptsurgery.algorithms.lora import LoRA
+from adaptsurgery.algorithms.lora_config import LoraConfig
 from adaptsurgery.core.geometry import Layer
 from adaptsurgery.graph.find import FAST_PATH, find_sites
 from adaptsurgery.graph.sites import Site

@@ -21,7 +21,7 @@ from adaptsurgery import graph
 from adaptsurgery.algorithms.hra import HRAConfig
 from adaptsurgery.algorithms.loha import LoHaConfig
 from adaptsurgery.algorithms.lokr import LoKrConfig
-from adaptsurgery.algorithms.lora import LoraConfig
+from adaptsurgery.algorithms.lora_config import LoraConfig
 from adaptsurgery.core.geometry import Layer
 from adaptsurgery.core.update import Update
 from adaptsurgery.graph import Site

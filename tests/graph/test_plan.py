@@ -14,7 +14,7 @@ from torch.export import export
 from adaptsurgery.algorithms.hra import HRAConfig
 from adaptsurgery.algorithms.loha import LoHaConfig
 from adaptsurgery.algorithms.lokr import LoKrConfig
-from adaptsurgery.algorithms.lora import LoraConfig
+from adaptsurgery.algorithms.lora_config import LoraConfig
 from adaptsurgery.graph.attach import attach
 from adaptsurgery.graph.plan import plan
 from adaptsurgery.graph.state import adapters

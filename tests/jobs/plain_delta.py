@@ -39,21 +39,28 @@ _ENDINGS = {
 }  # fmt: skip
 
 
-def changes(path: Path, folded: bool = False) -> dict[str, Array]:
+def changes(
+    path: Path,
+    folded: bool = False,
+    base: Mapping[str, Array] | None = None,
+    finite: bool = True,
+) -> dict[str, Array]:
     """What the adapter at a path adds, by flat module name: ΔW row by row, then the bias's change.
 
-    ``folded`` works out DoRA and HRA on the base's weights; else magnitudes and rotations are
-    entries of their own. Replaced parameters are under their own full key.
+    ``folded`` works out DoRA and HRA on the base's weights (by module, the corpus's own if none are
+    given); else magnitudes and rotations are entries of their own. Replaced parameters are under
+    their own full key. AssertionError for a number that is not ``finite``, where that is asked.
     """
+    weights_of = base_arrays() if base is None else base
     found: dict[str, Array] = {}
     for weights, config in _files(path):
         tensors, metadata = unpack(weights.read_bytes())
-        groups, found_saved = _groups({k: numbers(t, k) for k, t in tensors.items()})
+        groups, found_saved = _groups({k: numbers(t, k, finite) for k, t in tensors.items()})
         found |= found_saved
         for name, slots in groups.items():
             flat = _flat(name)
             scale = _scale(name, slots, config, metadata)
-            parts = _parts(flat, slots, scale, config, folded)
+            parts = _parts(flat, slots, scale, config, folded, weights_of)
             found |= parts
     return found
 
@@ -65,19 +72,19 @@ def _files(path: Path) -> list[tuple[Path, dict[str, Any] | None]]:
     return [(c.parent / WEIGHTS, json.loads(c.read_text("utf-8"))) for c in configs]
 
 
-def numbers(tensor: Any, key: str) -> Array:
+def numbers(tensor: Any, key: str, finite: bool = True) -> Array:
     """A tensor's numbers in float64; whole numbers are allowed in an alpha."""
     if tensor.dtype == "BF16":
         wide = np.frombuffer(tensor.data, "<u2").astype("<u4") << 16
-        return _finite(wide.view("<f4").reshape(tensor.shape).astype("f8"), key)
+        return _finite(wide.view("<f4").reshape(tensor.shape).astype("f8"), key, finite)
     known = _NUMPY | _WHOLE if key.endswith(".alpha") else _NUMPY
     assert tensor.dtype in known, f"`{key}` of {tensor.dtype} should have been refused"
     array = np.frombuffer(tensor.data, known[tensor.dtype])
-    return _finite(array.reshape(tensor.shape).astype("f8"), key)
+    return _finite(array.reshape(tensor.shape).astype("f8"), key, finite)
 
 
-def _finite(array: Array, key: str) -> Array:
-    assert np.isfinite(array).all(), f"`{key}` is not finite, and yet accepted"
+def _finite(array: Array, key: str, wanted: bool) -> Array:
+    assert not wanted or np.isfinite(array).all(), f"`{key}` is not finite, and yet accepted"
     return array
 
 
@@ -162,7 +169,12 @@ def _rank(slots: Slots) -> int:
 
 
 def _parts(
-    flat: str, slots: Slots, scale: float, config: Mapping[str, Any] | None, folded: bool
+    flat: str,
+    slots: Slots,
+    scale: float,
+    config: Mapping[str, Any] | None,
+    folded: bool,
+    base: Mapping[str, Array],
 ) -> dict[str, Array]:
     parts: dict[str, Array] = {}
     total = sum(
@@ -172,10 +184,10 @@ def _parts(
     )
     if "u" in slots:
         turned = _rotation(slots["u"], bool((config or {}).get("apply_GS")))
-        weight = _base(flat, lambda w: w.shape[1] == len(turned))
+        weight = _base(base, flat, lambda w: w.shape[1] == len(turned))
         total = weight @ turned - weight if folded else turned
     if "magnitude" in slots and folded:
-        total = _renormed(flat, total, slots["magnitude"], config is not None)
+        total = _renormed(base, flat, total, slots["magnitude"], config is not None)
     elif "magnitude" in slots:
         parts[f"{flat}:magnitude"] = slots["magnitude"].reshape(-1, 1)
     bias = scale * slots["up_bias"] if "up_bias" in slots else slots.get("diff_b", np.zeros(0))
@@ -234,9 +246,9 @@ def _matrix(a: Array) -> Array:
     return a.reshape(a.shape[0], -1)
 
 
-def _base(flat: str, fits: Callable[[Array], bool]) -> Array:
+def _base(base: Mapping[str, Array], flat: str, fits: Callable[[Array], bool]) -> Array:
     """The base's weight as a matrix; turned round where the adapter fits it only so."""
-    weight = next(w for path, w in base_arrays().items() if path.replace(".", "_") == flat)
+    weight = next(w for path, w in base.items() if path.replace(".", "_") == flat)
     return _matrix(weight) if fits(_matrix(weight)) else weight.T
 
 
@@ -254,8 +266,10 @@ def _rotation(u: Array, orthogonal: bool) -> Array:
     return out
 
 
-def _renormed(flat: str, delta: Array, magnitude: Array, peft: bool) -> Array:
-    weight = _base(flat, lambda w: w.shape == delta.shape)
+def _renormed(
+    base: Mapping[str, Array], flat: str, delta: Array, magnitude: Array, peft: bool
+) -> Array:
+    weight = _base(base, flat, lambda w: w.shape == delta.shape)
     changed = weight + delta
     if peft or magnitude.shape[0] == delta.shape[0] or magnitude.ndim == 1:
         norm = np.linalg.norm(changed, axis=1, keepdims=True)

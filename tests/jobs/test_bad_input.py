@@ -356,17 +356,21 @@ NAN = {
 @pytest.mark.parametrize("dtype", NAN)
 @pytest.mark.parametrize("which", (0, 1), ids=("nan", "inf"))
 @pytest.mark.parametrize("key", (DOWN, UP, f"{FLAT}.dora_scale"))
-@pytest.mark.parametrize("algorithm", (None, "lora"), ids=("copied", "computed"))
-def test_nan_and_infinity(
-    desk: Desk, dtype: str, which: int, key: str, algorithm: str | None
-) -> None:
+@pytest.mark.parametrize("computed", (False, True), ids=("copied", "computed"))
+def test_nan_and_infinity(desk: Desk, dtype: str, which: int, key: str, computed: bool) -> None:
+    """What is only copied is written and told; what is computed of such numbers is refused."""
     shapes = {DOWN: (2, 8), UP: (12, 2), f"{FLAT}.dora_scale": (12, 1)}
     width = len(NAN[dtype][0])
     tensors = {k: Raw(dtype, s, b"\0" * (s[0] * s[1] * width)) for k, s in shapes.items()}
     data = tensors[key].data
     tensors[key] = Raw(dtype, shapes[key], data[width:] + NAN[dtype][which])
-    more = {"algorithm": algorithm, "rank": 1, "allow_lossy": True} if algorithm else {}
-    desk.refused("non-finite", desk.file(pack(tensors)), **more)
+    source = desk.file(pack(tensors))
+    if computed:
+        desk.refused("non-finite", source, algorithm="lora", rank=1, allow_lossy=True)
+        return
+    notes = [n for n in desk.converted(source).notes if n.code == "nonfinite-copied"]
+    assert len(notes) == 1 and key in notes[0].text and notes[0].text.startswith("1 number")
+    assert unpack(desk.out.read_bytes())[0][key].data == tensors[key].data
 
 
 @pytest.mark.parametrize("key", ("head.weight", "head.bias"))
@@ -376,7 +380,8 @@ def test_nan_in_a_replaced_parameter(desk: Desk, key: str) -> None:
     t = tensors[PREFIX + key]
     tensors[PREFIX + key] = Raw(t.dtype, t.shape, NAN["F32"][0] + t.data[4:])
     folder = desk.folder_of(files | {WEIGHTS: pack(tensors, metadata)})
-    desk.refused("non-finite", folder, "peft", out=desk.folder / "out" / "folder")
+    report = adaptsurgery.convert(folder, desk.folder / "out" / "folder", "peft", base=desk.base)
+    assert [PREFIX + key in n.text for n in report.notes if n.code == "nonfinite-copied"] == [True]
 
 
 @pytest.mark.parametrize("value", (1e-45, -0.0, 3e38))

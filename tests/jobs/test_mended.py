@@ -12,12 +12,12 @@ import torch
 from safetensors.torch import load_file, save_file
 
 import adaptsurgery
+from adaptsurgery.adapters.comparing import VerificationError
+from adaptsurgery.adapters.lowrank import plain_lora
+from adaptsurgery.adapters.renaming import renamed
+from adaptsurgery.adapters.rewritings import carry_out
+from adaptsurgery.adapters.updates import update_of
 from adaptsurgery.checkpoint.bridge import from_torch, to_torch
-from adaptsurgery.jobs.lowrank import plain_lora
-from adaptsurgery.jobs.renaming import renamed
-from adaptsurgery.jobs.steps import carry_out
-from adaptsurgery.jobs.updates import update_of
-from adaptsurgery.jobs.verify import VerificationError
 from adaptsurgery_formats import FORMATS, AdapterState, ModuleState, Step
 from adaptsurgery_formats.errors import InexactError
 from adaptsurgery_formats.files import FOLD_SCALE, JOIN_W2
@@ -280,7 +280,7 @@ def test_one_unnamed_model_is_the_others_one_component(tmp_path: Path) -> None:
         "adaptsurgery.jobs.convert",
         "adaptsurgery.jobs.merging",
         "adaptsurgery.jobs.merging.plan",
-        "adaptsurgery.jobs.quickstart.tiny",
+        "adaptsurgery.quickstart.tiny",
         "adaptsurgery.checkpoint.safetensors",
         "adaptsurgery.cli.merge",
         "adaptsurgery.algorithms.lora",

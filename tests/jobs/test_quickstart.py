@@ -15,7 +15,7 @@ from adaptsurgery import Adapter, SurgeryError
 from adaptsurgery.algorithms import HRA, DoRA, Full, LoHa, LoKr, LoRA, Norm
 from adaptsurgery.core.geometry import Layer
 from adaptsurgery.core.update import compose
-from adaptsurgery.jobs.quickstart import given, making, minilm, quickstart, run, students, tiny
+from adaptsurgery.quickstart import given, making, minilm, quickstart, run, students, tiny
 
 ALGORITHMS = ("lora", "loha", "lokr", "hra")
 TWO = {"linear": (128, 64), "conv.0": (64, 96, 3, 3)}

@@ -19,7 +19,9 @@ from adaptsurgery import AdapterConfig, LoKrConfig, LoraConfig, PeftModel, get_p
 from adaptsurgery.modules import files
 from adaptsurgery_formats.errors import SurgeryError
 
-ROOT = str(Path(adaptsurgery.__file__).parent)
+ROOT = Path(adaptsurgery.__file__).parent
+# Where a call is cut: not among workers, whose locks a trace could leave held, as no signal does.
+CUT = tuple(str(ROOT / room) for room in ("modules", "core", "algorithms", "checkpoint/atomic.py"))
 
 
 class Net(nn.Module):
@@ -61,12 +63,12 @@ def same(a: tuple[Any, ...], b: tuple[Any, ...]) -> bool:
 
 
 def cut_short(call: Callable[[], object], at: int, error: type[BaseException]) -> bool:
-    """Call, with ``error`` raised at the at-th line that runs in the package; whether it came so far."""
+    """Call, with ``error`` raised at the at-th line that runs there; whether it came so far."""
     left = at
 
     def trace(frame: FrameType, event: str, _: Any) -> Any:
         nonlocal left
-        if not frame.f_code.co_filename.startswith(ROOT):
+        if not frame.f_code.co_filename.startswith(CUT):
             return None
         if event == "line":
             left -= 1

@@ -22,7 +22,7 @@ from torch import nn
 
 from adaptsurgery import SurgeryError, convert, load, verify
 from adaptsurgery.algorithms import LoKr
-from adaptsurgery_formats.kronecker import lycoris_loads
+from adaptsurgery_formats.lokr_cuts import lycoris_loads
 
 # --- LyCORIS -------------------------------------------------------------------------------------
 

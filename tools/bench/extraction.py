@@ -22,9 +22,9 @@ from extraction_products import PARTS as PRODUCTS
 from real_deltas import Pair, fine_tuned
 from torch import Tensor
 
-from adaptsurgery.algorithms import hra, lora
+from adaptsurgery.algorithms import extract, hra, lora
 from adaptsurgery.algorithms.hra import HRA
-from adaptsurgery.core.fit import Goal
+from adaptsurgery.nearest.goal import Goal
 
 Factors = tuple[Tensor, Tensor]
 
@@ -54,7 +54,7 @@ def random_svd(delta: Tensor, rank: int) -> Factors:
 
 def ours(delta: Tensor, rank: int) -> Factors:
     """The whole fit, its measured error included."""
-    return lora.extract(torch.zeros_like(delta), delta, rank=rank).factors()
+    return extract("lora", torch.zeros_like(delta), delta, rank=rank).factors()
 
 
 METHODS: dict[str, Callable[[Tensor, int], Factors]] = {

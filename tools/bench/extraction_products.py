@@ -19,9 +19,9 @@ import torch
 from torch import Tensor
 
 from adaptsurgery.algorithms import loha, lokr
-from adaptsurgery.core.fit import Fit, Goal
-from adaptsurgery.core.kronecker import leading_vector, rearranged
-from adaptsurgery_formats.kronecker import peft_factorization
+from adaptsurgery.nearest.goal import Fit, Goal
+from adaptsurgery.nearest.kronecker import leading_vector, rearranged
+from adaptsurgery_formats.lokr_cuts import peft_factorization
 
 RATES = (1e-2, 3e-2, 1e-1)  # AdamW's, on a D of mean square 1
 STEPS = 1000

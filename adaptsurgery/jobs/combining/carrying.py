@@ -6,8 +6,8 @@ from collections.abc import Sequence
 from dataclasses import replace
 from typing import Any
 
+from adaptsurgery.adapters.loading import Loaded
 from adaptsurgery.jobs.combining.terms import Layer, Part
-from adaptsurgery.jobs.loading import Loaded
 from adaptsurgery_formats import AdapterState, Tensor
 from adaptsurgery_formats.errors import ValueRefused
 from adaptsurgery_formats.tensors import same_bytes

@@ -17,17 +17,19 @@ from collections.abc import Sequence
 from dataclasses import replace
 from pathlib import Path
 
-from adaptsurgery.jobs import lowrank
+from adaptsurgery.adapters import lowrank
+from adaptsurgery.adapters.loading import Loaded
+from adaptsurgery.adapters.lowrank import Spec, is_low_rank, lora_form
+from adaptsurgery.adapters.report import Report, Row
+from adaptsurgery.adapters.rows import in_one_form, in_one_naming
+from adaptsurgery.adapters.updates import is_nonfinite_allowed, nonfinite_allowed, nonfinite_of
+from adaptsurgery.adapters.writing import Progress, check_paths, writable, write_adapter
 from adaptsurgery.jobs.change import as_lora
 from adaptsurgery.jobs.combining.factors import lora_module
 from adaptsurgery.jobs.combining.sums import Sum
 from adaptsurgery.jobs.combining.terms import Part
-from adaptsurgery.jobs.convert import Progress, check_paths, writable, write_adapter
-from adaptsurgery.jobs.loading import Loaded
-from adaptsurgery.jobs.lowrank import Spec, is_low_rank, lora_form
 from adaptsurgery.jobs.merging.adapters import Named, repeated, split_weight
-from adaptsurgery.jobs.report import Report, Row
-from adaptsurgery.jobs.rows import in_one_form, in_one_naming
+from adaptsurgery.jobs.values import is_whole
 from adaptsurgery_formats import Format, ModuleState, Note
 from adaptsurgery_formats.errors import InexactError, ShapeError, ValueRefused
 from adaptsurgery_formats.traits import traits_of
@@ -42,6 +44,7 @@ def combine(
     rank: int | None = None,
     allow_lossy: bool = False,
     allow_zero: bool = False,
+    allow_nonfinite: bool = False,
     overwrite: bool = False,
     dry_run: bool = False,
     hashes: bool = True,
@@ -53,7 +56,7 @@ def combine(
     it out. ``to`` is the layout, the first source's by default. ``rank`` truncates every LoRA of
     a higher one, optimally, and needs ``allow_lossy`` if a ΔW then moves by more than 1e-6 of its
     norm. ``allow_zero`` writes zeros where everything cancels, which is an error otherwise.
-    ``base`` gives the module list, and the weights where an HRA must become a LoRA.
+    ``base`` gives the module list, and the weights where an HRA must become a LoRA. ``allow_nonfinite`` writes sums that are NaN or infinite, and tells them.
 
     The report has a row per layer with its relative error. Raises SurgeryError for what does not
     add up: weights other than 1 on HRA and DoRA ("no-weight"), a DoRA beside another change
@@ -71,16 +74,19 @@ def combine(
     target = writable(to or loaded[0].state.layout)
     read = [path for one in loaded for path in one.paths]
     check_paths(read, out, target, overwrite, loaded[0].base_place)
-    parts = [Part(one, weight, target) for one, (_, weight) in zip(loaded, named)]
-    sum_ = Sum([part for part in parts if part.weight], loaded[0], target)
-    result = sum_.result(allow_zero, parts[0])
     notes: list[Note] = []
-    result = _fitted(_cut(result, rank, notes), target, rank)
-    rows = sum_.rows(result.state.modules)
+    with nonfinite_allowed(allow_nonfinite):
+        parts = [Part(one, weight, target) for one, (_, weight) in zip(loaded, named)]
+        sum_ = Sum([part for part in parts if part.weight], loaded[0], target)
+        result = sum_.result(allow_zero, parts[0])
+        result = _fitted(_cut(result, rank, notes), target, rank)
+        rows = sum_.rows(result.state.modules)
+    watched = {path: stamp for one in loaded for path, stamp in one.watched.items()}
+    result = replace(result, watched=watched)
     _check_lossy(rows, allow_lossy, result.state.where)
     report = write_adapter(
         result, Path(out), target.name,
-        overwrite=overwrite, dry_run=dry_run, hashes=hashes, progress=progress,
+        allow_nonfinite=allow_nonfinite, overwrite=overwrite, dry_run=dry_run, hashes=hashes, progress=progress,
         others=[path for one in loaded for path in one.inputs],
     )  # fmt: skip
     notes = [*repeated(one.paths[0] for one in loaded), *sum_.notes, *notes]
@@ -94,7 +100,7 @@ def _in_one_form(loaded: list[Loaded]) -> list[Loaded]:
 
 
 def _check_rank(rank: int | None) -> None:
-    if rank is not None and rank < 1:
+    if rank is not None and not is_whole(rank):
         raise ShapeError(f"no LoRA has rank {rank}", next="a rank of at least 1")
 
 
@@ -109,6 +115,8 @@ def _cut(result: Loaded, rank: int | None, notes: list[Note]) -> Loaded:
     for module in result.state.modules:
         if "magnitude" in module.tensors and (module.rank or 0) > rank:
             whole.add("dora")
+        elif is_nonfinite_allowed() and nonfinite_of(module):
+            notes.append(Note("not-cut", module.label, "it holds NaN or infinity: it has no rank"))
         elif module.algorithm == "lora" and (module.rank or 0) > rank:
             form = lora_form(module, names, where)
             found = truncate_factors(*form.factors(), rank)

@@ -7,11 +7,11 @@ from collections.abc import Sequence
 from dataclasses import replace
 from typing import TYPE_CHECKING
 
+from adaptsurgery.adapters import lowrank
+from adaptsurgery.adapters.lowrank import with_factors
+from adaptsurgery.adapters.rewritings import stored
 from adaptsurgery.checkpoint.bridge import from_torch, to_torch, torch_dtype
-from adaptsurgery.jobs import lowrank
 from adaptsurgery.jobs.combining.terms import BIASES, NOTHING, Term, keys_of
-from adaptsurgery.jobs.lowrank import with_factors
-from adaptsurgery.jobs.steps import stored
 from adaptsurgery_formats import ModuleState
 from adaptsurgery_formats.errors import ShapeError
 from adaptsurgery_formats.state import ALPHA_OVER_R

@@ -6,10 +6,10 @@ from collections.abc import Sequence
 from dataclasses import replace
 from typing import TYPE_CHECKING
 
+from adaptsurgery.adapters import lowrank
+from adaptsurgery.adapters.rewritings import stored
 from adaptsurgery.checkpoint.bridge import to_torch
-from adaptsurgery.jobs import lowrank
 from adaptsurgery.jobs.combining.terms import Term, keys_of
-from adaptsurgery.jobs.steps import stored
 from adaptsurgery_formats import ModuleState
 from adaptsurgery_formats.errors import InexactError, ShapeError
 

@@ -6,8 +6,15 @@ from collections.abc import Sequence
 from dataclasses import replace
 from typing import Any
 
-from adaptsurgery.jobs import lowrank
-from adaptsurgery.jobs.change import EXACT, as_lora
+from adaptsurgery.adapters import lowrank
+from adaptsurgery.adapters.comparing import EXACT, NO_NUMBER, identical
+from adaptsurgery.adapters.comparing import distance as dense_distance
+from adaptsurgery.adapters.loading import Loaded
+from adaptsurgery.adapters.lowrank import hides_kernel, is_low_rank, lora_form, prefix_of
+from adaptsurgery.adapters.report import Row, some
+from adaptsurgery.adapters.rewritings import stored
+from adaptsurgery.adapters.updates import is_nonfinite_allowed, nonfinite_of, update_of
+from adaptsurgery.jobs.change import as_lora
 from adaptsurgery.jobs.combining.carrying import check_saved, in_layout, shell_of
 from adaptsurgery.jobs.combining.factors import (
     check_extent,
@@ -37,13 +44,6 @@ from adaptsurgery.jobs.combining.vectors import (
     weighted_sum,
     zeroed,
 )
-from adaptsurgery.jobs.loading import Loaded
-from adaptsurgery.jobs.lowrank import hides_kernel, is_low_rank, lora_form, prefix_of
-from adaptsurgery.jobs.report import Row, some
-from adaptsurgery.jobs.steps import stored
-from adaptsurgery.jobs.updates import update_of
-from adaptsurgery.jobs.verify import distance as dense_distance
-from adaptsurgery.jobs.verify import identical
 from adaptsurgery_formats import Format, ModuleState, Note
 from adaptsurgery_formats.errors import InexactError, ShapeError, ValueRefused
 from adaptsurgery_formats.state import UNSCALED, is_rigid
@@ -267,6 +267,8 @@ class Sum:
             same and all(identical(t.module, m) for t, m in zip(layer.terms, written))
         ):
             return Row(written[0].label, shown, "identical", 0.0, ranks_of(layer.terms, written))
+        if is_nonfinite_allowed() and any(map(nonfinite_of, written)):
+            return Row(written[0].label, shown, NO_NUMBER, 0.0, ranks_of(layer.terms, written))
         error = self._error(layer.terms, written)
         change = "rounded" if error <= EXACT else "lossy"
         return Row(written[0].label, shown, change, error, ranks_of(layer.terms, written))

@@ -5,8 +5,9 @@ from __future__ import annotations
 from collections.abc import Sequence
 from dataclasses import dataclass, field, replace
 
-from adaptsurgery.jobs.loading import Loaded
-from adaptsurgery.jobs.lowrank import in_naming
+from adaptsurgery.adapters.loading import Loaded
+from adaptsurgery.adapters.lowrank import in_naming
+from adaptsurgery.core.strength import times
 from adaptsurgery_formats import Format, ModuleState
 from adaptsurgery_formats.errors import ValueRefused
 from adaptsurgery_formats.state import ALPHA_OVER_R, is_rigid
@@ -47,7 +48,7 @@ class Term:
 
     @property
     def coefficient(self) -> float:
-        return self.weight * self.module.scale
+        return times(self.weight, self.module.scale)
 
     def weighted(self) -> ModuleState:
         """The module with its coefficient for a scale, only to be measured."""

@@ -6,9 +6,9 @@ from collections.abc import Sequence
 from dataclasses import replace
 from typing import TYPE_CHECKING
 
+from adaptsurgery.adapters.rewritings import stored
 from adaptsurgery.checkpoint.bridge import from_torch, to_torch
 from adaptsurgery.jobs.combining.terms import Term, keys_of
-from adaptsurgery.jobs.steps import stored
 from adaptsurgery_formats import ModuleState, Tensor
 from adaptsurgery_formats.errors import ShapeError
 from adaptsurgery_formats.traits import traits_of

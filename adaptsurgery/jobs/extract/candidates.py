@@ -14,7 +14,7 @@ from adaptsurgery.jobs.extract.options import AUTO, Options, extractable
 from adaptsurgery.jobs.extract.selection import Chosen
 from adaptsurgery_formats import Note
 from adaptsurgery_formats.errors import ValueRefused
-from adaptsurgery_formats.kronecker import peft_factorization
+from adaptsurgery_formats.lokr_cuts import peft_factorization
 from adaptsurgery_formats.patterns import Matcher
 
 FACTORS = (-1, 2, 4, 8, 16, 32)  # of PEFT's decompose_factor, tried where none is given

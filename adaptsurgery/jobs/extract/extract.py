@@ -10,20 +10,22 @@ from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
+from adaptsurgery.adapters.loading import Loaded
+from adaptsurgery.adapters.report import Report
+from adaptsurgery.adapters.writing import CARD, check_paths, writable, write_adapter
 from adaptsurgery.checkpoint import atomic, locks, privacy, system
+from adaptsurgery.checkpoint.apart import keep_apart
 from adaptsurgery.checkpoint.atomic import check_output
 from adaptsurgery.checkpoint.base import Base
-from adaptsurgery.jobs.apart import keep_apart
-from adaptsurgery.jobs.convert import CARD, check_paths, writable, write_adapter
+from adaptsurgery.checkpoint.watched import check_watched, watching
 from adaptsurgery.jobs.extract import summary
 from adaptsurgery.jobs.extract.options import Options, check_options
 from adaptsurgery.jobs.extract.pairs import pair_up
 from adaptsurgery.jobs.extract.plan import ExtractPlan, build_plan
 from adaptsurgery.jobs.extract.run import Place, Progress, Runner, check, made, results
 from adaptsurgery.jobs.inputs import check_part, open_base, refuse_pickles
-from adaptsurgery.jobs.loading import Loaded
 from adaptsurgery.jobs.partial import GoneError
-from adaptsurgery.jobs.report import Report
+from adaptsurgery.jobs.values import check_whole
 from adaptsurgery_formats import Note
 from adaptsurgery_formats.errors import FileError, SurgeryError, ValueRefused
 from adaptsurgery_formats.names import names_of_base
@@ -56,6 +58,7 @@ def extract(
     compare: bool = False,
     report: Named | None = None,
     allow_empty: bool = False,
+    allow_nonfinite: bool = False,
     overwrite: bool = False,
     dry_run: bool = False,
     workers: int = 2,
@@ -70,7 +73,8 @@ def extract(
     layer keeps; ``max_error``, ‖D − D̂‖/‖D‖ of each layer; ``budget``, parameters in all. Layers are
     Linear and convolutions, chosen by PEFT's rules from ``include`` and ``exclude``; ``conv_rank``
     is for kernels other than 1, ``rank_pattern`` overrules by PEFT's. Biases, norms, embeddings and
-    heads are kept dense as ``to`` can hold them, unless ``dense`` is False. ``compare`` measures
+    heads are kept dense as ``to`` can hold them, unless ``dense`` is False; ``allow_nonfinite`` keeps
+    those that are not finite too, to which no layer's factors can come near. ``compare`` measures
     the other algorithms at the same number of parameters. ``report`` is an .html or .json file.
 
     Both models are read tensor by tensor; the same seed gives the same bytes, whatever the workers
@@ -78,11 +82,12 @@ def extract(
     """
     goals = {"rank": rank, "energy": energy, "max_error": max_error, "budget": budget}
     goal, value = _goal(goals)
+    _check_numbers(workers, seed, factor, conv_rank, rank_pattern or {})
     page = _report_path(report)
     options = Options(
         algorithm, goal, value, to, factor, decompose_both, conv_rank, tucker, tuple(include),
         tuple(exclude), dict(rank_pattern or {}), dtype, seed, dense, compare,
-        page is not None, allow_empty,
+        page is not None, allow_empty, allow_nonfinite,
     )  # fmt: skip
     check_options(options)
     part = check_part(shard_index, num_shards)
@@ -90,6 +95,22 @@ def extract(
         os.fspath(base), os.fspath(tuned), Path(out), options, page, overwrite, dry_run, workers,
         part, progress,
     )  # fmt: skip
+
+
+def _check_numbers(
+    workers: int, seed: int, factor: int | None, conv_rank: int | None, ranks: Mapping[str, int]
+) -> None:
+    """Raise ValueRefused ("bad-number") for a number that says nothing."""
+    check_whole("workers", workers)
+    check_whole("seed", seed, None)
+    if factor is not None:
+        check_whole("factor", factor, -1)
+        if not factor:
+            check_whole("factor", factor)
+    if conv_rank is not None:
+        check_whole("conv_rank", conv_rank)
+    for name, rank in ranks.items():
+        check_whole(f"rank_pattern of `{name}`", rank)
 
 
 def _goal(goals: Mapping[str, float | None]) -> tuple[str, float]:
@@ -133,7 +154,8 @@ def _run(
     part: tuple[int, int],
     progress: Progress | None,
 ) -> Report:
-    base, tuned = (open_base(name, headers=dry_run) for name in (base_name, tuned_name))
+    with watching() as watched:
+        base, tuned = (open_base(name, headers=dry_run) for name in (base_name, tuned_name))
     refuse_pickles(base)
     refuse_pickles(tuned)
     keep_apart([base.where, tuned.where], [out, page])
@@ -151,7 +173,7 @@ def _run(
         return report
     if not ended:
         check(plan)
-    runner = Runner(plan, place, base, tuned, progress)
+    runner = Runner(plan, place, base, tuned, progress, watched)
     return _worked(runner, out, page, overwrite, left, part, workers)
 
 
@@ -278,12 +300,20 @@ def _write(state: Any, runner: Runner, place: Place, out: Path) -> Report:
     shutil.rmtree(place.beside, ignore_errors=True)
     place.beside.mkdir()
     loaded = _loaded(state, runner.models["base"])
-    written = write_adapter(loaded, place.content, runner.plan.options.to, hashes=False)
+    written = write_adapter(
+        loaded,
+        place.content,
+        runner.plan.options.to,
+        allow_nonfinite=runner.plan.options.allow_nonfinite,
+        hashes=False,
+    )
     for card in out.glob(f"**/{CARD}") if out.is_dir() else ():  # a model card stays
-        shutil.copy2(card, place.content / card.relative_to(out))
+        system.copy_file(card, place.content / card.relative_to(out))
     old = privacy.below(out) if os.path.lexists(out) else ()
     privacy.narrow(place.content, [*runner.inputs, *old])
     atomic.sync(place.content)
+    check(runner.plan)
+    check_watched(runner.watched)
     parts = [Path(path).relative_to(place.content) for path in written.outputs]
     written.outputs = [str(out / path) if path.name else str(out) for path in parts]
     return written

@@ -11,16 +11,16 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from adaptsurgery.adapters.updates import modules_of
 from adaptsurgery.algorithms import HRA, fitter
 from adaptsurgery.checkpoint.bridge import to_torch, torch_dtype
-from adaptsurgery.core.fit import SLACK, Fit, Goal, norm_of
 from adaptsurgery.core.law import unknown_update
 from adaptsurgery.core.update import Delta, Update
 from adaptsurgery.jobs.extract.candidates import SAME, Candidate
 from adaptsurgery.jobs.extract.options import DTYPES, Options, extractable
 from adaptsurgery.jobs.extract.pairs import Pair
 from adaptsurgery.jobs.extract.plan import Layer
-from adaptsurgery.jobs.updates import modules_of
+from adaptsurgery.nearest.goal import SLACK, Fit, Goal, norm_of
 from adaptsurgery_formats import ModuleState
 from adaptsurgery_formats.errors import ValueRefused
 from adaptsurgery_formats.tensors import Tensor as LazyTensor
@@ -292,7 +292,9 @@ def _change(update: Update, base: Tensor) -> Callable[[int, int], Tensor]:
     return turned
 
 
-def dense_norms(pair: Pair, slot: str, read: Read, dtype: str) -> dict[str, float]:
+def dense_norms(
+    pair: Pair, slot: str, read: Read, dtype: str, allowed: bool = False
+) -> dict[str, float]:
     """‖D‖, ‖W0‖, and what storing D in ``dtype`` loses, of a parameter that is no adapted weight.
 
     Of a grown table the rows that both have; a parameter of another shape, of another kind of
@@ -307,7 +309,7 @@ def dense_norms(pair: Pair, slot: str, read: Read, dtype: str) -> dict[str, floa
             number_of(read(side, pair), pair, side, way).double() for side in ("base", "tuned")
         )
     except ValueRefused:
-        if slot:
+        if slot and not allowed:
             raise
         return _unmeasured(pair, read)
     if base.shape != tuned.shape:

@@ -44,6 +44,7 @@ class Options:
     compare: bool = False
     curves: bool = False
     allow_empty: bool = False
+    allow_nonfinite: bool = False
 
     @property
     def exact_goal(self) -> bool:

@@ -9,7 +9,7 @@ from importlib.util import find_spec
 from pathlib import Path
 from typing import Any
 
-from adaptsurgery.jobs.report import Report
+from adaptsurgery.adapters.report import Report
 from adaptsurgery_formats.errors import FileError, LayoutError
 from adaptsurgery_formats.traits import title_of
 

@@ -16,6 +16,7 @@ from adaptsurgery.checkpoint import atomic
 from adaptsurgery.checkpoint.base import Base
 from adaptsurgery.checkpoint.pool import about, run
 from adaptsurgery.checkpoint.safetensors import read_safetensors
+from adaptsurgery.checkpoint.watched import Watched
 from adaptsurgery.checkpoint.writer import write_safetensors
 from adaptsurgery.jobs.extract.pairs import Pair
 from adaptsurgery.jobs.extract.plan import ExtractPlan, Layer
@@ -60,7 +61,7 @@ class Place(Partial):
 
 def made(plan: ExtractPlan, out: Path) -> bool:
     """Whether the output says that it is this plan's."""
-    from adaptsurgery.jobs.loading import WEIGHTS
+    from adaptsurgery.adapters.loading import WEIGHTS
 
     files = [out] if out.is_file() else sorted(out.glob(f"**/{WEIGHTS}"))
     try:
@@ -74,8 +75,15 @@ class Runner:
     """The jobs of a plan, each by one of a few workers."""
 
     def __init__(
-        self, plan: ExtractPlan, place: Place, base: Base, tuned: Base, progress: Progress | None
+        self,
+        plan: ExtractPlan,
+        place: Place,
+        base: Base,
+        tuned: Base,
+        progress: Progress | None,
+        watched: Watched,
     ) -> None:
+        self.watched = watched
         self.plan, self.place, self.progress = plan, place, progress
         self.models = {"base": base, "tuned": tuned}
         self.jobs = plan.jobs
@@ -134,8 +142,9 @@ class Runner:
     def _dense(self, group: tuple[Dense, ...]) -> dict[str, Any]:
         from adaptsurgery.jobs.extract.fitting import dense_norms
 
-        dtype = self.plan.options.dtype
-        return {d.pair.label: dense_norms(d.pair, d.slot, self.read, dtype) for d in group}
+        options = self.plan.options
+        norms = partial(dense_norms, dtype=options.dtype, allowed=options.allow_nonfinite)
+        return {d.pair.label: norms(d.pair, d.slot, self.read) for d in group}
 
 
 def _nbytes(job: Layer | tuple[Dense, ...]) -> int:

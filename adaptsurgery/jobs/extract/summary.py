@@ -6,10 +6,10 @@ import math
 from collections.abc import Sequence
 from typing import Any
 
+from adaptsurgery.adapters.report import Report, Row
 from adaptsurgery.jobs.extract.choose import Outcome
 from adaptsurgery.jobs.extract.plan import ExtractPlan
 from adaptsurgery.jobs.extract.run import Results
-from adaptsurgery.jobs.report import Report, Row
 from adaptsurgery_formats import Note
 
 EXACT = 1e-6  # up to which an error is float32's rounding

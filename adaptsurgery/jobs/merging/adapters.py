@@ -7,10 +7,11 @@ from collections import Counter
 from collections.abc import Iterable, Sequence
 from pathlib import Path
 
+from adaptsurgery.adapters.loading import check_values, parse_files, read_files
 from adaptsurgery.checkpoint.hub import resolve
-from adaptsurgery.jobs.loading import check_values, parse_files, read_files
 from adaptsurgery.jobs.merging.matched import Matched
 from adaptsurgery.jobs.merging.plan import AdapterInput, adapter_input
+from adaptsurgery.jobs.values import read_number
 from adaptsurgery_formats import AdapterState, Note
 from adaptsurgery_formats.errors import InexactError, ValueRefused
 from adaptsurgery_formats.state import is_rigid
@@ -72,15 +73,12 @@ def split_weight(item: Named) -> tuple[str, float]:
 
 def _number(value: object, where: str) -> float:
     try:
-        number = float(str(value))
+        return read_number(str(value))
     except ValueError:
-        number = float("nan")
-    if number - number != 0:
         raise ValueRefused(
             "the weight is no number", where=where, seen=str(value), next="ADAPTER=0.8",
             code="bad-weight",
-        )  # fmt: skip
-    return number
+        ) from None  # fmt: skip
 
 
 def _check_weight(state: AdapterState, weight: float) -> None:

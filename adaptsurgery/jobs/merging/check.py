@@ -14,10 +14,14 @@ from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from adaptsurgery.adapters.comparing import VerificationError
+from adaptsurgery.adapters.report import Report, Row
 from adaptsurgery.checkpoint.base import Base, read_json
 from adaptsurgery.checkpoint.bridge import to_torch
+from adaptsurgery.checkpoint.finite import count_nonfinite
 from adaptsurgery.checkpoint.hub import resolve
 from adaptsurgery.checkpoint.safetensors import read_safetensors
+from adaptsurgery.checkpoint.watched import unchanged
 from adaptsurgery.jobs.inputs import open_base
 from adaptsurgery.jobs.merging.manifest import manifest_path
 from adaptsurgery.jobs.merging.matched import Change
@@ -25,8 +29,6 @@ from adaptsurgery.jobs.merging.options import Options
 from adaptsurgery.jobs.merging.plan import LINKS_LEFT_OUT, MergePlan, TensorEdit
 from adaptsurgery.jobs.merging.planning import Adapters, planned
 from adaptsurgery.jobs.merging.quantised import Scale
-from adaptsurgery.jobs.report import Report, Row
-from adaptsurgery.jobs.verify import VerificationError
 from adaptsurgery_formats import AdapterState, Note
 from adaptsurgery_formats.tensors import Tensor, same_bytes
 
@@ -57,21 +59,32 @@ def verify_merge(
     VerificationError ("not-equal", "missing-tensor") at the first tensor that is not so, and
     "extra-tensor" for tensors that a merge would not have written.
     """
-    options = Options(inverse=inverse, dequantize=dequantize)
+    options = Options(inverse=inverse, dequantize=dequantize, allow_nonfinite=True)
+    with unchanged():
+        return _verified(os.fspath(merged), base, adapters, options, allow_unmatched)
+
+
+def _verified(
+    merged: str,
+    base: str | os.PathLike[str],
+    adapters: Adapters,
+    options: Options,
+    allow_unmatched: bool,
+) -> Report:
     plan, states = planned(base, adapters, options, allow_unmatched, False, skip_links=True)
-    found = _by_key(open_base(os.fspath(merged)))
+    found = _by_key(open_base(merged))
     rows = []
     for component, edit in _tensors(plan):
         tensor = found.get((component, edit.key))
         if tensor is None:
             raise VerificationError(
                 f"`{edit.key}` is not in the merged checkpoint",
-                where=os.fspath(merged),
+                where=merged,
                 code="missing-tensor",
             )
-        rows.append(_compare(edit, tensor, plan, states, os.fspath(merged)))
-    _refuse_extra(plan, found, os.fspath(merged))
-    return _verdict(rows, plan, Path(resolve(os.fspath(merged), kind="base")))
+        rows.append(_compare(edit, tensor, plan, states, merged))
+    _refuse_extra(plan, found, merged)
+    return _verdict(rows, plan, Path(resolve(merged, kind="base")))
 
 
 def distance(merged: Path, original: Path) -> dict[str, Any]:
@@ -123,17 +136,43 @@ def _compare(
 ) -> Row:
     source = _source(edit, plan, states)
     if not edit.changes and edit.scale is None and same_bytes(source, merged):
-        return Row(edit.key, "", "identical")
+        return Row(edit.key, "", "identical", detail=_not_numbers(count_nonfinite(merged)))
     got = to_torch(merged)
     wanted = expected(edit, source, plan, states)
     if tuple(got.shape) != tuple(wanted.shape):
         raise _differs(edit, where, f"shape {list(got.shape)}, expected {list(wanted.shape)}")
+    got, wanted, count = _numbers(edit, got, wanted, where)
     off = (got.double() - wanted).abs()
     allowed = _unit(got) * wanted.abs() + NOISE * wanted.abs().max()
     if not bool((off <= allowed).all()):
         raise _differs(edit, where, f"off by up to {float(off.max()):.3g}")
     error = float(off.max() / wanted.abs().max().clamp_min(1e-300))
-    return Row(edit.key, "", "rounded" if error else "identical", error)
+    change = "rounded" if error else "identical"
+    return Row(edit.key, "", change, error, _not_numbers(count))
+
+
+def _numbers(
+    edit: TensorEdit, got: torch.Tensor, wanted: torch.Tensor, where: str
+) -> tuple[torch.Tensor, torch.Tensor, int]:
+    """Both with 0 where neither is a number, and how many are not: NaN for NaN, infinity for its own.
+
+    Rounded to what is stored: where that overflows, infinity is what is wanted.
+    """
+    from adaptsurgery.core.rounding import rounded
+
+    held = rounded(wanted, got.dtype) if got.is_floating_point() else wanted
+    bad = ~(got.double().isfinite() & held.double().isfinite())
+    if not bool(bad.any()):
+        return got, wanted, 0
+    same = (got == held) | (got.isnan() & held.isnan())
+    if not bool(same[bad].all()):
+        count = int((bad & ~same).sum())
+        raise _differs(edit, where, f"{count} numbers are not finite here, or should not be")
+    return got.masked_fill(bad, 0), wanted.masked_fill(bad, 0), int(bad.sum())
+
+
+def _not_numbers(count: int) -> str:
+    return f"{count} of its numbers are NaN or infinite" if count else ""
 
 
 def _unit(tensor: torch.Tensor) -> float:
@@ -191,7 +230,9 @@ def _scale(out: torch.Tensor, scale: Scale, plan: MergePlan) -> None:
 def _update(change: Change, plan: MergePlan, states: list[AdapterState]) -> Update:
     from adaptsurgery.jobs.merging.updates import update_for
 
-    return update_for(change, states).scaled(plan.adapters[change.adapter].weight)
+    return update_for(change, states, allow_nonfinite=True).scaled(
+        plan.adapters[change.adapter].weight
+    )
 
 
 def _apply(out: torch.Tensor, change: Change, update: Update, inverse: bool) -> None:
@@ -227,6 +268,8 @@ def _verdict(rows: list[Row], plan: MergePlan, merged: Path) -> Report:
     worst = max((r.error for r in rows), default=0.0)
     edited = sum(bool(t.changes) for _, t in _tensors(plan))
     text = f"{len(rows)} tensors · {edited} edited · max|W' − ref| {worst:.1g} of the largest"
+    if not_numbers := sum(bool(row.detail) for row in rows):
+        text += f" · {not_numbers} hold NaN or infinity, as base and adapters give"
     return Report("verify-merge", text, rows, notes, facts={"tensors": len(rows), "edited": edited})
 
 

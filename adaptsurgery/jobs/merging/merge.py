@@ -4,12 +4,16 @@ from __future__ import annotations
 
 import math
 import os
+from collections import Counter
 from collections.abc import Iterable, Sequence
 from pathlib import Path
 
+from adaptsurgery.adapters.report import Report, Row
+from adaptsurgery.checkpoint.apart import keep_apart
+from adaptsurgery.checkpoint.finite import Nonfinite
 from adaptsurgery.checkpoint.hub import resolve
 from adaptsurgery.checkpoint.system import local_path
-from adaptsurgery.jobs.apart import keep_apart
+from adaptsurgery.checkpoint.watched import watching
 from adaptsurgery.jobs.inputs import check_part
 from adaptsurgery.jobs.merging.check import distance
 from adaptsurgery.jobs.merging.manifest import manifest_path
@@ -23,7 +27,7 @@ from adaptsurgery.jobs.merging.run import (
     check_plan,
     run_plan,
 )
-from adaptsurgery.jobs.report import Report, Row
+from adaptsurgery.jobs.values import check_whole
 from adaptsurgery_formats import AdapterState, Note
 from adaptsurgery_formats.traits import traits_of
 
@@ -42,6 +46,7 @@ def merge(
     max_shard_size: int | None = None,
     dequantize: bool = False,
     allow_unmatched: bool = False,
+    allow_nonfinite: bool = False,
     overwrite: bool = False,
     dry_run: bool = False,
     workers: int = 2,
@@ -57,7 +62,8 @@ def merge(
     a Hub name; ``out`` becomes the same. ``adapters`` are paths or Hub names in any layout, each
     ``"path=0.8"`` or ``(path, 0.8)`` where it has a weight. ``dtype`` ("auto", "fp32", "bf16",
     "fp16") is what float tensors are stored in, ``compute`` ("fp32", "fp64") what they are folded
-    in, ``device`` where. ``dequantize`` takes a base in fp8 or int8, and writes all of it in the
+    in, ``device`` where. ``allow_nonfinite`` writes NaN and infinity that come out of a sum or a
+    cast, and says how many; what is only copied is not looked at. ``dequantize`` takes a base in fp8 or int8, and writes all of it in the
     dtype that its config names (bf16) or ``dtype``. ``shard_index`` of ``num_shards`` does a part of the shards; whoever is last completes the
     output. ``norms`` False leaves ‖W‖ and ‖W' − W‖ (measured on blocks of each tensor) out of the
     manifest. Files beside the weights come along; a link among them that leads out of the base's folder
@@ -65,7 +71,8 @@ def merge(
 
     Raises SurgeryError for anything that cannot be done exactly: what, where, seen, next.
     """
-    options = Options(dtype, compute, device, False, max_shard_size or 0, dequantize)
+    size = _checked_size(max_shard_size, workers)
+    options = Options(dtype, compute, device, False, size, dequantize, allow_nonfinite)
     return _run(
         base, adapters, Path(out), options, allow_unmatched, overwrite, dry_run, workers,
         check_part(shard_index, num_shards), norms, skip_links, progress, None,
@@ -83,6 +90,7 @@ def unmerge(
     device: str = "cpu",
     max_shard_size: int | None = None,
     allow_unmatched: bool = False,
+    allow_nonfinite: bool = False,
     overwrite: bool = False,
     dry_run: bool = False,
     workers: int = 2,
@@ -97,11 +105,21 @@ def unmerge(
     The report says how far rounding keeps the result from the original: the bound that the stored
     dtype gives, and the measured distance where ``against`` names the original.
     """
-    options = Options(dtype, compute, device, True, max_shard_size or 0)
+    size = _checked_size(max_shard_size, workers)
+    options = Options(dtype, compute, device, True, size, allow_nonfinite=allow_nonfinite)
     return _run(
         base, adapters, Path(out), options, allow_unmatched, overwrite, dry_run, workers,
         check_part(shard_index, num_shards), norms, skip_links, progress, against,
     )  # fmt: skip
+
+
+def _checked_size(max_shard_size: int | None, workers: int) -> int:
+    """The size in bytes, 0 for none; raises ValueRefused ("bad-number") for numbers that are none."""
+    check_whole("workers", workers)
+    if max_shard_size is None:
+        return 0
+    check_whole("max_shard_size", max_shard_size)
+    return max_shard_size
 
 
 def plan_merge(
@@ -132,7 +150,8 @@ def _run(
     against: str | os.PathLike[str] | None,
 ) -> Report:
     check_options(options)
-    plan, states = planned(base, adapters, options, allow_unmatched, dry_run, skip_links)
+    with watching() as watched:
+        plan, states = planned(base, adapters, options, allow_unmatched, dry_run, skip_links)
     original = _original(against, out, plan, dry_run)
     check_plan(plan, out, overwrite=overwrite, needed=not dry_run, parts=part[1])
     report = _report(plan, states, workers)
@@ -143,10 +162,11 @@ def _run(
         return report
     complete, norms = run_plan(
         plan, out, overwrite=overwrite, workers=workers, part=part, states=states,
-        progress=progress, norms=measured,
+        progress=progress, norms=measured, watched=watched,
     )  # fmt: skip
     _tell_norms(report, plan, norms)
     report.facts["complete"] = complete
+    report.notes += _nonfinite(norms).notes(str(out))
     if complete:
         report.outputs = [str(out), str(manifest_path(out, plan.folder))]
     else:
@@ -239,13 +259,19 @@ def _tell_norms(report: Report, plan: MergePlan, norms: Norms) -> None:
         found = norms.get(row.module)
         if found and found.get("before"):
             row.detail = f"‖ΔW‖/‖W‖ {found['change'] / found['before']:.3g}"
-    still = [t.key for t in plan.edited if t.key in norms and not norms[t.key]["moved"]]
+    still = [t.key for t in plan.edited if t.key in norms and not norms[t.key].get("moved", 1)]
     if still:
         why = "an adapter of zeros?"
         if any(norms[key]["change"] for key in still):
             why = "their changes are smaller than what rounding them takes away"
         text = f"{len(still)} tensors keep every number they had, `{still[0]}` first: {why}"
         report.notes.append(Note("unchanged", _shown(plan), text))
+
+
+def _nonfinite(norms: Norms) -> Nonfinite:
+    """What --allow-nonfinite let through, as the finished shards have noted it."""
+    counts = {key: int(each["nonfinite"]) for key, each in norms.items() if "nonfinite" in each}
+    return Nonfinite(True, computed=Counter(counts))
 
 
 def _tell_rounding(

@@ -15,3 +15,4 @@ class Options:
     inverse: bool = False
     max_shard_size: int = 0
     dequantize: bool = False
+    allow_nonfinite: bool = False

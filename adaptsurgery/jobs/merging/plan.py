@@ -17,10 +17,10 @@ from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
+from adaptsurgery.adapters.loading import CONFIG, read_files
 from adaptsurgery.checkpoint import system
 from adaptsurgery.checkpoint.base import PICKLES, Base, BaseFile
-from adaptsurgery.jobs.inputs import Input, base_input, refuse_pickles
-from adaptsurgery.jobs.loading import CONFIG, read_files
+from adaptsurgery.jobs.inputs import Input, base_input, beside_input, refuse_pickles
 from adaptsurgery.jobs.merging.configs import config_changes
 from adaptsurgery.jobs.merging.copies import Beside, look_beside, refused_links
 from adaptsurgery.jobs.merging.matched import Change, Matched, Saved, Target
@@ -101,7 +101,8 @@ class MergePlan:
     """Everything that has to be done, and for what. ``folder``: the output is a directory.
 
     ``indexes`` are the index files to write: name → component. ``configs``: patches of a
-    component's config.json. ``copies``: other files that come along.
+    component's config.json. ``copies``: other files that come along. ``beside``: those and the
+    base's indexes as inputs, told by size and time.
     """
 
     base: str
@@ -116,6 +117,7 @@ class MergePlan:
     modules: int = 0
     unmatched: tuple[str, ...] = ()
     notes: tuple[tuple[str, str, str], ...] = ()
+    beside: tuple[Input, ...] = ()
     version: int = VERSION
 
     def __post_init__(self) -> None:
@@ -162,7 +164,8 @@ class MergePlan:
             data = json.loads(text)
             if data["version"] != VERSION:
                 raise ValueError(f"version {data['version']}")
-            data["files"] = tuple(Input(**f) for f in data["files"])
+            for name in ("files", "beside"):
+                data[name] = tuple(Input(**f) for f in data[name])
             data["adapters"] = tuple(
                 AdapterInput(**{**a, "files": tuple(Input(**f) for f in a["files"])})
                 for a in data["adapters"]
@@ -217,6 +220,7 @@ def build_plan(
     states = [state for state, _ in adapters]
     edits = _edits(base, states, found, options)
     jobs = _jobs(base, edits, options)
+    copies = tuple(_copied(beside, base))
     return MergePlan(
         base=base.where,
         folder=base.folder is not None,
@@ -226,10 +230,11 @@ def build_plan(
         jobs=jobs,
         indexes=_indexes(base, jobs),
         configs=_patched(config_changes(base, found, states, untied, options), strays),
-        copies=tuple(_copied(beside, base)),
+        copies=copies,
         modules=found.modules,
         unmatched=tuple(found.unmatched),
         notes=tuple((n.code, n.where, n.text) for n in _notes(base, found, jobs, beside, strays)),
+        beside=tuple(beside_input(base, name) for name in (*copies, *base.indexes)),
     )
 
 
@@ -297,7 +302,7 @@ def adapter_input(path: Path, weight: float, layout: str) -> AdapterInput:
     What else lies in its folder is no part of it: a training's checkpoints, or an output.
     """
     files = [Path(file.where) for file in read_files(path)]
-    names = {*files, *(c for file in files if (c := file.parent / CONFIG).is_file())}
+    names = {*files, *(c for file in files if system.is_there(c := file.parent / CONFIG))}
     return AdapterInput(str(path.resolve()), weight, layout, tuple(map(_hashed, sorted(names))))
 
 

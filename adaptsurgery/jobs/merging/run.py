@@ -17,10 +17,12 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from adaptsurgery.checkpoint import atomic, locks, privacy, system
+from adaptsurgery.checkpoint.apart import is_within, keep_apart, overlap
 from adaptsurgery.checkpoint.base import read_json
+from adaptsurgery.checkpoint.finite import Nonfinite
 from adaptsurgery.checkpoint.safetensors import read_safetensors
+from adaptsurgery.checkpoint.watched import Watched, check_watched
 from adaptsurgery.checkpoint.writer import file_size
-from adaptsurgery.jobs.apart import is_within, keep_apart, overlap
 from adaptsurgery.jobs.inputs import Input, check_inputs
 from adaptsurgery.jobs.merging.adapters import parse_adapter
 from adaptsurgery.jobs.merging.configs import patched
@@ -87,12 +89,13 @@ def run_plan(
     states: Sequence[AdapterState] | None = None,
     progress: Progress | None = None,
     norms: bool = True,
+    watched: Watched | None = None,
 ) -> tuple[bool, Norms]:
     """Carry out every n-th job of a plan from the i-th on, (i, n) = ``part``.
 
     Whoever finishes the last of all jobs puts the output in its place. Returns whether that was
     done, and the norms of all finished tensors, unless ``norms`` is False. ``states`` are the
-    adapters, if they are parsed.
+    adapters, if they are parsed, and ``watched`` is what was read for them and for the plan.
     """
     index, count = part
     check_plan(plan, out, overwrite=overwrite, needed=True, parts=count)
@@ -105,6 +108,7 @@ def run_plan(
             return False, {}
     check_inputs(_inputs(plan))
     runner = _Runner(plan, place, states, workers, progress, norms)
+    runner.watched = watched or {}
     try:
         with place.entered(alone=count == 1):
             if place.landed(out):
@@ -194,6 +198,7 @@ class _Runner:
     ) -> None:
         self.plan, self.place, self.workers, self.progress = plan, place, workers, progress
         self.norms = norms
+        self.watched: Watched = {}
         self.parsed = list(states) if states is not None else None
         self.bases: dict[int, Mapping[str, Tensor]] = {}
         self.done = 0
@@ -250,6 +255,7 @@ class _Runner:
 
         from adaptsurgery.checkpoint.stream import write_stream
 
+        nonfinite = Nonfinite(self.plan.options.allow_nonfinite)
         found = write_stream(
             work,
             {t.key: self._entry(t) for t in job.tensors},
@@ -259,8 +265,10 @@ class _Runner:
             progress=self._tell,
             norms=self.norms,
             device=self.plan.options.device,
+            nonfinite=nonfinite,
         )
-        return {key: _norms(value) for key, value in found.items()}
+        norms = {key: _norms(value) for key, value in found.items()}
+        return norms | {key: {"nonfinite": count} for key, count in nonfinite.computed.items()}
 
     def _entry(self, edit: TensorEdit) -> Entry:
         from adaptsurgery.checkpoint.stream import Entry
@@ -304,7 +312,7 @@ class _Runner:
         outputs = change.shape[int(change.turned)]
         span = (change.first, change.first + change.rows)
         return Place(
-            update_for(change, self.states),
+            update_for(change, self.states, self.plan.options.allow_nonfinite),
             self.plan.adapters[change.adapter].weight,
             rows=(change.at, change.at + change.rows),
             source=None if span == (0, outputs) else span,
@@ -338,6 +346,8 @@ def _finish(runner: _Runner, out: Path, overwrite: bool) -> tuple[bool, Norms]:
         check_inputs(_inputs(plan))
         _check_sizes(plan, place)
         _make_ready(plan, place, out, norms)
+        check_inputs(_inputs(plan))  # again: configs, index and the rest were read just now
+        check_watched(runner.watched)
         with locks.alone(out), locks.unbroken():
             place.land(out, overwrite, None if plan.folder else place.manifest)
             held.close()  # nothing that is open may lie in what is removed
@@ -477,7 +487,7 @@ def _index(plan: MergePlan, component: str, old: Path) -> dict[str, Any]:
 
 
 def _inputs(plan: MergePlan) -> list[Input]:
-    return [*plan.files, *(f for a in plan.adapters for f in a.files)]
+    return [*plan.files, *plan.beside, *(f for a in plan.adapters for f in a.files)]
 
 
 def _check_apart(plan: MergePlan, out: Path) -> None:

@@ -6,8 +6,8 @@ from collections.abc import Sequence
 from dataclasses import replace
 from typing import TYPE_CHECKING
 
+from adaptsurgery.adapters.updates import nonfinite_allowed, update_of
 from adaptsurgery.jobs.merging.matched import Change
-from adaptsurgery.jobs.updates import update_of
 from adaptsurgery_formats import AdapterState, ModuleState
 from adaptsurgery_formats.fitting import fit
 from adaptsurgery_formats.names.orientation import with_sign
@@ -16,11 +16,14 @@ if TYPE_CHECKING:
     from adaptsurgery.core.update import Update
 
 
-def update_for(change: Change, states: Sequence[AdapterState]) -> Update:
+def update_for(
+    change: Change, states: Sequence[AdapterState], allow_nonfinite: bool = False
+) -> Update:
     """The whole module's update; ``change`` says which of its rows go where."""
     state = states[change.adapter]
     module = fit(with_sign(state.modules[change.module], change.turned), change.shape, state.where)
-    return update_of(_as_norm(module), None, state.where)
+    with nonfinite_allowed(allow_nonfinite):
+        return update_of(_as_norm(module), None, state.where)
 
 
 def _as_norm(module: ModuleState) -> ModuleState:

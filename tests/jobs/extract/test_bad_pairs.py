@@ -11,8 +11,8 @@ import pytest
 import torch
 
 import adaptsurgery
+from adaptsurgery.adapters.report import Report
 from adaptsurgery.jobs.extract.extract import extract
-from adaptsurgery.jobs.report import Report
 from adaptsurgery_formats.errors import SurgeryError
 
 UP = "model.layers.0.up.weight"

@@ -11,9 +11,9 @@ from typing import ClassVar
 import models
 import pytest
 
+from adaptsurgery.adapters.report import Report
 from adaptsurgery.jobs.extract import page as pages
 from adaptsurgery.jobs.extract.extract import extract
-from adaptsurgery.jobs.report import Report
 from adaptsurgery_formats.errors import SurgeryError
 
 

@@ -9,13 +9,13 @@ import pytest
 import torch
 from safetensors.torch import load_file, save_file
 
+from adaptsurgery.adapters.comparing import VerificationError
 from adaptsurgery.checkpoint.base import Base, BaseFile, assemble
 from adaptsurgery.jobs.merging.check import verify_merge
 from adaptsurgery.jobs.merging.match import match
 from adaptsurgery.jobs.merging.matched import Change
 from adaptsurgery.jobs.merging.merge import merge
 from adaptsurgery.jobs.merging.tying import settle_ties
-from adaptsurgery.jobs.verify import VerificationError
 from adaptsurgery_formats import AdapterState, ModuleState
 from adaptsurgery_formats.errors import SurgeryError
 from adaptsurgery_formats.tensors import Tensor

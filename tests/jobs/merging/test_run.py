@@ -16,13 +16,13 @@ import torch
 from safetensors.torch import load_file, save_file
 from unix import needs
 
+from adaptsurgery.adapters.comparing import VerificationError
 from adaptsurgery.jobs.merging import run
 from adaptsurgery.jobs.merging.check import verify_merge
 from adaptsurgery.jobs.merging.merge import merge, plan_merge, unmerge
 from adaptsurgery.jobs.merging.options import Options
 from adaptsurgery.jobs.merging.plan import MergePlan
 from adaptsurgery.jobs.merging.run import check_plan, run_plan
-from adaptsurgery.jobs.verify import VerificationError
 from adaptsurgery_formats.errors import SurgeryError
 
 LAYERS, WIDTH = 6, 16
@@ -245,6 +245,7 @@ def test_a_kill_leaves_the_old_output_and_the_rerun_completes(after: float, tmp_
     assert names == sorted(old)
     ended = not left_behind(tmp_path) and not torch.equal(now[names[0]], old[names[0]])
     assert ended or all(torch.equal(now[n], old[n]) for n in names)
+    del now, old  # which have files mapped that are replaced next
     merge(base, adapter, out, overwrite=True)
     assert verify_merge(out, base, adapter).rows and not left_behind(tmp_path)
 

@@ -181,6 +181,11 @@ CASES = {
         [f"vit.encoder.layer.{n}.{old}" for n in (0, 1) for old in _VIT],
         [f"vit.layers.{n}.{new}" for n in (0, 1) for new in _VIT.values()],
     ),
+    "vit's new names": renamed(
+        [f"vit.layers.{n}.{new}" for n in (0, 1) for new in _VIT.values()],
+        [f"vit.encoder.layer.{n}.{old}" for n in (0, 1) for old in _VIT],
+        vit__embeddings__patch_embeddings__projection__weight=(8, 3, 2, 2),
+    ),
     "gpt-2's fused Conv1D": Case(
         {"transformer.h.0.attn.c_attn.weight": (6, 18), "transformer.h.0.attn.c_attn.bias": (18,),
          "transformer.h.0.mlp.c_fc.weight": (6, 24)},
@@ -389,7 +394,10 @@ def live_model(files: Files) -> torch.nn.Module:
             if part not in at._modules:
                 at.add_module(part, torch.nn.Module())
             at = at.get_submodule(part)
-        layer = torch.nn.Linear(weight.shape[1], weight.shape[0], bias=False)
+        out, into, *kernel = weight.shape
+        layer: Any = torch.nn.Linear(into, out, bias=False)
+        if kernel:
+            layer = torch.nn.Conv2d(into, out, kernel[0], bias=False)
         layer.weight.data = torch.from_numpy(weight.copy())
         at.add_module(last, layer)
     return root

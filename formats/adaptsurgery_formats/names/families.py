@@ -148,6 +148,7 @@ _VIT = (
     (".output.dense", ".mlp.fc2"),
 )
 _VIT_OLD, _VIT_NEW = "encoder.layer.", "layers."
+_PATCHES = ".patch_embeddings."
 _TOWER, _WRAPPED_TOWER = "vision_tower.", "vision_tower.vision_model."
 # The language model within a model of images and text, of transformers ≥ 4.52 and before.
 _NEW_TEXT, _OLD_TEXT, _QWEN_TEXT = _TEXT = (
@@ -200,7 +201,7 @@ class _Finder:
             self.weights[path] = StoredWeight((Rows(f"{path}.weight"),))
         rules: tuple[Callable[[], Iterator[tuple[str, StoredWeight]]], ...] = (
             self._by_table, self._cut, self._joined, self._experts, self._open_clip,
-            self._tied_head, self._shared, self._other_spellings, self._beside_a_language_model,
+            self._tied_head, self._shared, self._other_spellings, self._older_vit, self._beside_a_language_model,
         )  # fmt: skip
         for rule in rules:
             for path, weight in list(rule()):
@@ -228,6 +229,13 @@ class _Finder:
     def _other_spellings(self) -> Iterator[tuple[str, StoredWeight]]:
         for path, weight in self.weights.items():
             yield from ((other, weight) for other in _other_spellings(path))
+
+    def _older_vit(self) -> Iterator[tuple[str, StoredWeight]]:
+        """ViT's layers by the names before transformers 5, where a model has the new ones."""
+        if any(_PATCHES in f".{name}" for name in self.parameters):
+            for path, weight in self.weights.items():
+                if older := _older_vit(path):
+                    yield older, weight
 
     def _cut(self) -> Iterator[tuple[str, StoredWeight]]:
         """Split names over fused weights."""
@@ -409,6 +417,15 @@ def _other_spellings(path: str) -> Iterator[str]:
     if _VIT_OLD in path:
         names.append(_newer_vit(path))
     yield from names[1:]
+
+
+def _older_vit(path: str) -> str:
+    """encoder.layer.0.attention.attention.query of layers.0.attention.q_proj; "" for any other."""
+    head, found, _ = path.partition(_VIT_NEW)
+    ending = next((pair for pair in _VIT if path.endswith(pair[1])), None)
+    if not found or not ending or head.endswith("encoder."):
+        return ""
+    return path.replace(_VIT_NEW, _VIT_OLD, 1).removesuffix(ending[1]) + ending[0]
 
 
 def _newer_vit(path: str) -> str:

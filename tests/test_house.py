@@ -291,7 +291,7 @@ def test_what_only_some_systems_have_stands_in_one_module() -> None:
 
 def test_the_folders_of_jobs_stand_above_the_files() -> None:
     jobs = PACKAGE / "jobs"
-    assert {p.name for p in jobs.iterdir() if any(p.glob("*.py"))} == JOB_FOLDERS.keys()
+    assert {p.name for p in jobs.iterdir() if any(p.glob("*.py"))} == {*JOB_FOLDERS, "options"}
     for path in sorted(jobs.rglob("*.py")):
         home = path.relative_to(jobs).parts[0]
         for folder, open_to_all in JOB_FOLDERS.items():
@@ -300,6 +300,15 @@ def test_the_folders_of_jobs_stand_above_the_files() -> None:
                 inside = module == prefix or module.startswith(prefix + ".")
                 allowed = home == folder or module.rpartition(".")[0] in open_to_all
                 assert not inside or allowed, f"{path.name} imports {module}"
+
+
+def test_options_stand_below_all_jobs() -> None:
+    """They are plain data, which commands read before any job is imported."""
+    known = ("adaptsurgery.jobs.options", "adaptsurgery.jobs.values", "adaptsurgery_formats.traits")
+    for path in sorted((PACKAGE / "jobs" / "options").glob("*.py")):
+        for module in imports(path):
+            ours = module.partition(".")[0] in ("adaptsurgery", "adaptsurgery_formats")
+            assert not ours or module.startswith(known), f"{path.name} imports {module}"
 
 
 def test_the_leaf_needs_the_standard_library_alone() -> None:

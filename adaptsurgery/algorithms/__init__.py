@@ -156,8 +156,8 @@ def fitter(algorithm: str) -> Callable[..., Fit]:
             next="one of " + ", ".join(table(lambda row: row.extracts)),
             code="no-fit",
         )
-    found: Callable[..., Fit] = home.fit
-    return found
+    fit: Callable[..., Fit] = home.fit
+    return fit
 
 
 def _check_slots(chosen: Any, given: Mapping[str, Any], magnitude: bool) -> None:

@@ -3,7 +3,7 @@
     l   (o, 1), (1, i); (1, n, 1, …) of a convolution       PEFT: W' = W ∘ l, and b' = b ∘ l of outputs
     w   (n,); (1, n, 1, …) of a convolution                 LyCORIS: W' = W ∘ (1 + w), the bias as it is
 
-One of the two. ``on_input`` says which side its n numbers are of; PEFT calls such modules feedforward.
+An IA3 has one of the two. ``on_input`` says that its n numbers are the inputs' (PEFT's feedforward).
 At a strength s the factors are 1 + s·(l − 1), or 1 + s·w, LyCORIS's multiplier.
 """
 
@@ -20,6 +20,7 @@ from torch import Tensor
 from adaptsurgery.core.config import AdapterConfig, Shapes
 from adaptsurgery.core.update import Scaling, widened
 from adaptsurgery_formats.errors import ShapeError
+from adaptsurgery_formats.traits import traits_of
 
 
 @dataclass(frozen=True, eq=False, kw_only=True)
@@ -77,6 +78,9 @@ class IA3Config(AdapterConfig):
             if getattr(self, name) is None:
                 hint = "the names, [] for none; the defaults of PEFT's table are LoRA's here"
                 raise self._refused(name, None, hint)
+        for name in traits_of(self.algorithm).peft_lacks:
+            if getattr(self, name) is not None:
+                raise self._refused(name, getattr(self, name), "PEFT's IA3Config has no such field")
         super().check()
 
     @property
@@ -88,9 +92,8 @@ class IA3Config(AdapterConfig):
         return {"on_input": self.on_input}
 
     def to_dict(self) -> dict[str, Any]:
-        held = super().to_dict()
-        held.pop("r")
-        return held
+        lacking = ("r", *traits_of(self.algorithm).peft_lacks)
+        return {name: value for name, value in super().to_dict().items() if name not in lacking}
 
     def for_module(self, name: str) -> IA3Config:
         from adaptsurgery_formats.peft import is_feedforward

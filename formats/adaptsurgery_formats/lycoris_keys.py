@@ -243,6 +243,16 @@ def add_notes(state: AdapterState) -> None:
             state.note("scale-rule", f"{told[0].label}{more}", f"scale {rule}")
 
 
+def note_loader(state: AdapterState) -> None:
+    """Say that LyCORIS's own loader makes no module of what its own (IA)³ writes."""
+    scaled = [m.label for m in state.modules if "w" in m.tensors]
+    if scaled:
+        text = (
+            f"right by its definition, but LyCORIS's own loader raises on (IA)³, {len(scaled)} here"
+        )
+        state.note("lycoris-loader", scaled[0], text)
+
+
 _FLOAT32_MIN, _FLOAT32_MAX = 2.0**-126, 2.0**127  # with all of its digits
 
 

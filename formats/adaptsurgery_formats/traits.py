@@ -90,6 +90,7 @@ class Traits:
     peft_type: str = ""  # "" where PEFT has no such method
     config: str = ""  # the name of its config's class, PEFT's
     peft_fields: Mapping[str, Any] = field(default_factory=dict)  # its config's own, with defaults
+    peft_lacks: tuple[str, ...] = ()  # of the fields that PEFT's other configs share
     extracts: bool = False  # whether one can be fitted to the difference of two weights
 
     @property
@@ -373,6 +374,7 @@ TRAITS: dict[str, Traits] = {
             scaled=False,
             peft_type="IA3",
             config="IA3Config",
+            peft_lacks=("layers_to_transform", "layers_pattern"),
             peft_fields={
                 "feedforward_modules": None,
                 "fan_in_fan_out": False,

@@ -180,6 +180,9 @@ def test_a_new_one_trains_as_peft_s_does(made: Made) -> None:
     assert grads[0].keys() == grads[1].keys() and len(grads[0]) == 5
     close(*grads, atol=1e-4)  # type: ignore[arg-type]
     refused("bad-config", lambda: adaptsurgery.IA3Config(target_modules=["fc"]))
+    refused("bad-config", lambda: adaptsurgery.IA3Config(**said, layers_to_transform=[0]))
+    own = set(peft.IA3Config().to_dict())
+    assert set(ours.peft_config["default"].to_dict()) == own
 
 
 def test_a_graph(made: Made) -> None:

@@ -83,10 +83,16 @@ def combine(
     result = replace(result, watched=watched)
     _check_lossy(rows, allow_lossy, result.state.where)
     report = write_adapter(
-        result, Path(out), target.name,
-        allow_nonfinite=allow_nonfinite, overwrite=overwrite, dry_run=dry_run, hashes=hashes, progress=progress,
+        result,
+        Path(out),
+        target.name,
+        allow_nonfinite=allow_nonfinite,
+        overwrite=overwrite,
+        dry_run=dry_run,
+        hashes=hashes,
+        progress=progress,
         others=[path for one in loaded for path in one.inputs],
-    )  # fmt: skip
+    )
     notes = [*repeated(one.paths[0] for one in loaded), *sum_.notes, *notes]
     return _told(report, rows, parts, notes)
 

@@ -18,7 +18,7 @@ from adaptsurgery.jobs.merging.configs import config_changes, patched
 from adaptsurgery.jobs.merging.match import match
 from adaptsurgery.jobs.merging.matched import Saved
 from adaptsurgery.jobs.merging.merge import merge, unmerge
-from adaptsurgery.jobs.merging.options import Options
+from adaptsurgery.jobs.merging.recipe import MergeRecipe
 from adaptsurgery.jobs.merging.tying import settle_ties
 from adaptsurgery_formats import AdapterState
 from adaptsurgery_formats.errors import SurgeryError
@@ -87,7 +87,7 @@ def test_configs_in_configs_grow_and_untie() -> None:
     state = AdapterState("peft", [lora("fc", 8, 8)], saved={"": {name: Tensor("F32", (70, 8), ())}})
     found = match(base, [state])
     found.saved["", name] = Saved(0, "", name)
-    change = config_changes(base, found, [state], {""}, Options(dtype="fp32"))[""]
+    change = config_changes(base, found, [state], {""}, MergeRecipe(dtype="fp32"))[""]
     assert change == {
         "text_config": {"vocab_size": 70, "tie_word_embeddings": False, "dtype": "float32"},
         "vision_config": {"dtype": "float32"},

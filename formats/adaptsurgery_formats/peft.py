@@ -793,13 +793,17 @@ class _Method:
 # A new algorithm that PEFT has: its line here, its suffixes in SUFFIXES.
 _METHODS: dict[str, _Method] = {
     "lora": _Method(
-        _plan_lora, _lora_flags, _lora_options, _lora_disagreements,
-        kinds=("embedding", "Conv1D"), magnitudes=True,
+        _plan_lora,
+        _lora_flags,
+        _lora_options,
+        _lora_disagreements,
+        kinds=("embedding", "Conv1D"),
+        magnitudes=True,
     ),
     "loha": _Method(_plan_loha, _loha_flags, _loha_options, _loha_disagreements, _loha_unheld),
     "lokr": _Method(_plan_lokr, _lokr_flags, _lokr_options, _lokr_disagreements, _lokr_unheld),
     "hra": _Method(_plan_hra, _hra_flags, _hra_options, unheld=_hra_unheld),
-}  # fmt: skip
+}
 
 
 FORMAT = Format(

@@ -24,10 +24,10 @@ def is_transposed(module: ModuleState, shape: tuple[int, ...]) -> bool:
     if len(shape) != 2 or row.vector or not may_be_transposed(module):
         return False
     outputs, columns = delta_shape(module)
+    if not columns:  # of a bias alone, or of one side's factors
+        return not row.dense and outputs not in (0, shape[0])
     if not outputs:
         return columns != shape[1]
-    if not columns:  # of a bias alone
-        return False
     return module.kind == "embedding" or (outputs, columns) != shape
 
 

@@ -6,7 +6,7 @@ the site); ``role`` which of the layer's values it stands in for, "x", "weight",
 ``adapters`` what is on the site, in order.
 
 Within no_grad and autocast torch drops the notes after all, when it exports or decomposes a program
-again. So every adapter's number of places is noted apart, and what is lost is told.
+again. So every adapter's number of places is noted apart, so that lost notes are noticed.
 """
 
 from __future__ import annotations
@@ -57,12 +57,12 @@ class Attached:
 
     @property
     def names(self) -> list[str]:
-        """Every tensor of it, by its name in the state_dict."""
+        """The names of all of its tensors in the state_dict."""
         return [name for part in self.parts for name in part.slots.values()]
 
     @property
     def config(self) -> AdapterConfig | None:
-        """A config that drops as the adapter's own does."""
+        """A config with the dropouts of the adapter's own."""
         return (
             AdapterConfig.known[self.parts[0].algorithm](**self.dropout) if self.dropout else None
         )
@@ -77,9 +77,9 @@ class Attached:
         return build(part.algorithm, slots, scale, self.shape, **part.options)
 
     @classmethod
-    def of_json(cls, said: dict[str, Any]) -> Attached:
-        parts = tuple(Part(**part) for part in said["parts"])
-        return cls(**{**said, "parts": parts, "shape": tuple(said["shape"])})
+    def of_json(cls, record: dict[str, Any]) -> Attached:
+        parts = tuple(Part(**part) for part in record["parts"])
+        return cls(**{**record, "parts": parts, "shape": tuple(record["shape"])})
 
 
 @dataclass(frozen=True)
@@ -95,11 +95,11 @@ class Tag:
 
     @property
     def text(self) -> str:
-        """The note as it stands on the node."""
-        said = {f.name: value for f in fields(self) if (value := getattr(self, f.name))}
+        """The note as JSON, as it stands on the node."""
+        record = {f.name: value for f in fields(self) if (value := getattr(self, f.name))}
         if self.adapters:
-            said["adapters"] = [asdict(a) for a in self.adapters]
-        return json.dumps(said)
+            record["adapters"] = [asdict(a) for a in self.adapters]
+        return json.dumps(record)
 
 
 def tag_of(node: Node) -> Tag | None:
@@ -107,9 +107,9 @@ def tag_of(node: Node) -> Tag | None:
     text = (node.meta.get("custom") or {}).get(RECORD)
     if text is None:
         return None
-    said = json.loads(text)
-    adapters = tuple(Attached.of_json(a) for a in said.pop("adapters", ()))
-    return Tag(said.pop("site", ""), said.pop("call", 0), adapters=adapters, **said)
+    record = json.loads(text)
+    adapters = tuple(Attached.of_json(a) for a in record.pop("adapters", ()))
+    return Tag(record.pop("site", ""), record.pop("call", 0), adapters=adapters, **record)
 
 
 def count(node: Node, counts: Mapping[str, int] | None) -> None:
@@ -124,7 +124,7 @@ def count(node: Node, counts: Mapping[str, int] | None) -> None:
 
 
 def counts_of(node: Node) -> dict[str, int]:
-    """How many places each adapter of the graph has, by a node that says it."""
+    """How many places each adapter of the graph has, as one node notes it."""
     text = (node.meta.get("custom") or {}).get(COUNTS)
     return {} if text is None else json.loads(text)
 
@@ -156,11 +156,11 @@ def _options(update: Update) -> dict[str, Any]:
 
 
 def _free(name: str, used: set[str]) -> str:
-    number, found = 1, name
-    while found in used:
+    number, candidate = 1, name
+    while candidate in used:
         number += 1
-        found = f"{name}_{number}"
-    return found
+        candidate = f"{name}_{number}"
+    return candidate
 
 
 def mapped(update: U, change: Callable[[Tensor], Tensor]) -> U:

@@ -109,6 +109,7 @@ def spell(state: AdapterState, names: Names | None) -> list[AdapterFile]:
                     code="colliding-names",
                 )
             tensors[key] = tensor
+    lycoris_keys.note_loader(state)
     metadata = describe_network(state, state.metadata)
     if state.prefix:
         metadata[META_PREFIX] = state.prefix

@@ -34,6 +34,7 @@ from adaptsurgery_formats.metadata import HASH_KEYS, describe_network
 from adaptsurgery_formats.names import Names, flatten
 from adaptsurgery_formats.state import AdapterState, ModuleState, lokr_shapes, may_be_transposed
 from adaptsurgery_formats.tensors import Tensor
+from adaptsurgery_formats.traits import traits_of
 
 PREFIX = "lycoris_"
 
@@ -110,6 +111,7 @@ def spell(state: AdapterState, names: Names | None) -> list[AdapterFile]:
 
 def _note_loader(state: AdapterState, names: Names | None) -> None:
     """Name the right files that LyCORIS's own loader cannot rebuild."""
+    lycoris_keys.note_loader(state)
     turned = [m for m in state.modules if is_turned(m, names)]
     if turned:
         text = f"{len(turned)} modules are transformers' Conv1D, which LyCORIS's own loader refuses"
@@ -135,7 +137,7 @@ def is_rebuilt(module: ModuleState, names: Names | None) -> bool:
 
 def is_turned(module: ModuleState, names: Names | None) -> bool:
     """Whether the weight is transformers' Conv1D's, (i, o), as its options or the base's shape say."""
-    if module.kind == "embedding" or module.algorithm == "norm":
+    if module.kind == "embedding" or traits_of(module.algorithm).vector:
         return False
     if module.options.get("fan_in_fan_out"):
         return True

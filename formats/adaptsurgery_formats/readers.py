@@ -183,6 +183,10 @@ def _has_no_alpha(seen: Seen) -> bool:
     return traits_of(seen.module.algorithm).scaled and seen.module.alpha is None
 
 
+def _is_ia3(seen: Seen) -> bool:
+    return seen.module.algorithm == "ia3"
+
+
 def _has_magnitude(seen: Seen) -> bool:
     return "magnitude" in seen.module.tensors
 
@@ -264,6 +268,7 @@ READERS: dict[str, Reader] = {
             alpha="alpha/r; 0 is r; 1 where both Kronecker factors are full; fails without one",
             prefixes={("flux", "text_encoder_2"): "lora_te2"},
             limits=(
+                Limit("(IA)³, which it writes and makes no module of", FAILS, _is_ia3),
                 Limit("a bias difference beside another adapter", DROPS, _is_bias_beside),
                 Limit("a bias difference without a weight's", FAILS, _is_bias_alone),
                 Limit("modules without an alpha", FAILS, _has_no_alpha),

@@ -278,8 +278,8 @@ def fit(module: ModuleState, shape: tuple[int, ...], where: str) -> ModuleState:
     ways = [(shape[0], math.prod(shape[1:]))]
     if len(shape) == 2 and may_be_transposed(module):
         ways.append((shape[1], shape[0]))
-    if not out:
-        fits = columns in [i for _, i in ways]
+    if not out:  # and where nothing shows the inputs either, the update itself is asked later
+        fits = columns in (0, *(i for _, i in ways))
     elif not columns:  # of a bias alone
         fits = out in [o for o, _ in ways]
     else:

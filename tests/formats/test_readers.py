@@ -46,7 +46,14 @@ def model() -> nn.Module:
 
 
 def weights(shapes: Shapes) -> dict[str, torch.Tensor]:
-    return {key: torch.full(shape, 0.5) for key, shape in shapes.items()}
+    """Numbers for a file; the flag of an (IA)³ says the side that its factors are of."""
+    held = {key: torch.full(shape, 0.5) for key, shape in shapes.items()}
+    inputs = {"fc": 16, "conv_in": 16, "point": 32}
+    for key in [key for key in held if key.endswith(".on_input")]:
+        name = key.removesuffix(".on_input")
+        layer = next(n for n in inputs if name.endswith(n))
+        held[key] = torch.tensor(int(held[f"{name}.weight"].numel() == inputs[layer]))
+    return held
 
 
 def peft_loads(shapes: Shapes, config: dict[str, Any] | None, folder: Path) -> bool:

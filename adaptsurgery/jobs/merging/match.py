@@ -28,12 +28,12 @@ from adaptsurgery_formats.errors import (
 )
 from adaptsurgery_formats.names import names_of_base
 from adaptsurgery_formats.resolve import fit
-from adaptsurgery_formats.state import CONV1D_NAMES, delta_shape, magnitude_axis
+from adaptsurgery_formats.state import CONV1D_NAMES, delta_shape, magnitude_axis, shapes_of
 from adaptsurgery_formats.tensors import FLOAT_DTYPES, Tensor, same_bytes
+from adaptsurgery_formats.traits import traits_of
 
 _HINTS = 8  # unmatched names that get a look for the nearest one
 _SHOWN = 40
-_BIASES = ("diff_b", "b_norm", "up_bias")
 
 
 @dataclass(frozen=True)
@@ -516,16 +516,20 @@ def _same(a: Tensor, b: Tensor) -> bool:
 
 def changes_weight(module: ModuleState) -> bool:
     """Whether a module changes its layer's weight, not the bias alone."""
-    return any(s not in ("diff_b", "b_norm") for s in module.tensors)
+    row = traits_of(module.algorithm)
+    return not row.dense or not module.tensors.keys() <= {*row.shifts}
 
 
 def changes_bias(module: ModuleState) -> bool:
-    return any(s in module.tensors for s in _BIASES)
+    row = traits_of(module.algorithm)
+    shifts = any(slot in module.tensors for slot in row.shifts)
+    return shifts or row.scales_bias(shapes_of(module), module.options)
 
 
 def _shifts(module: ModuleState) -> bool:
-    """Whether a bias's change is more than zeros."""
-    return any(any(module.tensors[s].read()) for s in _BIASES if s in module.tensors)
+    """Whether more than zeros is added to a bias."""
+    shifts = traits_of(module.algorithm).shifts
+    return any(any(module.tensors[s].read()) for s in shifts if s in module.tensors)
 
 
 def _groups(state: AdapterState) -> dict[tuple[str, str], list[tuple[int, ModuleState]]]:

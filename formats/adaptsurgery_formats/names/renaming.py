@@ -186,6 +186,8 @@ def _check_cuttable(module: ModuleState, segments: Sequence[Segment]) -> None:
 def _check_rowwise(module: ModuleState, segments: Sequence[Segment]) -> None:
     """Refuse what is not said row by row: a tucker LoHa, a DoRA norm per input of several parts."""
     row = traits_of(module.algorithm)
+    if not row.cuts:
+        raise _mixed(module, segments, f"{row.title} is not cut by rows")
     if row.transposes_core and module.tucker:
         raise _mixed(module, segments, f"a tucker {row.title} holds its rows as columns")
     per_input = "magnitude" in module.tensors and "magnitude" not in _row_slots(module)
@@ -198,10 +200,11 @@ def _listed(segments: Sequence[Segment]) -> str:
 
 
 def _mixed(module: ModuleState, segments: Sequence[Segment], why: str) -> InexactError:
+    row = traits_of(module.algorithm)
     return InexactError(
         f"`{module.label}` cannot be carried over exactly: {why}",
         seen=f"one module is made of rows of {_listed(segments)}",
-        next=AS_LORA,
+        next=AS_LORA if row.adds or row.turns else "merge it into the base instead",
         code="fused-mixed",
     )
 

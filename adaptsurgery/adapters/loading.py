@@ -250,10 +250,10 @@ def _read_peft(folder: Path, component: str) -> AdapterFile:
     if not component.isprintable():  # it goes into names and metadata
         raise FileError("the folder's name is no plain text", where=str(folder), code="bad-name")
     config = read_config(folder / CONFIG)
-    found = [p for p in (folder / WEIGHTS, folder / "adapter_model.bin") if system.is_there(p)]
-    if not found:
+    paths = [p for p in (folder / WEIGHTS, folder / "adapter_model.bin") if system.is_there(p)]
+    if not paths:
         raise FileError(f"there is no {WEIGHTS} in it", where=str(folder), code="no-such-file")
-    file = _read_file(found[0], config)
+    file = _read_file(paths[0], config)
     file.component = component
     return file
 

@@ -44,9 +44,9 @@ def load_together(
     are of different models, LayoutError ("base-needed") where only a base can tell.
     """
     loaded = [load_state(path, base=base, layout=layout, look_up=False) for path in paths]
-    found = [one for one in loaded if one.names is not None]
-    if found:
-        return _in_one_model(loaded, found)
+    candidates = [one for one in loaded if one.names is not None]
+    if candidates:
+        return _in_one_model(loaded, candidates)
     flat = [one for one in loaded if any(m.naming == "flat" for m in one.state.modules)]
     layouts = {one.state.layout for one in loaded}
     if flat and layouts == {to or loaded[0].state.layout}:
@@ -66,10 +66,10 @@ def load_together(
     return loaded
 
 
-def _in_one_model(loaded: list[Loaded], found: Sequence[Loaded]) -> list[Loaded]:
+def _in_one_model(loaded: list[Loaded], candidates: Sequence[Loaded]) -> list[Loaded]:
     """All of them in the first list of names that has every module."""
     trouble: SurgeryError | None = None
-    for candidate in found:
+    for candidate in candidates:
         assert candidate.names is not None
         try:
             placed = [_looked_up(one, candidate.names) for one in loaded]
@@ -78,12 +78,14 @@ def _in_one_model(loaded: list[Loaded], found: Sequence[Loaded]) -> list[Loaded]
             continue
         return [replace(one, base=candidate.base) for one in placed]
     assert trouble is not None
-    if len({one.names.model for one in found if one.names}) < 2:
+    if len({one.names.model for one in candidates if one.names}) < 2:
         raise trouble
     raise NameLookupError(
         "the adapters are for different models",
         where=loaded[0].state.where,
-        seen=", ".join(f"{one.paths[0].name}: {one.names.model}" for one in found if one.names),
+        seen=", ".join(
+            f"{one.paths[0].name}: {one.names.model}" for one in candidates if one.names
+        ),
         next="adapters of one model can be combined; --base MODEL if the guess is wrong",
         code="different-models",
     )
@@ -146,7 +148,7 @@ def _check_comparable(loaded: Sequence[Loaded]) -> None:
 def _one_within(mine: set[tuple[str, str]], theirs: set[tuple[str, str]]) -> bool:
     """Whether some name of one adapter is the tail of another's."""
     for few, many in ((mine, theirs), (theirs, mine)):
-        tails = {told[i + 1 :] for told in map(_told, many) for i, c in enumerate(told) if c == "."}
+        tails = {name[i + 1 :] for name in map(_told, many) for i, c in enumerate(name) if c == "."}
         if any(_told(place) in tails for place in few):
             return True
     return False

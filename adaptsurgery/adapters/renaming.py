@@ -151,14 +151,14 @@ Whole = frozenset[tuple[str, str]]  # native modules, by component and path, tha
 
 def uncut(state: AdapterState, names: Names | None) -> Whole:
     """The native modules of a state that cannot be cut into diffusers' (a fused LoKr)."""
-    found = set()
+    places = set()
     for module in state.modules:
         component = names.components.get(module.component) if names else None
         try:
             to_diffusers(module, component) if component else None
         except InexactError:
-            found.add((module.component, module.path))
-    return frozenset(found)
+            places.add((module.component, module.path))
+    return frozenset(places)
 
 
 def comparable(state: AdapterState, names: Names | None, whole: Whole) -> list[ModuleState]:

@@ -137,8 +137,8 @@ class _Walk:
         self.space = re.compile(r"[ \t\n\r]*").match
 
     def blank(self, at: int) -> int:
-        found = self.space(self.text, at)
-        return found.end() if found else at
+        match = self.space(self.text, at)
+        return match.end() if match else at
 
     def value(self, rule: Any, at: int) -> int:
         """Check the value that begins at ``at``; where it ends."""
@@ -397,10 +397,10 @@ def _keys(held: Any) -> None:
 def _member(held: dict[str, Any]) -> None:
     """A key that is a member of an enumeration, whose module must be imported already."""
     module, _, path = str(held.get("fqn")).partition(":")
-    found: Any = sys.modules.get(module)
+    kind: Any = sys.modules.get(module)
     for part in path.split("."):
-        found = getattr(found, part, None) if found is not None and part.isidentifier() else None
-    if not isinstance(found, type) or not issubclass(found, Enum):
+        kind = getattr(kind, part, None) if kind is not None and part.isidentifier() else None
+    if not isinstance(kind, type) or not issubclass(kind, Enum):
         raise Unsafe(f"a class that would be imported: {str(held.get('fqn'))[:200]}")
 
 

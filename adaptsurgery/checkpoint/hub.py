@@ -104,8 +104,8 @@ def base_headers(spec: str) -> Base:
 
 def parse_spec(spec: str) -> Spec:
     """A Hub name taken apart; raises FileError ``no-such-file``, ``path-escapes``, ``bad-name``."""
-    found = _SPEC.fullmatch(spec)
-    if not found or (not found["inner"] and spec.endswith(_WEIGHTS)):
+    match = _SPEC.fullmatch(spec)
+    if not match or (not match["inner"] and spec.endswith(_WEIGHTS)):
         error = missing_file(os.path.expanduser(spec))
         also = "a model on the Hub is named org/name[@revision][:file]"
         raise FileError(
@@ -114,11 +114,11 @@ def parse_spec(spec: str) -> Spec:
             next=f"{error.next}; {also}" if error.next else also,
             code=error.code,
         )
-    inner = (found["inner"] or "").strip("/")
+    inner = (match["inner"] or "").strip("/")
     for part in inner.split("/") if inner else ():
         check_name(part, spec)
-    _check_revision(found["revision"], spec)
-    return Spec(found["repo"], found["revision"], inner)
+    _check_revision(match["revision"], spec)
+    return Spec(match["repo"], match["revision"], inner)
 
 
 def _check_revision(revision: str | None, where: str) -> None:
@@ -256,14 +256,14 @@ def _cached_root(spec: Spec) -> Path | None:
     from huggingface_hub.errors import LocalEntryNotFoundError
 
     try:
-        found = snapshot_download(
+        folder = snapshot_download(
             spec.repo, revision=spec.revision, local_files_only=True, allow_patterns=["-"]
         )
     except (LocalEntryNotFoundError, ValueError):
         return None
     except OSError as error:
         raise _hub_error("the cache cannot be read", spec, error, "", "hub-failed") from error
-    return Path(found)
+    return Path(folder)
 
 
 def cached_path(spec: str) -> Path | None:
@@ -354,11 +354,11 @@ def _remote_header(spec: Spec, name: str, component: str) -> BaseFile:
 
     path = name if name == spec.inner else _join(spec.inner, name)
     with _said(spec, path):
-        found = HfApi().parse_safetensors_file_metadata(spec.repo, path, revision=spec.revision)
+        header = HfApi().parse_safetensors_file_metadata(spec.repo, path, revision=spec.revision)
     tensors = {
-        key: Tensor(str(info.dtype), tuple(info.shape), ()) for key, info in found.tensors.items()
+        key: Tensor(str(info.dtype), tuple(info.shape), ()) for key, info in header.tensors.items()
     }
-    return BaseFile(name, component, tensors, dict(found.metadata))
+    return BaseFile(name, component, tensors, dict(header.metadata))
 
 
 def _remote_names(spec: Spec) -> list[str]:

@@ -19,12 +19,12 @@ _SHOWN = 40  # of the things that an error lists
 
 def report(error: Exception, session: Session) -> int:
     """Tell an error on stderr, and on stdout too where JSON was asked for; returns the exit code."""
-    told = error if isinstance(error, SurgeryError) else _unexpected(error)
+    failure = error if isinstance(error, SurgeryError) else _unexpected(error)
     if session.json:
         with suppress(OSError):  # a full disk behind stdout, which may be the error itself
-            print_json({"ok": False, "error": told.as_dict()})
-    say(text(told))
-    if told is not error and os.environ.get("ADAPTSURGERY_DEBUG"):
+            print_json({"ok": False, "error": failure.as_dict()})
+    say(text(failure))
+    if failure is not error and os.environ.get("ADAPTSURGERY_DEBUG"):
         import traceback
 
         say("".join(traceback.format_exception(error)).rstrip())

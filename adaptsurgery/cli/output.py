@@ -124,9 +124,9 @@ def note(code: str, where: str, text: str) -> None:
     click.echo(f"{paint(f'note[{code}]', 'yellow')}: {at}{printable(text)}")
 
 
-def rows(found: Iterable[Row]) -> None:
+def rows(modules: Iterable[Row]) -> None:
     """The modules whose ΔW moved, the farthest first, and at most ten of them."""
-    moved = sorted((r for r in found if r.change != "identical"), key=lambda r: -r.error)
+    moved = sorted((r for r in modules if r.change != "identical"), key=lambda r: -r.error)
     for row in moved[:_SHOWN]:
         detail = f"  {row.detail}" if row.detail else ""
         error = f"{row.error:.2g}"

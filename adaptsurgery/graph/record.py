@@ -109,7 +109,9 @@ class Tag:
 
 def tag_of(node: Node) -> Tag | None:
     """The note of a node, None where surgery did not make it; LayoutError "bad-note" for none of ours."""
-    note: Tag | None = _noted(node, RECORD, lambda said: record({**_UNSAID, **said}, Tag, "note"))
+    note: Tag | None = _noted(
+        node, RECORD, lambda fields: record({**_UNSAID, **fields}, Tag, "note")
+    )
     return note
 
 

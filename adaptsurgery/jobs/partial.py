@@ -249,8 +249,8 @@ class Partial:
 
     def abandoned(self) -> list[Path]:
         """What killed runs of other plans have left beside the output, if nobody works on it now."""
-        found = sorted(self.root.parent.glob(".adaptsurgery-*.partial"))
-        return [root for root in found if root != self.root and not busy(root)]
+        folders = sorted(self.root.parent.glob(".adaptsurgery-*.partial"))
+        return [root for root in folders if root != self.root and not busy(root)]
 
 
 def busy(root: Path, but: Path | None = None) -> bool:

@@ -67,12 +67,12 @@ def adapter_state(model: AdaptedModel, adapter: str) -> dict[str, Tensor]:
 def _biases(
     model: AdaptedModel, adapter: str, layers: Iterable[tuple[str, AdaptedLayer]]
 ) -> Iterator[tuple[str, Tensor]]:
-    said = getattr(model.peft_config[adapter], "bias", "none")
-    if said == "all":
+    setting = getattr(model.peft_config[adapter], "bias", "none")
+    if setting == "all":
         for name, parameter in model.model.named_parameters():
             if name.rpartition(".")[2] == "bias" and ".modules_to_save." not in f".{name}":
                 yield name.replace(".original_module.", "."), parameter
-    elif said != "none":
+    elif setting != "none":
         for name, layer in layers:
             if isinstance(bias := getattr(layer.base_layer, "bias", None), Tensor):
                 yield f"{name}.base_layer.bias", bias
@@ -95,9 +95,9 @@ def write_folder(model: AdaptedModel, adapter: str, folder: Path) -> None:
     Raises ValueRefused for numbers that are not finite or on the meta device, FileError.
     """
     tensors = {key: from_torch(t.contiguous()) for key, t in adapter_state(model, adapter).items()}
-    said = replace(model.peft_config[adapter], inference_mode=True).to_dict()
+    config = replace(model.peft_config[adapter], inference_mode=True).to_dict()
     folder.mkdir(parents=True, exist_ok=True)
-    _write_both(folder, tensors, json.dumps(said, indent=2, sort_keys=True))
+    _write_both(folder, tensors, json.dumps(config, indent=2, sort_keys=True))
 
 
 def _write_both(folder: Path, tensors: Mapping[str, FileTensor], text: str) -> None:
@@ -186,14 +186,14 @@ def _suffix(key: str) -> str:
 
 def _check_one_model(place: Path) -> None:
     """Raise FileError for the adapters of a pipeline's several models."""
-    found = parts(place)
-    if len(found) < 2:
+    counts = parts(place)
+    if len(counts) < 2:
         return
     folders = f"adaptsurgery convert {place} -o PARTS --to peft"
     raise FileError(
         "this adapts several models, and a live model is one of them",
         where=str(place),
-        seen=", ".join(f"{part}: {count} modules" for part, count in sorted(found.items())),
+        seen=", ".join(f"{part}: {count} modules" for part, count in sorted(counts.items())),
         next="load the folder of the model's part"
         if place.is_dir()
         else f"`{folders}` makes a folder of each part (--base names a model of no bundled "
@@ -304,9 +304,9 @@ class _Home:
     @property
     def held(self) -> Tensor:
         held = self.module._parameters.get(self.name)
-        found = self.module._buffers[self.name] if held is None else held
-        assert found is not None
-        return found
+        tensor = self.module._buffers[self.name] if held is None else held
+        assert tensor is not None
+        return tensor
 
     @property
     def shape(self) -> torch.Size:

@@ -221,16 +221,18 @@ class AdaptedLayer(nn.Module):
 
     def update(self, adapter: str) -> Update:
         """An adapter's update as it stands, of its live parameters, at the adapter's weight."""
-        said = self.settings[adapter]
+        setting = self.settings[adapter]
         held: dict[str, Any] = {
             slot: slots.as_slot(slot, slots.take(self, suffix, adapter), self.dims)
-            for slot, suffix in said.suffixes.items()
+            for slot, suffix in setting.suffixes.items()
         }
         magnitude = held.pop("magnitude", None)
-        scale = said.scale * (said.weight if magnitude is None else 1.0)
-        update = made(said.algorithm, {**held, **said.options}, scale, self.shape)
+        scale = setting.scale * (setting.weight if magnitude is None else 1.0)
+        update = made(setting.algorithm, {**held, **setting.options}, scale, self.shape)
         return (
-            update if magnitude is None else only_whole(with_norms(update, magnitude), said.weight)
+            update
+            if magnitude is None
+            else only_whole(with_norms(update, magnitude), setting.weight)
         )
 
     def live(self) -> tuple[str, ...]:
@@ -437,7 +439,7 @@ class AdaptedLayer(nn.Module):
             self._original = (None, self._original[1])
 
     def extra_repr(self) -> str:
-        return ", ".join(f"{name}: {said.algorithm}" for name, said in self.settings.items())
+        return ", ".join(f"{name}: {setting.algorithm}" for name, setting in self.settings.items())
 
 
 def _surely_finite(layer: Layer, update: Update) -> bool:

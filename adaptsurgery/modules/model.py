@@ -145,8 +145,8 @@ class AdaptedModel(nn.Module):
         """The adapters that are merged in some layer."""
         if "model" not in self._modules:
             return []
-        found = (m.merged for m in self._holders() if isinstance(m, AdaptedLayer))
-        return list(dict.fromkeys(name for merged in found for name in merged))
+        per_layer = (m.merged for m in self._holders() if isinstance(m, AdaptedLayer))
+        return list(dict.fromkeys(name for merged in per_layer for name in merged))
 
     def update(self, path: str, adapter: str) -> Update:
         """An adapter's update of one layer, of its live tensors. NameLookupError for no such layer."""
@@ -157,8 +157,8 @@ class AdaptedModel(nn.Module):
 
     def scales(self, config: AdapterConfig) -> dict[str, float]:
         """The scale that a config gives each layer that it targets."""
-        found = self._targets(Walk.of(self.model), config)
-        return {t.name: config.scale(t.rank, t.alpha) for t in found.chosen}
+        targets = self._targets(Walk.of(self.model), config)
+        return {t.name: config.scale(t.rank, t.alpha) for t in targets.chosen}
 
     # --- putting in ------------------------------------------------------------------------------
 
@@ -183,16 +183,18 @@ class AdaptedModel(nn.Module):
         config = copy.deepcopy(config)
         walk = Walk.of(self.model)
         wanted = config if state_dict is None else of_keys(config, state_dict)
-        found = self._targets(walk, wanted)
-        for note in found.notes:
+        targets = self._targets(walk, wanted)
+        for note in targets.notes:
             warnings.warn(f"{note.where}: {note.text} [{note.code}]", stacklevel=4)
         with uncollected():
-            layers = planned(walk, found.chosen, config, low_cpu_mem_usage, autocast_adapter_dtype)
+            layers = planned(
+                walk, targets.chosen, config, low_cpu_mem_usage, autocast_adapter_dtype
+            )
         before = Before(self)
         try:
             with uncollected():
                 attach(walk, adapter_name, config, layers)
-            save_whole(walk, adapter_name, found.saved)
+            save_whole(walk, adapter_name, targets.saved)
             self.peft_config[adapter_name] = config
             train_biases(self.model, config, [layer for layer, _ in layers])
             self._activate()
@@ -264,14 +266,14 @@ class AdaptedModel(nn.Module):
         try:
             for layer in layers:
                 for name in strengths.keys() & layer.settings.keys():
-                    said = layer.settings[name]
-                    if said.weight != strengths[name]:
-                        before.append((layer, name, said))
-                        layer.settings[name] = replace(said, weight=strengths[name])
+                    setting = layer.settings[name]
+                    if setting.weight != strengths[name]:
+                        before.append((layer, name, setting))
+                        layer.settings[name] = replace(setting, weight=strengths[name])
                         layer.update(name)  # refused where a weight has no meaning
         except SurgeryError:
-            for layer, name, said in before:
-                layer.settings[name] = said
+            for layer, name, setting in before:
+                layer.settings[name] = setting
             raise
 
     def _activate(self) -> None:

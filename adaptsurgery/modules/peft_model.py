@@ -231,8 +231,8 @@ class PeftModel(nn.Module):
         """An adapter's layers, each with the scale that another config gives it."""
         scales = self.base_model.scales(config)
         held = [(n, x) for n, x in self.base_model.layers() if adapter in x.settings]
-        found = {id(layer): (layer, scales[name]) for name, layer in held if name in scales}
-        if strange := [name for name, layer in held if id(layer) not in found]:
+        layers = {id(layer): (layer, scales[name]) for name, layer in held if name in scales}
+        if strange := [name for name, layer in held if id(layer) not in layers]:
             raise ValueRefused(
                 f"the file's config does not target {len(strange)} of the modules of `{adapter}`",
                 where=where,
@@ -240,7 +240,7 @@ class PeftModel(nn.Module):
                 next="load_adapter under another name",
                 code="cannot-swap",
             )
-        return list(found.values())
+        return list(layers.values())
 
     # --- what there is ---------------------------------------------------------------------------
 

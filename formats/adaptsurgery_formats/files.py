@@ -141,4 +141,4 @@ class Format:
     def refuses(self) -> dict[str, str]:
         """Algorithm → why, of those that the layout has no module of at all."""
         unheld = {name: self.holds(ModuleState("", name, {}), None) for name in TRAITS}
-        return {name: said.what for name, said in unheld.items() if said is not None}
+        return {name: refusal.what for name, refusal in unheld.items() if refusal is not None}

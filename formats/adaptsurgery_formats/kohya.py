@@ -43,9 +43,9 @@ def claims(key: str) -> bool:
 
 def split_prefix(name: str) -> tuple[str, str]:
     """("lora_te1", "text_model_…") of a flat module name that ``claims`` accepts."""
-    found = _PREFIX.match(name)
-    assert found is not None
-    return found.group(1), name[found.end() :]
+    match = _PREFIX.match(name)
+    assert match is not None
+    return match.group(1), name[match.end() :]
 
 
 def parse(files: Sequence[AdapterFile]) -> AdapterState:

@@ -85,10 +85,10 @@ def sweepable_factors(out: int, into: int, loader: str) -> dict[tuple[Cut, Cut],
     divisors = {
         f for n in (out, into) for m in range(1, int(n**0.5) + 1) if n % m == 0 for f in (m, n // m)
     }
-    found: dict[tuple[Cut, Cut], int] = {}
+    factors: dict[tuple[Cut, Cut], int] = {}
     for factor in (-1, *sorted(divisors | {f + 1 for f in divisors})):
-        found.setdefault((cut(out, factor), cut(into, factor)), factor)
-    return found
+        factors.setdefault((cut(out, factor), cut(into, factor)), factor)
+    return factors
 
 
 def stored_shapes(
@@ -181,8 +181,8 @@ def lycoris_loads(shapes: Shapes, out: int, into: int) -> bool:
 
 def _guessed_rank(shapes: Shapes) -> int | None:
     """The loader's rank; that of a tucker w2_a (r, b) is read from the wrong side. None: full."""
-    found = shapes.get("w1_a") or shapes.get("w2_a")
-    return found[1] if found else None
+    shape = shapes.get("w1_a") or shapes.get("w2_a")
+    return shape[1] if shape else None
 
 
 def _guessed_factor(shapes: Shapes) -> int:

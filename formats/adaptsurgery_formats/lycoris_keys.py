@@ -235,12 +235,12 @@ def _beside_on_input(key: str, tensors: Container[str]) -> tuple[str, str] | Non
 def add_notes(state: AdapterState) -> None:
     """Say where a scale does not follow from the alpha that the file shows."""
     for rule in (NO_ALPHA, ZERO_ALPHA, BOTH_FULL):
-        told = [m for m in state.modules if m.rule == rule]
+        modules = [m for m in state.modules if m.rule == rule]
         if rule == BOTH_FULL:
-            told = [m for m in told if m.alpha is not None]
-        if told:
-            more = f" and {len(told) - 1} more" if len(told) > 1 else ""
-            state.note("scale-rule", f"{told[0].label}{more}", f"scale {rule}")
+            modules = [m for m in modules if m.alpha is not None]
+        if modules:
+            more = f" and {len(modules) - 1} more" if len(modules) > 1 else ""
+            state.note("scale-rule", f"{modules[0].label}{more}", f"scale {rule}")
 
 
 def note_loader(state: AdapterState) -> None:

@@ -116,8 +116,10 @@ def _parse_folder(file: AdapterFile, state: AdapterState) -> None:
         metadata.pop(key, None)
     groups, saved = _grouped(file)
     matcher = Matcher(groups, file.where)
-    said = peft_config.settings(file.config, matcher, file.where)
-    modules = [_module(path, slots, said[path], component, file) for path, slots in groups.items()]
+    settings = peft_config.settings(file.config, matcher, file.where)
+    modules = [
+        _module(path, slots, settings[path], component, file) for path, slots in groups.items()
+    ]
     peft_config.check_targets(file.config, modules, matcher, file.where)
     state.modules += modules
     state.saved[component] = saved
@@ -178,7 +180,7 @@ def _unknown(key: str, tensor: Tensor, file: AdapterFile) -> KeyRefused:
 def _module(
     path: str,
     tensors: dict[str, Tensor],
-    said: peft_config.Setting,
+    setting: peft_config.Setting,
     component: str,
     file: AdapterFile,
 ) -> ModuleState:
@@ -202,9 +204,9 @@ def _module(
         path,
         algorithm,
         slots,
-        said.alpha,
-        said.rule,
-        said.rank,
+        setting.alpha,
+        setting.rule,
+        setting.rank,
         component,
         keys=tuple(f"{PREFIX}{path}.{s}" for s in tensors),
         kind="embedding" if embedding else "",
@@ -331,8 +333,10 @@ def _lokr_disagreements(module: ModuleState, config: dict[str, Any]) -> list[str
 def _ia3_disagreements(module: ModuleState, config: dict[str, Any]) -> list[str]:
     """A matrix shows its side: (1, i) or (o, 1)."""
     shape = module.tensors["l"].shape
-    told = len(shape) == 2 and shape != (1, 1)
-    return ["feedforward_modules"] if told and module.options["on_input"] != (shape[0] == 1) else []
+    clear = len(shape) == 2 and shape != (1, 1)
+    return (
+        ["feedforward_modules"] if clear and module.options["on_input"] != (shape[0] == 1) else []
+    )
 
 
 def _no_disagreements(module: ModuleState, config: dict[str, Any]) -> list[str]:
@@ -363,8 +367,8 @@ class _Lokr:
             return self.module.rank
         w1, w2 = self.widest
         least = math.ceil(max(w1, w2) / 2) if decompose_both else math.ceil(w2 / 2)
-        said = self.module.rank
-        return said if said is not None and said >= least else max(1, least)
+        rank = self.module.rank
+        return rank if rank is not None and rank >= least else max(1, least)
 
 
 def plan(state: AdapterState, names: Names | None) -> list[Step]:
@@ -786,8 +790,8 @@ def _lokr_said(
     """The template's ranks and flags, if PEFT derives these very shapes from them."""
     if not template or template.get("peft_type", "").upper() != "LOKR":
         return None
-    said = peft_config.settings(template, Matcher(cut, where), where)
-    ranks = {path: said[path].rank or 1 for path in cut}
+    settings = peft_config.settings(template, Matcher(cut, where), where)
+    ranks = {path: settings[path].rank or 1 for path in cut}
     flags = {name: template.get(name, peft_config.FIELDS["lokr"][name]) for name in _LOKR_FLAGS}
     if names is None or all(_derives(flags, ranks[path], c) for path, c in cut.items()):
         return ranks, flags
@@ -797,11 +801,11 @@ def _lokr_said(
 def _ia3_flags(modules: _Spelled, names: Names | None, template: _Template, where: str) -> _Derived:
     """The template's feedforward_modules where they say of each module what it is, else the names."""
     inward = {path: bool(m.options.get("on_input")) for path, m in modules.items()}
-    said = (template or {}).get("feedforward_modules")
-    if said is None or any(is_feedforward(p, said, where) != side for p, side in inward.items()):
-        said = sorted(path for path, side in inward.items() if side)
+    ends = (template or {}).get("feedforward_modules")
+    if ends is None or any(is_feedforward(p, ends, where) != side for p, side in inward.items()):
+        ends = sorted(path for path, side in inward.items() if side)
         if strays := [
-            p for p, side in inward.items() if not side and is_feedforward(p, said, where)
+            p for p, side in inward.items() if not side and is_feedforward(p, ends, where)
         ]:
             raise InexactError(
                 "PEFT tells the modules whose inputs are scaled by the ends of their names",
@@ -811,7 +815,7 @@ def _ia3_flags(modules: _Spelled, names: Names | None, template: _Template, wher
                 code="feedforward-names",
             )
     transposed = any(m.options.get("fan_in_fan_out") for m in modules.values())
-    return dict.fromkeys(modules), {"feedforward_modules": said, "fan_in_fan_out": transposed}
+    return dict.fromkeys(modules), {"feedforward_modules": ends, "fan_in_fan_out": transposed}
 
 
 _LOKR_FLAGS = ("decompose_both", "decompose_factor", "use_effective_conv2d")

@@ -274,11 +274,11 @@ def _agrees(template: Mapping[str, Any], wanted: Wanted, where: str) -> bool:
     matcher = Matcher([*wanted.ranks, *wanted.others], where)
     given = settings(template, matcher, where)
     for name, rank in wanted.ranks.items():
-        said = given[name]
-        if said.rank != rank or is_targeted(name, template, matcher) is False:
+        setting = given[name]
+        if setting.rank != rank or is_targeted(name, template, matcher) is False:
             return False
-        if said.alpha is not None and not math.isclose(
-            said.scale, wanted.scales[name], rel_tol=1e-6
+        if setting.alpha is not None and not math.isclose(
+            setting.scale, wanted.scales[name], rel_tol=1e-6
         ):
             return False
     # None: only the model can tell, so the template must have been made for it.
@@ -288,8 +288,8 @@ def _agrees(template: Mapping[str, Any], wanted: Wanted, where: str) -> bool:
     return all(_same(template.get(k, defaults.get(k)), v, k) for k, v in wanted.flags.items())
 
 
-def _same(said: Any, wanted: Any, name: str) -> bool:
-    return name == "use_rslora" or said == wanted
+def _same(value: Any, wanted: Any, name: str) -> bool:
+    return name == "use_rslora" or value == wanted
 
 
 def check_targets(

@@ -33,13 +33,13 @@ def distinct(terms: Sequence[Term]) -> list[tuple[ModuleState, float]]:
             groups.append([term])
         else:
             home.append(term)
-    found = []
+    sums = []
     for group in groups:
         coefficients = [t.coefficient for t in group]
         total = math.fsum(coefficients)
         if abs(total) > NOTHING * math.fsum(map(abs, coefficients)):
-            found.append((replace(group[0].module, keys=keys_of(group)), total))
-    return found
+            sums.append((replace(group[0].module, keys=keys_of(group)), total))
+    return sums
 
 
 def _same_factors(a: ModuleState, b: ModuleState) -> bool:
@@ -75,17 +75,17 @@ def rescaled(module: ModuleState, coefficient: float) -> ModuleState:
     return replace(module, alpha=abs(coefficient) * rank, rank=rank, rule=ALPHA_OVER_R)
 
 
-def common_scale(found: Sequence[tuple[float, int]]) -> float:
+def common_scale(terms: Sequence[tuple[float, int]]) -> float:
     """The scale of a sum, of (|coefficient|, rank): one that leaves the most ranks exact.
 
     What is a power of two of it only moves exponents, in any dtype.
     """
     ranks: dict[float, int] = {}
-    for coefficient, rank in found:
+    for coefficient, rank in terms:
         mantissa = math.frexp(coefficient)[0]
         ranks[mantissa] = ranks.get(mantissa, 0) + rank
     best = max(ranks, key=lambda mantissa: ranks[mantissa])
-    return max(c for c, _ in found if math.frexp(c)[0] == best)
+    return max(c for c, _ in terms if math.frexp(c)[0] == best)
 
 
 def shortest(up: torch.Tensor, down: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:

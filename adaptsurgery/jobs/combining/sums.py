@@ -122,8 +122,8 @@ class Sum:
             lora = self._rotation_as_lora(chained(rotations))
             layer.terms = others = [Term(lora, 1.0), *others]
             rotations = []
-        found = [chained(rotations)] if rotations else self._weight_of(others)
-        return self._with_bias(found, others)
+        modules = [chained(rotations)] if rotations else self._weight_of(others)
+        return self._with_bias(modules, others)
 
     def _check_alone(self, terms: Sequence[Term]) -> None:
         moving = [t.module for t in terms if moves_weight(t.module)]
@@ -221,9 +221,9 @@ class Sum:
             self._note("kernel-unknown", modules[0].label, "taken for a Linear's: --base can tell")
         return lora_module(modules, up, down, shape, scale)
 
-    def _with_bias(self, found: list[ModuleState], terms: Sequence[Term]) -> list[ModuleState]:
+    def _with_bias(self, modules: list[ModuleState], terms: Sequence[Term]) -> list[ModuleState]:
         """The modules with the sum of the terms' bias differences, where the layout has a place."""
-        found = [m if "magnitude" in m.tensors else m.with_tensors(up_bias=None) for m in found]
+        modules = [m if "magnitude" in m.tensors else m.with_tensors(up_bias=None) for m in modules]
         held = [
             (t.coefficient, t.module.tensors[slot])
             for t in terms
@@ -232,8 +232,8 @@ class Sum:
             if slot in t.module.tensors
         ]
         if not held:
-            return found
-        owner = found[0] if found else None
+            return modules
+        owner = modules[0] if modules else None
         if self.target.name == "peft" and owner is not None and owner.algorithm == "lora":
             inward = [(c / owner.scale, tensor) for c, tensor in held]
             return [owner.with_tensors(up_bias=weighted_sum(inward, owner.label))]
@@ -250,7 +250,7 @@ class Sum:
             rank=None,
             options=prefix_of(origin),
         )
-        return [*found, dense]
+        return [*modules, dense]
 
     # How far the result is off
 

@@ -50,13 +50,13 @@ class Outcome:
         return self.error * self.measured.norm
 
 
-def outcomes(plan: ExtractPlan, found: Results) -> list[Outcome]:
+def outcomes(plan: ExtractPlan, results: Results) -> list[Outcome]:
     """Every layer with its candidate, in the plan's order.
 
     Raises ValueRefused ("out-of-reach") with all layers on which no candidate meets the goal, or
     for PEFT not the one candidate that does on most.
     """
-    made = [Outcome(layer, Measured.from_dict(data)) for layer, data in zip(plan.layers, found)]
+    made = [Outcome(layer, Measured.from_dict(data)) for layer, data in zip(plan.layers, results)]
     changed = [o for o in made if o.measured.found]
     _check_reached(plan, changed)
     wanted = _one_kind(plan, changed) if plan.options.to == "peft" and changed else None
@@ -108,8 +108,8 @@ def _check_factor(plan: ExtractPlan, changed: Sequence[Outcome], wanted: _Kind) 
     )
 
 
-def _kind(found: Found) -> _Kind | None:
-    return None if found.compared else (found.algorithm, found.factor)
+def _kind(fit: Found) -> _Kind | None:
+    return None if fit.compared else (fit.algorithm, fit.factor)
 
 
 def _settle(outcome: Outcome, wanted: _Kind | None, fewest: bool) -> None:
@@ -125,17 +125,17 @@ def _settle(outcome: Outcome, wanted: _Kind | None, fewest: bool) -> None:
         outcome.reason = next(iter(failed), "") or f"no {wanted[0] if wanted else 'adapter'} on it"
 
 
-def _price(found: Found, fewest: bool) -> tuple[float, float]:
-    size = float(found.parameters)
-    return (size, found.error) if fewest else (found.error, size)
+def _price(fit: Found, fewest: bool) -> tuple[float, float]:
+    size = float(fit.parameters)
+    return (size, fit.error) if fewest else (fit.error, size)
 
 
 def _one_kind(plan: ExtractPlan, changed: Sequence[Outcome]) -> _Kind:
     kinds: dict[_Kind, list[Found]] = {}
     for outcome in changed:
-        for found in outcome.measured.found:
-            if not found.compared and not found.failed:
-                kinds.setdefault((found.algorithm, found.factor), []).append(found)
+        for fit in outcome.measured.found:
+            if not fit.compared and not fit.failed:
+                kinds.setdefault((fit.algorithm, fit.factor), []).append(fit)
     totals = {kind: _total(kind, changed, plan.options.exact_goal) for kind in kinds}
     return min(kinds, key=lambda kind: totals[kind])
 
@@ -162,7 +162,7 @@ def _total(kind: _Kind, changed: Sequence[Outcome], fewest: bool) -> tuple[float
 
 
 def adapter_state(
-    plan: ExtractPlan, place: Place, runner: Runner, made: Sequence[Outcome], found: Results
+    plan: ExtractPlan, place: Place, runner: Runner, made: Sequence[Outcome], results: Results
 ) -> AdapterState:
     """The adapter by reference: factors in the partial output, parameters in the fine-tuned model.
 
@@ -174,7 +174,7 @@ def adapter_state(
             tensors = read_safetensors(place.tensors(number)).tensors
             state.modules.append(_module(outcome, tensors))
     _even_out(state)
-    norms = {k: v for group in found[len(plan.layers) :] for k, v in group.items()}
+    norms = {k: v for group in results[len(plan.layers) :] for k, v in group.items()}
     kept = [d for group in plan.dense for d in group if d.slot]
     _add_dense(state, plan, runner, kept, norms)
     if not state.modules:
@@ -199,21 +199,21 @@ def _zero(plan: ExtractPlan, norms: Mapping[str, Mapping[str, float]]) -> ValueR
 
 
 def _module(outcome: Outcome, tensors: Mapping[str, Tensor]) -> ModuleState:
-    layer, found = outcome.layer, outcome.found
-    assert found is not None
+    layer, fit = outcome.layer, outcome.found
+    assert fit is not None
     prefix = f"{outcome.number}."
     slots = {k.removeprefix(prefix): t for k, t in tensors.items() if k.startswith(prefix)}
-    said = dict(found.module)
-    options = dict(said["options"])
+    settings = dict(fit.module)
+    options = dict(settings["options"])
     if layer.turned and layer.kind != "embedding":
         options["fan_in_fan_out"] = True
     return ModuleState(
         layer.path,
-        found.algorithm,
+        fit.algorithm,
         slots,
-        said["alpha"],
-        said["rule"],
-        said["rank"],
+        settings["alpha"],
+        settings["rule"],
+        settings["rank"],
         layer.component,
         kind="embedding" if layer.kind == "embedding" else "",
         options=options,
@@ -386,11 +386,11 @@ def _template(state: AdapterState, component: str, whole: list[str]) -> dict[str
     modules = list(state.of(component))
     biases = any(name.endswith(".base_layer.bias") for name in state.saved.get(component, {}))
     algorithm = modules[0].algorithm if modules else "lora"
-    found: dict[str, Any] = {}
+    template: dict[str, Any] = {}
     if whole:
-        found["modules_to_save"] = whole
+        template["modules_to_save"] = whole
     if algorithm == "lora" and any(m.options.get("fan_in_fan_out") for m in modules):
-        found |= {"peft_type": "LORA", "target_modules": [], "fan_in_fan_out": True}
+        template |= {"peft_type": "LORA", "target_modules": [], "fan_in_fan_out": True}
     if biases and "bias" in peft_config.FIELDS[algorithm]:
-        found["bias"] = f"{algorithm}_only"
-    return found
+        template["bias"] = f"{algorithm}_only"
+    return template

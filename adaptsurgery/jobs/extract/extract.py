@@ -332,7 +332,7 @@ def _write_page(report: Report, place: Place, page: Path, runner: Runner) -> Non
 
 def _loaded(state: Any, base: Base) -> Loaded:
     names = names_of_base(base.components, base.where)
-    found = resolve(state, names)
-    if "" in found.saved and found.components != [""]:
-        found = replace(found, saved={found.components[0]: found.saved[""]})
-    return Loaded(found, [], names, base)
+    adapter = resolve(state, names)
+    if "" in adapter.saved and adapter.components != [""]:
+        adapter = replace(adapter, saved={adapter.components[0]: adapter.saved[""]})
+    return Loaded(adapter, [], names, base)

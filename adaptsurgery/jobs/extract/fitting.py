@@ -79,8 +79,8 @@ class Measured:
 
     @classmethod
     def from_dict(cls, data: Mapping[str, Any]) -> Measured:
-        found = [Found(**{**f, "notes": tuple(f["notes"])}) for f in data["found"]]
-        return cls(**{**data, "found": found})
+        fits = [Found(**{**f, "notes": tuple(f["notes"])}) for f in data["found"]]
+        return cls(**{**data, "found": fits})
 
 
 @dataclass(frozen=True)
@@ -118,8 +118,8 @@ def number_of(
     tensor: LazyTensor, pair: Pair, side: str, way: str = "--exclude leaves layers out"
 ) -> Tensor:
     """A stored float tensor in float32 at least, all of it finite; ``way`` is out where it is not."""
-    found = to_torch(tensor)
-    wide = found if found.dtype == torch.float64 else found.float()
+    values = to_torch(tensor)
+    wide = values if values.dtype == torch.float64 else values.float()
     if not bool(wide.isfinite().all()):
         which = "base" if side == "base" else "fine-tuned model"
         raise ValueRefused(
@@ -155,8 +155,8 @@ def fit_layer(
     return measured, tensors
 
 
-def _best(found: list[Found]) -> Found | None:
-    kept = [f for f in found if not f.failed and not f.compared]
+def _best(fits: list[Found]) -> Found | None:
+    kept = [f for f in fits if not f.failed and not f.compared]
     return min(kept, key=lambda f: f.error, default=None)
 
 
@@ -185,32 +185,32 @@ class _Work:
     def candidate(
         self, candidate: Candidate, before: list[Found]
     ) -> tuple[Found, ModuleState | None]:
-        found = Found(candidate.algorithm, candidate.factor, candidate.compared)
+        trial = Found(candidate.algorithm, candidate.factor, candidate.compared)
         goal = self._goal(candidate, before)
         if goal is None:
-            found.failed = "nothing to compare it with"
-            return found, None
+            trial.failed = "nothing to compare it with"
+            return trial, None
         try:
             fit = self._fit(candidate.algorithm, goal, candidate.factor)
         except ValueRefused as error:
             if error.code not in _NO_GOOD:
                 raise
-            found.failed = error.what + (f" ({error.seen})" if error.seen else "")
-            return found, None
+            trial.failed = error.what + (f" ({error.seen})" if error.seen else "")
+            return trial, None
         self._keep_spectrum(fit)
         update = self._stored(fit.update)
-        found.error = self._error(update)
-        found.rank, found.parameters = fit.rank, fit.parameters
-        found.limit, found.notes = fit.limit, fit.notes
+        trial.error = self._error(update)
+        trial.rank, trial.parameters = fit.rank, fit.parameters
+        trial.limit, trial.notes = fit.limit, fit.notes
         [module] = modules_of(self.layer.path, update, self.layer.component)
-        found.nbytes = sum(t.nbytes for t in module.tensors.values())
-        found.module = {
+        trial.nbytes = sum(t.nbytes for t in module.tensors.values())
+        trial.module = {
             "alpha": module.alpha,
             "rule": module.rule,
             "rank": module.rank,
             "options": module.options,
         }
-        return found, module
+        return trial, module
 
     def _goal(self, candidate: Candidate, before: list[Found]) -> Goal | None:
         if candidate.goal == SAME:
@@ -265,7 +265,7 @@ class _Work:
 
     def curve(self, parameters: int) -> dict[str, list[tuple[int, float]]]:
         """Each algorithm's error at several numbers of parameters."""
-        found: dict[str, list[tuple[int, float]]] = {}
+        curves: dict[str, list[tuple[int, float]]] = {}
         for algorithm in extractable():
             if self.layer.kind == "embedding" and not traits_of(algorithm).adds:
                 continue
@@ -273,8 +273,8 @@ class _Work:
                 p for share in CURVE if (p := self._point(algorithm, int(share * parameters)))
             }
             if points:
-                found[algorithm] = sorted(points)
-        return found
+                curves[algorithm] = sorted(points)
+        return curves
 
     def _point(self, algorithm: str, budget: int) -> tuple[int, float] | None:
         try:

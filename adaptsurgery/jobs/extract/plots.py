@@ -70,11 +70,11 @@ def _dot(layers: Sequence[Told]) -> float:
 
 def _groups(layers: Sequence[Told]) -> dict[str, list[int]]:
     """The layers by the last part of their name; all in one where there are too many of those."""
-    found: dict[str, list[int]] = {}
+    groups: dict[str, list[int]] = {}
     for place, row in enumerate(layers):
         named = [part for part in row["name"].split(".") if not part.isdigit()]
-        found.setdefault(named[-1] if named else row["name"], []).append(place)
-    return found if len(found) <= len(COLOURS) else {"": list(range(len(layers)))}
+        groups.setdefault(named[-1] if named else row["name"], []).append(place)
+    return groups if len(groups) <= len(COLOURS) else {"": list(range(len(layers)))}
 
 
 def spectra(layers: Sequence[Told]) -> str:

@@ -65,10 +65,10 @@ def made(plan: ExtractPlan, out: Path) -> bool:
 
     files = [out] if out.is_file() else sorted(out.glob(f"**/{WEIGHTS}"))
     try:
-        found = [read_safetensors(file).metadata.get(METADATA) for file in files]
+        identities = [read_safetensors(file).metadata.get(METADATA) for file in files]
     except FileError:
         return False
-    return bool(found) and set(found) == {plan.identity}
+    return bool(identities) and set(identities) == {plan.identity}
 
 
 class Runner:

@@ -107,12 +107,12 @@ class _Matcher:
         count = 0
         for (component, prefix), members in _groups(state).items():
             homes = self._homes(component, prefix)
-            found = self._align(number, homes, component, members)
-            home, aligned = found if found else ("", None)
+            alignment = self._align(number, homes, component, members)
+            home, aligned = alignment if alignment else ("", None)
             for position, module in members:
                 weights = aligned.found.get(module.path, ()) if aligned else ()
                 if not weights:
-                    self._leave_out(number, module, home if found else next(iter(homes), ""))
+                    self._leave_out(number, module, home if alignment else next(iter(homes), ""))
                     continue
                 count += 1
                 yield _Hit(number, position, module, home, one_weight(weights, module, state.where))

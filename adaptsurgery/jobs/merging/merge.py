@@ -249,9 +249,9 @@ def _algorithms(
 def _tell_norms(report: Report, plan: MergePlan, norms: Norms) -> None:
     """‖W' − W‖ / ‖W‖ of each edited tensor, and a note where a merge changed nothing."""
     for row in report.rows:
-        found = norms.get(row.module)
-        if found and found.get("before"):
-            row.detail = f"‖ΔW‖/‖W‖ {found['change'] / found['before']:.3g}"
+        figures = norms.get(row.module)
+        if figures and figures.get("before"):
+            row.detail = f"‖ΔW‖/‖W‖ {figures['change'] / figures['before']:.3g}"
     still = [t.key for t in plan.edited if t.key in norms and not norms[t.key].get("moved", 1)]
     if still:
         why = "an adapter of zeros?"

@@ -11,14 +11,14 @@ from collections.abc import Iterable, Sequence
 from dataclasses import replace
 from typing import TYPE_CHECKING
 
-from adaptsurgery.adapters.loading import Loaded, load_state
+from adaptsurgery.adapters.loading import Loaded, read_adapter
 from adaptsurgery.adapters.report import some
-from adaptsurgery.adapters.rewritings import stored
+from adaptsurgery.adapters.rewritings import as_stored
 from adaptsurgery.adapters.updates import canonical_shape, update_of
 from adaptsurgery_formats import AdapterState, Format, ModuleState, Tensor
 from adaptsurgery_formats.errors import InexactError, LayoutError, NameLookupError, SurgeryError
 from adaptsurgery_formats.names import Component, Names, to_diffusers, to_native
-from adaptsurgery_formats.resolve import kohya_component, resolve
+from adaptsurgery_formats.resolve import find_modules, kohya_component
 from adaptsurgery_formats.state import ALPHA_OVER_R, delta_shape, kernel_of
 from adaptsurgery_formats.traits import traits_of
 
@@ -43,7 +43,7 @@ def load_together(
     ``to`` (None: the first one's). Raises what loading raises, NameLookupError where the adapters
     are of different models, LayoutError ("base-needed") where only a base can tell.
     """
-    loaded = [load_state(path, base=base, layout=layout, look_up=False) for path in paths]
+    loaded = [read_adapter(path, base=base, layout=layout, look_up=False) for path in paths]
     candidates = [one for one in loaded if one.names is not None]
     if candidates:
         return _in_one_model(loaded, candidates)
@@ -94,7 +94,7 @@ def _in_one_model(loaded: list[Loaded], candidates: Sequence[Loaded]) -> list[Lo
 def _looked_up(loaded: Loaded, names: Names) -> Loaded:
     if loaded.names is names:
         return loaded
-    return replace(loaded, names=names, state=resolve(loaded.state, names))
+    return replace(loaded, names=names, state=find_modules(loaded.state, names))
 
 
 def own_names(states: Iterable[AdapterState]) -> Names:
@@ -233,10 +233,10 @@ def in_place_of(module: ModuleState, lora: LoRA, like: Sequence[Tensor]) -> Modu
     """A float64 LoRA as a module in the place of another: its scale said by alpha, its factors
     ``stored`` as those they are ``like``."""
     flat = lora.flat()
-    tensors = {"up": stored(flat.up.double(), like), "down": stored(flat.down.double(), like)}
+    tensors = {"up": as_stored(flat.up.double(), like), "down": as_stored(flat.down.double(), like)}
     if flat.up_bias is not None:
         own = module.tensors.get("up_bias")
-        tensors["up_bias"] = stored(flat.up_bias.double(), [own] if own else like)
+        tensors["up_bias"] = as_stored(flat.up_bias.double(), [own] if own else like)
     return with_factors(module, tensors, flat.scale)
 
 
@@ -305,7 +305,7 @@ def low_rank_update(module: ModuleState, names: Names | None, where: str) -> Low
     return update.cast(torch.float64)
 
 
-def norm_of(up: torch.Tensor, down: torch.Tensor) -> float:
+def product_norm(up: torch.Tensor, down: torch.Tensor) -> float:
     """‖up·down‖ of matrices (o, r), (r, n), from their triangles where r is the least of the three."""
     import torch
 
@@ -318,10 +318,10 @@ def norm_of(up: torch.Tensor, down: torch.Tensor) -> float:
 Scaled = tuple[float, "LoRA"]  # a coefficient in place of the LoRA's own scale
 
 
-def distance(terms: Sequence[Scaled], others: Sequence[Scaled]) -> tuple[float, float]:
+def terms_apart(terms: Sequence[Scaled], others: Sequence[Scaled]) -> tuple[float, float]:
     """‖Σ cΔ − Σ c'Δ'‖ and ‖Σ cΔ‖, in float64."""
-    apart = norm_of(*stacked([*terms, *((-c, lora) for c, lora in others)]))
-    return apart, norm_of(*stacked(terms))
+    apart = product_norm(*stacked([*terms, *((-c, lora) for c, lora in others)]))
+    return apart, product_norm(*stacked(terms))
 
 
 def stacked(terms: Sequence[Scaled]) -> tuple[torch.Tensor, torch.Tensor]:

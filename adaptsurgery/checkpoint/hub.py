@@ -38,7 +38,7 @@ from adaptsurgery_formats.errors import FileError, nearest
 from adaptsurgery_formats.paths import check_name, misnamed
 from adaptsurgery_formats.tensors import Tensor
 
-Kind = Literal["adapter", "base"]
+RepoKind = Literal["adapter", "base"]
 _T = TypeVar("_T")
 
 # stabilityai/stable-diffusion-xl-base-1.0@main:unet
@@ -62,7 +62,7 @@ class Spec:
         return f"{self.repo}{at}" + (f":{self.inner}" if self.inner else "")
 
 
-def resolve(spec: str, *, kind: Kind) -> Path:
+def resolve(spec: str, *, kind: RepoKind) -> Path:
     """The local path of what a spec names, fetched from the Hub if it is not a local path.
 
     Raises FileError: ``no-such-file`` (neither a path nor a Hub name), ``hub-offline``,
@@ -139,7 +139,7 @@ def _check_revision(revision: str | None, where: str) -> None:
 
 
 def choose(
-    names: Iterable[str], kind: Kind, where: str, load: Callable[[str], dict[str, Any]]
+    names: Iterable[str], kind: RepoKind, where: str, load: Callable[[str], dict[str, Any]]
 ) -> list[str]:
     """The file names to fetch among a repository's, at the top and one folder down.
 
@@ -234,7 +234,7 @@ def _inside(names: Iterable[str], spec: Spec) -> list[str]:
     return [n.removeprefix(start) for n in names if n.startswith(start)]
 
 
-def _settle(root: Path, spec: Spec, kind: Kind, names: list[str]) -> Path:
+def _settle(root: Path, spec: Spec, kind: RepoKind, names: list[str]) -> Path:
     """The path to hand on: the folder, or the one file where an adapter is just a file."""
     folder = root / spec.inner if spec.inner else root
     if kind == "adapter":
@@ -276,7 +276,7 @@ def cached_path(spec: str) -> Path | None:
     return root / named.inner if root is not None else None
 
 
-def _from_cache(spec: Spec, kind: Kind, one_file: bool, error: FileError) -> Path:
+def _from_cache(spec: Spec, kind: RepoKind, one_file: bool, error: FileError) -> Path:
     """What the cache has of a spec; raises the network's error where it has nothing."""
     root = _cached_root(spec)
     if root is None or not os.path.exists(root / spec.inner):

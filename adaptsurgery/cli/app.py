@@ -19,7 +19,7 @@ from typing import IO, Any, NoReturn
 import click
 
 from adaptsurgery import __version__
-from adaptsurgery.cli.output import Session, forget_landed, interrupted, say
+from adaptsurgery.cli.output import CommandLine, forget_landed, interrupted, say
 
 FAILED, INTERRUPTED = 1, 130
 # A command's name → where it lives; its function is called ``command``.
@@ -109,7 +109,7 @@ def run(args: Sequence[str] | None = None) -> int:
 
 
 def _guarded(args: list[str] | None) -> int:
-    session = Session()
+    session = CommandLine()
     streams = sys.stdout, sys.stderr
     try:
         result = group.main(args, "adaptsurgery", standalone_mode=False, obj=session)

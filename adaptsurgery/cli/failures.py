@@ -10,14 +10,14 @@ from __future__ import annotations
 import os
 from contextlib import suppress
 
-from adaptsurgery.cli.output import Session, paint, print_json, printable, say
+from adaptsurgery.cli.output import CommandLine, paint, print_json, printable, say
 from adaptsurgery_formats.errors import SurgeryError
 
 FAILED = 1
 _SHOWN = 40  # of the things that an error lists
 
 
-def report(error: Exception, session: Session) -> int:
+def report(error: Exception, session: CommandLine) -> int:
     """Tell an error on stderr, and on stdout too where JSON was asked for; returns the exit code."""
     failure = error if isinstance(error, SurgeryError) else _unexpected(error)
     if session.json:

@@ -21,7 +21,7 @@ _SHOWN = 10  # rows in the text; --json has them all
 INTERRUPTED = 130
 
 
-class Session:
+class CommandLine:
     """What the handling of errors has to know of the command line."""
 
     json = False
@@ -61,7 +61,7 @@ def json_option(command: _F) -> _F:
     """--json, remembered for errors too, wherever on the command line it stands."""
 
     def remember(ctx: click.Context, _: click.Parameter, value: bool) -> bool:
-        ctx.ensure_object(Session).json = value
+        ctx.ensure_object(CommandLine).json = value
         return value
 
     option = click.option(

@@ -206,7 +206,7 @@ class AdapterConfig(ABC, metaclass=_Checked):
     def scale(self, rank: int, alpha: float | None) -> float:
         """s of W + s·Δ from a module's rank and alpha, by the config's rule."""
         rule = peft_config.rule_of(self.algorithm, getattr(self, "use_rslora", False))
-        return peft_config.Setting(rank, alpha, rule).scale
+        return peft_config.ModuleScale(rank, alpha, rule).scale
 
     # --- the file --------------------------------------------------------------------------------
 

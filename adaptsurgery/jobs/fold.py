@@ -24,7 +24,7 @@ from adaptsurgery.checkpoint.bridge import to_torch
 from adaptsurgery.checkpoint.pool import about, run
 from adaptsurgery.core.blocks import (
     BlockEdit,
-    Place,
+    Placed,
     change_rows,
     check_places,
     check_rows,
@@ -133,7 +133,7 @@ class _Site:
     module: nn.Module
     slot: str
     shape: tuple[int, ...]
-    places: list[Place] = field(default_factory=list)
+    places: list[Placed] = field(default_factory=list)
 
     @property
     def stored(self) -> Tensor:
@@ -200,13 +200,13 @@ class _Work:
         if any(part.on_weight for part in parts):
             turned = not isinstance(parts[0], Norm) and Layer.from_module(module).transposed
             shape = tuple(module.weight.shape)
-            self._site(name, "weight", shape).places.append(Place(scaled, transposed=turned))
+            self._site(name, "weight", shape).places.append(Placed(scaled, transposed=turned))
         if any(part.on_bias for part in parts):
             held = getattr(module, "bias", None)
             bias = scaled.fold_bias(None) if held is None else held
             if bias is not None:
                 shape = tuple(bias.shape)
-                self._site(name, "bias", shape).places.append(Place(scaled, bias=True))
+                self._site(name, "bias", shape).places.append(Placed(scaled, bias=True))
         algorithms = "+".join(part.name for part in parts)
         self.report.rows.append(Row(name, algorithms, self.report.job))
 

@@ -9,7 +9,7 @@ from collections.abc import Iterable
 from dataclasses import dataclass, field, replace
 from typing import Any
 
-from adaptsurgery.adapters.loading import Loaded, load_state
+from adaptsurgery.adapters.loading import Loaded, read_adapter
 from adaptsurgery.adapters.renaming import Levelled, fold_step, names_for, renamed
 from adaptsurgery.checkpoint.watched import unchanged
 from adaptsurgery_formats import FORMATS, WRITABLE, AdapterFile, AdapterState, Format, ModuleState
@@ -78,7 +78,7 @@ def inspect(
     whatever is wrong with the file.
     """
     with unchanged():
-        loaded = load_state(path, base=base, layout=layout, look_up=False)
+        loaded = read_adapter(path, base=base, layout=layout, look_up=False)
         return _inspection(loaded, layout, hashes)
 
 

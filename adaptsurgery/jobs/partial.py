@@ -165,7 +165,7 @@ class Partial:
         return self._noted(out)
 
     def _noted(self, path: Path) -> bool:
-        noted = atomic.read_json(self.landing)
+        noted = atomic.read_record(self.landing)
         with suppress(OSError):
             return bool(noted) and noted == atomic.identity(path)
         return False
@@ -184,7 +184,7 @@ class Partial:
     def recorded(self, number: int, file: Path | None) -> Any:
         """What was measured on a finished part; None where it is not there, or not as it was."""
         if number not in self._known:
-            noted = atomic.read_json(self.norms(number))
+            noted = atomic.read_record(self.norms(number))
             if noted.pop("sha256", "") != _digest(noted):
                 return None
             with suppress(OSError, KeyError):

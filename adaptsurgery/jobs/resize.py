@@ -19,7 +19,7 @@ from adaptsurgery.adapters.comparing import EXACT
 from adaptsurgery.adapters.loading import Loaded
 from adaptsurgery.adapters.lowrank import Spec, in_naming, lora_form, with_factors
 from adaptsurgery.adapters.report import Report, Row
-from adaptsurgery.adapters.rewritings import stored
+from adaptsurgery.adapters.rewritings import as_stored
 from adaptsurgery.adapters.updates import is_nonfinite_allowed, nonfinite_allowed, nonfinite_of
 from adaptsurgery.adapters.writing import Progress, check_paths, writable, write_adapter
 from adaptsurgery.checkpoint.bridge import from_torch, torch_dtype
@@ -154,7 +154,7 @@ def _cut(module: ModuleState, loaded: Loaded, goal: _Goal) -> _Cut:
     root = s[:k].sqrt()
     written = _written(module, form, u[:, :k] * root, root[:, None] * vt[:k])
     after = lora_form(written, loaded.names, loaded.state.where)
-    apart, total = lowrank.distance([(module.scale, form)], [(written.scale, after)])
+    apart, total = lowrank.terms_apart([(module.scale, form)], [(written.scale, after)])
     return _Cut(module, written, apart, total)
 
 
@@ -181,7 +181,7 @@ def _rounded(wide: torch.Tensor, factors: dict[str, Tensor]) -> Tensor:
     for tensor in factors.values():
         dtype = torch.promote_types(dtype, torch_dtype(tensor.dtype))
     narrow = rounded(wide.contiguous(), dtype)
-    return from_torch(narrow) if bool(torch.isfinite(narrow).all()) else stored(wide, [])
+    return from_torch(narrow) if bool(torch.isfinite(narrow).all()) else as_stored(wide, [])
 
 
 def _note_changes(loaded: Loaded, cuts: Sequence[_Cut]) -> None:

@@ -13,7 +13,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any, BinaryIO
 
 from adaptsurgery.adapters.adapter import Adapter
-from adaptsurgery.adapters.loading import load_state
+from adaptsurgery.adapters.loading import read_adapter
 from adaptsurgery.adapters.report import Report, Row
 from adaptsurgery.checkpoint import atomic, privacy, system
 from adaptsurgery.checkpoint.apart import keep_apart
@@ -286,9 +286,9 @@ def _adapter_for(
     shapes = {s.path: s.shape[::-1] if s.transposed else s.shape for s in sites if s.shape}
     if base is None:
         names = names_of_modules(shapes, os.fspath(source))
-        read = Adapter(load_state(adapter, names=names))
+        read = Adapter(read_adapter(adapter, names=names))
     else:
-        read = Adapter(load_state(adapter, base=base))
+        read = Adapter(read_adapter(adapter, base=base))
     known = {path for site in sites for path in (*site.aliases, site.path)}
     if len(read.components) > 1 or all(path in known for path in read):
         return read

@@ -48,7 +48,7 @@ WEIGHTS = "adapter_model.safetensors"
 _IN_FILES = {"lora_magnitude_vector.weight": "lora_magnitude_vector"}
 
 
-def adapter_state(model: AdaptedModel, adapter: str) -> dict[str, Tensor]:
+def peft_tensors(model: AdaptedModel, adapter: str) -> dict[str, Tensor]:
     """An adapter's tensors under PEFT's keys for files."""
     state: dict[str, Tensor] = {}
     layers = [(name, layer) for name, layer in model.layers() if adapter in layer.settings]
@@ -94,7 +94,7 @@ def write_folder(model: AdaptedModel, adapter: str, folder: Path) -> None:
 
     Raises ValueRefused for numbers that are not finite or on the meta device, FileError.
     """
-    tensors = {key: from_torch(t.contiguous()) for key, t in adapter_state(model, adapter).items()}
+    tensors = {key: from_torch(t.contiguous()) for key, t in peft_tensors(model, adapter).items()}
     config = replace(model.peft_config[adapter], inference_mode=True).to_dict()
     folder.mkdir(parents=True, exist_ok=True)
     _write_both(folder, tensors, json.dumps(config, indent=2, sort_keys=True))
@@ -215,7 +215,7 @@ def _read(folder: Path) -> Mapping[str, LazyTensor]:
     raise FileError(f"there is no {WEIGHTS} in it", where=str(folder), code="no-such-file")
 
 
-def load_state(
+def set_tensors(
     model: AdaptedModel,
     adapter: str,
     state: Mapping[str, Tensor],

@@ -91,7 +91,7 @@ def check_name(name: str, taken: Collection[str]) -> None:
         )
 
 
-def planned(
+def new_updates(
     walk: Walk, chosen: Iterable[Target], config: AdapterConfig, empty: bool, wide: bool
 ) -> list[tuple[AdaptedLayer, Update]]:
     """The layers and their new updates, while nothing is changed; ``empty`` ones have no numbers.

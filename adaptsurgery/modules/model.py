@@ -21,8 +21,8 @@ from adaptsurgery.modules.injection import (
     check_name,
     check_unadapted,
     located,
+    new_updates,
     of_keys,
-    planned,
     save_whole,
     tied,
     train_biases,
@@ -42,7 +42,7 @@ from adaptsurgery_formats.errors import (
 )
 from adaptsurgery_formats.traits import TRAITS, traits_of
 
-Names = str | Sequence[str]
+AdapterNames = str | Sequence[str]
 
 
 class AdaptedModel(nn.Module):
@@ -187,7 +187,7 @@ class AdaptedModel(nn.Module):
         for note in targets.notes:
             warnings.warn(f"{note.where}: {note.text} [{note.code}]", stacklevel=4)
         with uncollected():
-            layers = planned(
+            layers = new_updates(
                 walk, targets.chosen, config, low_cpu_mem_usage, autocast_adapter_dtype
             )
         before = Before(self)
@@ -232,7 +232,7 @@ class AdaptedModel(nn.Module):
     @alone
     def set_adapter(
         self,
-        adapter_name: Names,
+        adapter_name: AdapterNames,
         inference_mode: bool = False,
         weights: Sequence[float] | None = None,
     ) -> None:
@@ -287,7 +287,7 @@ class AdaptedModel(nn.Module):
                 for tensor in parameters_of(module, name):
                     tensor.requires_grad_(trained)
 
-    def _each(self, names: Names) -> list[str]:
+    def _each(self, names: AdapterNames) -> list[str]:
         """The adapters of a name or several, each known."""
         several = isinstance(names, Iterable) and not isinstance(names, str)
         return [self._known(name) for name in (names if several else [names])]
@@ -366,7 +366,11 @@ class AdaptedModel(nn.Module):
 
     @alone
     def merge_adapter(
-        self, adapter_names: Names | None = None, safe_merge: bool = False, *, keep: bool = True
+        self,
+        adapter_names: AdapterNames | None = None,
+        safe_merge: bool = False,
+        *,
+        keep: bool = True,
     ) -> None:
         """Fold adapters (the active ones) into the base's weights; ``unmerge_adapter`` undoes it.
 
@@ -393,7 +397,7 @@ class AdaptedModel(nn.Module):
             warnings.warn(f"merged already: {', '.join(again)}", stacklevel=2)
         self._merge(names, keep)
 
-    def _chosen(self, names: Names | None) -> list[str]:
+    def _chosen(self, names: AdapterNames | None) -> list[str]:
         if names is None:
             if not self.active_adapters:
                 raise ValueRefused(
@@ -450,7 +454,7 @@ class AdaptedModel(nn.Module):
         self,
         progressbar: bool = False,
         safe_merge: bool = False,
-        adapter_names: Names | None = None,
+        adapter_names: AdapterNames | None = None,
     ) -> nn.Module:
         """Fold adapters (the active ones) into the base for good, and give it back as it was built.
 

@@ -154,7 +154,7 @@ class PeftModel(nn.Module):
                 model, config, adapter_name, mixed, low_cpu_mem_usage=not ignore,
                 autocast_adapter_dtype=autocast_adapter_dtype,
             )  # fmt: skip
-            files.load_state(
+            files.set_tensors(
                 made.base_model, adapter_name, state, ignore=ignore, where=os.fspath(model_id)
             )
             return made
@@ -182,7 +182,7 @@ class PeftModel(nn.Module):
                 adapter_name, config, low_cpu_mem_usage=not ignore,
                 autocast_adapter_dtype=autocast_adapter_dtype,
             )  # fmt: skip
-            files.load_state(
+            files.set_tensors(
                 self.base_model, adapter_name, state, ignore=ignore, where=os.fspath(model_id)
             )
         except BaseException:
@@ -220,7 +220,7 @@ class PeftModel(nn.Module):
                     setting, scale=scale, options=config.options, config=config
                 )
             self.base_model.peft_config[adapter] = taken
-            files.load_state(self.base_model, adapter, state, where=os.fspath(model_id), hint=hint)
+            files.set_tensors(self.base_model, adapter, state, where=os.fspath(model_id), hint=hint)
         except BaseException:
             before.restore()
             raise

@@ -73,7 +73,7 @@ def place(layer: nn.Module, suffix: str, adapter: str) -> tuple[nn.Module, str]:
 
 def take(layer: nn.Module, suffix: str, adapter: str) -> Tensor:
     """The tensor of ``adapter`` under PEFT's suffix."""
-    return stored(*place(layer, suffix, adapter))
+    return own_parameter(*place(layer, suffix, adapter))
 
 
 def drop(layer: nn.Module, suffix: str, adapter: str) -> None:
@@ -96,7 +96,7 @@ def _child(module: nn.Module, name: str) -> nn.Module:
     return child
 
 
-def stored(module: nn.Module, name: str) -> Tensor:
+def own_parameter(module: nn.Module, name: str) -> Tensor:
     """A module's parameter itself, where a symbolic trace would give its proxy for the attribute."""
     held = module._parameters.get(name)
     tensor = getattr(module, name) if held is None else held

@@ -26,7 +26,7 @@ from adaptsurgery_formats.files import (
     META_PREFIX,
     AdapterFile,
     Format,
-    Step,
+    Rewriting,
     carried_config,
 )
 from adaptsurgery_formats.metadata import describe_network
@@ -70,7 +70,7 @@ def parse(files: Sequence[AdapterFile]) -> AdapterState:
     return state
 
 
-def plan(state: AdapterState, names: Names | None) -> list[Step]:
+def plan(state: AdapterState, names: Names | None) -> list[Rewriting]:
     _refuse_saved(state)
     return lycoris_keys.plan_modules(state.modules, state.where)
 

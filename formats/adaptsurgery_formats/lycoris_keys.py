@@ -25,7 +25,7 @@ from adaptsurgery_formats.errors import (
     ValueRefused,
     refuse_together,
 )
-from adaptsurgery_formats.files import FLATTEN_TUCKER, FOLD_SCALE, Step, Unheld, no_such
+from adaptsurgery_formats.files import FLATTEN_TUCKER, FOLD_SCALE, Rewriting, Unheld, no_such
 from adaptsurgery_formats.state import (
     ALPHA_OVER_R,
     ALPHA_OVER_SQRT_R,
@@ -256,7 +256,7 @@ def note_loader(state: AdapterState) -> None:
 _FLOAT32_MIN, _FLOAT32_MAX = 2.0**-126, 2.0**127  # with all of its digits
 
 
-def plan_modules(modules: Sequence[ModuleState], where: str) -> list[Step]:
+def plan_modules(modules: Sequence[ModuleState], where: str) -> list[Rewriting]:
     """The rewritings that modules need before this family can hold them.
 
     Raises InexactError with all the modules that it cannot hold.
@@ -267,11 +267,11 @@ def plan_modules(modules: Sequence[ModuleState], where: str) -> list[Step]:
     return [step for m in modules for step in _steps(m)]
 
 
-def _steps(module: ModuleState) -> list[Step]:
+def _steps(module: ModuleState) -> list[Rewriting]:
     if "w1" in module.tensors and "w2" in module.tensors and module.scale != 1.0:
-        return [Step(module, FOLD_SCALE)]
+        return [Rewriting(module, FOLD_SCALE)]
     if module.options.get("ambiguous_tucker"):
-        return [Step(module, FLATTEN_TUCKER)]
+        return [Rewriting(module, FLATTEN_TUCKER)]
     return []
 
 

@@ -44,7 +44,7 @@ from adaptsurgery_formats.files import (
     META_MODEL,
     AdapterFile,
     Format,
-    Step,
+    Rewriting,
     Unheld,
     carried_component,
     no_such,
@@ -180,7 +180,7 @@ def _unknown(key: str, tensor: Tensor, file: AdapterFile) -> KeyRefused:
 def _module(
     path: str,
     tensors: dict[str, Tensor],
-    setting: peft_config.Setting,
+    setting: peft_config.ModuleScale,
     component: str,
     file: AdapterFile,
 ) -> ModuleState:
@@ -371,14 +371,14 @@ class _Lokr:
         return rank if rank is not None and rank >= least else max(1, least)
 
 
-def plan(state: AdapterState, names: Names | None) -> list[Step]:
+def plan(state: AdapterState, names: Names | None) -> list[Rewriting]:
     """The rewritings that PEFT's one-value-for-all options ask for; raises where none help."""
     if state.layout == "peft" and names is None:
         return []  # what PEFT wrote it holds, and flat factors alone do not show the kernel
     unheld = [(m, holds(m, _shape(m, names))) for m in state.modules]
     refused = [why.error(m, state.where) for m, why in unheld if why is not None]
     refuse_together(refused, len(state.modules), state.where)
-    steps: list[Step] = []
+    steps: list[Rewriting] = []
     for component in state.components:
         modules = list(state.of(component))
         algorithm = _one_algorithm(modules, state.where)
@@ -480,11 +480,11 @@ def _ia3_unheld(module: ModuleState, shape: tuple[int, ...] | None) -> Unheld | 
     return None
 
 
-def _plan_ia3(modules: Sequence[ModuleState], names: Names | None, where: str) -> list[Step]:
+def _plan_ia3(modules: Sequence[ModuleState], names: Names | None, where: str) -> list[Rewriting]:
     return []
 
 
-def _plan_lora(modules: Sequence[ModuleState], names: Names | None, where: str) -> list[Step]:
+def _plan_lora(modules: Sequence[ModuleState], names: Names | None, where: str) -> list[Rewriting]:
     dora = [m for m in modules if "magnitude" in m.tensors]
     if dora and len(dora) != len(modules):
         raise InexactError(
@@ -503,20 +503,20 @@ def _plan_lora(modules: Sequence[ModuleState], names: Names | None, where: str) 
             next="merge the adapter that has biases into the base instead",
             code="no-lora-bias",
         )
-    return [Step(m, FOLD_MID) for m in modules if "mid" in m.tensors]
+    return [Rewriting(m, FOLD_MID) for m in modules if "mid" in m.tensors]
 
 
 def _takes_no_bias(module: ModuleState) -> bool:
     return module.kind == "embedding" or "magnitude" in module.tensors
 
 
-def _plan_loha(modules: Sequence[ModuleState], names: Names | None, where: str) -> list[Step]:
+def _plan_loha(modules: Sequence[ModuleState], names: Names | None, where: str) -> list[Rewriting]:
     tucker = [m for m in modules if "t1" in m.tensors]
     if not tucker:
         return []
     mixed = any("t1" not in m.tensors and _has_kernel(m, names, where) for m in modules)
     pointwise = [m for m in tucker if not any(k != 1 for k in kernel_of(m) or ())]
-    return [Step(m, FLATTEN_TUCKER) for m in (tucker if mixed else pointwise)]
+    return [Rewriting(m, FLATTEN_TUCKER) for m in (tucker if mixed else pointwise)]
 
 
 def _has_kernel(module: ModuleState, names: Names | None, where: str) -> bool:
@@ -532,21 +532,21 @@ def _has_kernel(module: ModuleState, names: Names | None, where: str) -> bool:
     return any(k != 1 for k in shape[2:])
 
 
-def _plan_lokr(modules: Sequence[ModuleState], names: Names | None, where: str) -> list[Step]:
+def _plan_lokr(modules: Sequence[ModuleState], names: Names | None, where: str) -> list[Rewriting]:
     cut = [_cut(m, names, where) for m in modules]
     steps = _tucker_steps(cut, names, where)
     steps += [
-        Step(c.module, JOIN_W2)
+        Rewriting(c.module, JOIN_W2)
         for c in cut
         if "w2_a" in c.module.tensors and 2 * c.rank(False) >= c.widest[1]
     ]
     if not _decompose_both(cut):
-        steps += [Step(c.module, JOIN_W1) for c in cut if "w1_a" in c.module.tensors]
+        steps += [Rewriting(c.module, JOIN_W1) for c in cut if "w1_a" in c.module.tensors]
     _factor(cut, where)
     return steps
 
 
-def _tucker_steps(cut: Sequence[_Lokr], names: Names | None, where: str) -> list[Step]:
+def _tucker_steps(cut: Sequence[_Lokr], names: Names | None, where: str) -> list[Rewriting]:
     """A core is stored on every kernel other than 1, or on none: use_effective_conv2d is for all."""
     tucker = [c.module for c in cut if "t2" in c.module.tensors]
     if not tucker:
@@ -555,7 +555,7 @@ def _tucker_steps(cut: Sequence[_Lokr], names: Names | None, where: str) -> list
     pointwise = [m for m in tucker if all(k == 1 for k in kernel_of(m) or ())]
     none = any(_breaks_core(m) for m in tucker if m not in pointwise)
     none = none or any(_has_kernel(m, names, where) for m in flat)
-    return [Step(m, FLATTEN_TUCKER) for m in (tucker if none else pointwise)]
+    return [Rewriting(m, FLATTEN_TUCKER) for m in (tucker if none else pointwise)]
 
 
 def _breaks_core(module: ModuleState) -> bool:
@@ -604,7 +604,7 @@ def _factor(cut: Sequence[_Lokr], where: str) -> int:
     return factor
 
 
-def _plan_hra(modules: Sequence[ModuleState], names: Names | None, where: str) -> list[Step]:
+def _plan_hra(modules: Sequence[ModuleState], names: Names | None, where: str) -> list[Rewriting]:
     if len({m.rank for m in modules}) > 1 or len({m.options.get("apply_gs") for m in modules}) > 1:
         raise InexactError(
             "PEFT's HRA has one rank and one apply_GS for all modules",
@@ -865,7 +865,7 @@ class _Method:
     ``plan`` the steps for all modules, ``flags`` the ranks and flags that the config has to say.
     """
 
-    plan: Callable[[Sequence[ModuleState], Names | None, str], list[Step]]
+    plan: Callable[[Sequence[ModuleState], Names | None, str], list[Rewriting]]
     flags: Callable[[_Spelled, Names | None, _Template, str], _Derived]
     options: Callable[[str, dict[str, Tensor], dict[str, Any]], dict[str, Any]]
     disagreements: Callable[[ModuleState, dict[str, Any]], list[str]] = _no_disagreements

@@ -29,7 +29,7 @@ from adaptsurgery_formats.state import (
 from adaptsurgery_formats.tensors import Tensor
 
 
-def resolve(state: AdapterState, names: Names) -> AdapterState:
+def find_modules(state: AdapterState, names: Names) -> AdapterState:
     """The state with every module found in ``names``.
 
     Names that the base has not, but that its family of models has for rows of it, are found too,
@@ -94,7 +94,7 @@ def identify(state: AdapterState) -> list[tuple[Names, AdapterState]]:
         if not all(_places(m, table(name)) for m in state.modules):
             continue  # before the look-up fails: its hint takes longer than all the rest
         try:
-            matches.append((table(name), resolve(state, table(name))))
+            matches.append((table(name), find_modules(state, table(name))))
         except SurgeryError:
             continue
     return matches

@@ -21,7 +21,7 @@ from adaptsurgery.cli import run
 from adaptsurgery_formats import FORMATS, WRITABLE, AdapterFile, Tensor
 from adaptsurgery_formats.names import flatten, table
 from adaptsurgery_formats.readers import READERS, Verdict, readers_of
-from adaptsurgery_formats.resolve import resolve
+from adaptsurgery_formats.resolve import find_modules
 from adaptsurgery_formats.tensors import Literal
 
 logging.getLogger("LyCORIS").setLevel(logging.CRITICAL)
@@ -217,7 +217,7 @@ def told_of(model_name: str, modules: dict[str, tuple[int, int]]) -> dict[str, V
 
 def verdicts(file: AdapterFile, model_name: str) -> dict[str, Verdict]:
     names = table(model_name)
-    return readers_of(resolve(FORMATS["kohya"].parse([file]), names), [file], names)
+    return readers_of(find_modules(FORMATS["kohya"].parse([file]), names), [file], names)
 
 
 DIFFUSERS = "lora_unet_down_blocks_1_attentions_0_transformer_blocks_0_attn1_to_q"

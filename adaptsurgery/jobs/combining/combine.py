@@ -27,7 +27,7 @@ from adaptsurgery.adapters.writing import Progress, check_paths, writable, write
 from adaptsurgery.jobs.change import as_lora
 from adaptsurgery.jobs.combining.factors import lora_module
 from adaptsurgery.jobs.combining.sums import Sum
-from adaptsurgery.jobs.combining.terms import Part
+from adaptsurgery.jobs.combining.terms import WeightedAdapter
 from adaptsurgery.jobs.merging.adapters import Named, repeated, split_weight
 from adaptsurgery.jobs.values import is_whole
 from adaptsurgery_formats import Format, ModuleState, Note
@@ -76,7 +76,7 @@ def combine(
     check_paths(read, out, target, overwrite, loaded[0].base_place)
     notes: list[Note] = []
     with nonfinite_allowed(allow_nonfinite):
-        parts = [Part(one, weight, target) for one, (_, weight) in zip(loaded, named)]
+        parts = [WeightedAdapter(one, weight, target) for one, (_, weight) in zip(loaded, named)]
         sum_ = Sum([part for part in parts if part.weight], loaded[0], target)
         result = sum_.result(allow_zero, parts[0])
         result = _fitted(_cut(result, rank, notes), target, rank)
@@ -171,7 +171,9 @@ def _check_lossy(rows: Sequence[Row], allowed: bool, where: str) -> None:
         )
 
 
-def _told(report: Report, rows: list[Row], parts: Sequence[Part], notes: Sequence[Note]) -> Report:
+def _told(
+    report: Report, rows: list[Row], parts: Sequence[WeightedAdapter], notes: Sequence[Note]
+) -> Report:
     counts = {change: sum(r.change == change for r in rows) for change in ("identical", "rounded")}
     phrases = [f"{counts['identical']} as they were"] if counts["identical"] else []
     for change, word in (("rounded", "exact"), ("lossy", "approximated")):

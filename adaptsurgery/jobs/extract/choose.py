@@ -13,10 +13,10 @@ from typing import Any
 
 from adaptsurgery.checkpoint.bridge import computed
 from adaptsurgery.checkpoint.safetensors import read_safetensors
-from adaptsurgery.jobs.extract.fitting import Found, Measured, number_of
-from adaptsurgery.jobs.extract.plan import ExtractPlan, Layer
+from adaptsurgery.jobs.extract.fitting import FittedLayer, Measured, number_of
+from adaptsurgery.jobs.extract.plan import ExtractPlan, LayerJob
 from adaptsurgery.jobs.extract.recipe import DTYPES
-from adaptsurgery.jobs.extract.run import METADATA, Place, Results, Runner
+from adaptsurgery.jobs.extract.run import METADATA, PartialExtract, Results, Runner
 from adaptsurgery.jobs.extract.selection import Dense
 from adaptsurgery_formats import AdapterState, ModuleState, peft_config
 from adaptsurgery_formats.errors import InexactError, ValueRefused
@@ -30,13 +30,13 @@ _Kind = tuple[str, int | None]  # algorithm and factor
 class Outcome:
     """A layer with what was measured, and the number of the candidate that it gets; -1 for none."""
 
-    layer: Layer
+    layer: LayerJob
     measured: Measured
     number: int = -1
     reason: str = ""
 
     @property
-    def found(self) -> Found | None:
+    def found(self) -> FittedLayer | None:
         return self.measured.found[self.number] if self.number >= 0 else None
 
     @property
@@ -108,7 +108,7 @@ def _check_factor(plan: ExtractPlan, changed: Sequence[Outcome], wanted: _Kind) 
     )
 
 
-def _kind(fit: Found) -> _Kind | None:
+def _kind(fit: FittedLayer) -> _Kind | None:
     return None if fit.compared else (fit.algorithm, fit.factor)
 
 
@@ -125,13 +125,13 @@ def _settle(outcome: Outcome, wanted: _Kind | None, fewest: bool) -> None:
         outcome.reason = next(iter(failed), "") or f"no {wanted[0] if wanted else 'adapter'} on it"
 
 
-def _price(fit: Found, fewest: bool) -> tuple[float, float]:
+def _price(fit: FittedLayer, fewest: bool) -> tuple[float, float]:
     size = float(fit.parameters)
     return (size, fit.error) if fewest else (fit.error, size)
 
 
 def _one_kind(plan: ExtractPlan, changed: Sequence[Outcome]) -> _Kind:
-    kinds: dict[_Kind, list[Found]] = {}
+    kinds: dict[_Kind, list[FittedLayer]] = {}
     for outcome in changed:
         for fit in outcome.measured.found:
             if not fit.compared and not fit.failed:
@@ -161,8 +161,12 @@ def _total(kind: _Kind, changed: Sequence[Outcome], fewest: bool) -> tuple[float
 # -- The adapter -----------------------------------------------------------------------------------
 
 
-def adapter_state(
-    plan: ExtractPlan, place: Place, runner: Runner, made: Sequence[Outcome], results: Results
+def chosen_state(
+    plan: ExtractPlan,
+    place: PartialExtract,
+    runner: Runner,
+    made: Sequence[Outcome],
+    results: Results,
 ) -> AdapterState:
     """The adapter by reference: factors in the partial output, parameters in the fine-tuned model.
 

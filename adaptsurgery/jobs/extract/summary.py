@@ -12,12 +12,12 @@ from adaptsurgery.jobs.extract.plan import ExtractPlan
 from adaptsurgery.jobs.extract.run import Results
 from adaptsurgery_formats import Note
 
-EXACT = 1e-6  # up to which an error is float32's rounding
+ROUNDING = 1e-6  # up to which an error is float32's rounding
 UNRELATED = 1.0  # ‖D‖/‖W‖; two models that know nothing of each other differ by √2
 NOISY = 0.5  # share of ‖D‖² that storage's rounding may be before it is said
 
 
-def planned(plan: ExtractPlan, workers: int) -> Report:
+def dry_report(plan: ExtractPlan, workers: int) -> Report:
     """The report of a dry run: what would be done."""
     layers = len(plan.layers)
     left = [d for group in plan.dense for d in group if not d.slot]
@@ -56,7 +56,7 @@ def _facts(plan: ExtractPlan, workers: int) -> dict[str, Any]:
     }
 
 
-def told(plan: ExtractPlan, made: Sequence[Outcome], results: Results, workers: int) -> Report:
+def report_of(plan: ExtractPlan, made: Sequence[Outcome], results: Results, workers: int) -> Report:
     """The report of an extraction that was carried out."""
     dense = _dense(plan, results)
     totals = _totals(made, dense)
@@ -201,7 +201,7 @@ def _row(layer: dict[str, Any]) -> Row:
         return Row(layer["name"], "", "left out", 1.0, layer["left_out"])
     if not layer["norm"] and not layer["algorithm"]:
         return Row(layer["name"], "", "identical", detail="unchanged")
-    change = "rounded" if layer["error"] <= EXACT else "lossy"
+    change = "rounded" if layer["error"] <= ROUNDING else "lossy"
     detail = f"{layer['algorithm']} rank {layer['rank']}, {layer['parameters']:,} parameters"
     return Row(layer["name"], layer["algorithm"], change, layer["error"], detail)
 
@@ -224,7 +224,7 @@ def _verdict(facts: dict[str, Any]) -> str:
     )
     kept = f"relative error {error:.2g} ({1 - error**2:.1%} of the energy kept)"
     text = f"{modules} modules{shown}, {facts['parameters']:,} parameters: {kept}"
-    if abs(facts["error"] - error) > 0.005 * max(error, 1e-9) and facts["error"] > EXACT:
+    if abs(facts["error"] - error) > 0.005 * max(error, 1e-9) and facts["error"] > ROUNDING:
         text += f"; over the whole model {facts['error']:.2g}"
     return text
 

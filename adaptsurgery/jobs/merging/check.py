@@ -26,7 +26,7 @@ from adaptsurgery.jobs.inputs import open_base
 from adaptsurgery.jobs.merging.manifest import manifest_path
 from adaptsurgery.jobs.merging.matched import Change
 from adaptsurgery.jobs.merging.plan import LINKS_LEFT_OUT, MergePlan, TensorEdit
-from adaptsurgery.jobs.merging.planning import Adapters, planned
+from adaptsurgery.jobs.merging.planning import Adapters, open_plan
 from adaptsurgery.jobs.merging.quantised import Scale
 from adaptsurgery.jobs.merging.recipe import MergeRecipe
 from adaptsurgery_formats import AdapterState, Note
@@ -71,7 +71,7 @@ def _verified(
     options: MergeRecipe,
     allow_unmatched: bool,
 ) -> Report:
-    plan, states = planned(base, adapters, options, allow_unmatched, False, skip_links=True)
+    plan, states = open_plan(base, adapters, options, allow_unmatched, False, skip_links=True)
     tensors = _by_key(open_base(merged))
     rows = []
     for component, edit in _tensors(plan):
@@ -87,7 +87,7 @@ def _verified(
     return _verdict(rows, plan, Path(resolve(merged, kind="base")))
 
 
-def distance(merged: Path, original: Path) -> dict[str, Any]:
+def checkpoints_apart(merged: Path, original: Path) -> dict[str, Any]:
     """How far two checkpoints of the same tensors lie apart: ‖A − B‖/‖B‖ in all, and the worst
     element's difference in parts of its size."""
     a, b = _by_key(open_base(str(merged))), _by_key(open_base(str(original)))

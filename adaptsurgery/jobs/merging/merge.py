@@ -15,10 +15,10 @@ from adaptsurgery.checkpoint.hub import resolve
 from adaptsurgery.checkpoint.system import local_path
 from adaptsurgery.checkpoint.watched import watching
 from adaptsurgery.jobs.inputs import check_part
-from adaptsurgery.jobs.merging.check import distance
+from adaptsurgery.jobs.merging.check import checkpoints_apart
 from adaptsurgery.jobs.merging.manifest import manifest_path
 from adaptsurgery.jobs.merging.plan import MergePlan, check_options
-from adaptsurgery.jobs.merging.planning import Adapters, planned
+from adaptsurgery.jobs.merging.planning import Adapters, open_plan
 from adaptsurgery.jobs.merging.recipe import MergeRecipe
 from adaptsurgery.jobs.merging.run import (
     Norms,
@@ -113,7 +113,9 @@ def plan_merge(
     skip_links: bool = False,
 ) -> MergePlan:
     """The plan of a merge as plain data; ``run.run_plan`` carries it out, now or elsewhere."""
-    return planned(base, adapters, options or MergeRecipe(), allow_unmatched, False, skip_links)[0]
+    return open_plan(base, adapters, options or MergeRecipe(), allow_unmatched, False, skip_links)[
+        0
+    ]
 
 
 def _run(
@@ -130,7 +132,7 @@ def _run(
     check_options(recipe)
     overwrite, dry_run, workers = options.overwrite, options.dry_run, options.workers
     with watching() as watched:
-        plan, states = planned(
+        plan, states = open_plan(
             base, adapters, recipe, options.allow_unmatched, dry_run, options.skip_links
         )
     original = _original(options.against, out, plan, dry_run)
@@ -156,7 +158,7 @@ def _run(
     if options.inverse:
         _tell_rounding(report, plan, states, norms)
         if original is not None and complete:
-            report.facts["against"] = distance(out, original)
+            report.facts["against"] = checkpoints_apart(out, original)
     return report
 
 

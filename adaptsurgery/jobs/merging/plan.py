@@ -23,7 +23,7 @@ from adaptsurgery.checkpoint.base import PICKLES, Base, BaseFile
 from adaptsurgery.jobs.inputs import Input, base_input, beside_input, refuse_pickles
 from adaptsurgery.jobs.merging.configs import config_changes
 from adaptsurgery.jobs.merging.copies import Beside, look_beside, refused_links
-from adaptsurgery.jobs.merging.matched import Change, Matched, Saved, Target
+from adaptsurgery.jobs.merging.matched import Change, Matched, Saved, TensorName
 from adaptsurgery.jobs.merging.quantised import Quantised, Scale, quantised_of
 from adaptsurgery.jobs.merging.recipe import MergeRecipe
 from adaptsurgery_formats import AdapterState, Note
@@ -370,7 +370,7 @@ def _plain(edit: TensorEdit, quantised: Quantised, options: MergeRecipe) -> Tens
 
 
 def _changed(
-    edit: TensorEdit, target: Target, adapters: Sequence[AdapterState], matches: Matched
+    edit: TensorEdit, target: TensorName, adapters: Sequence[AdapterState], matches: Matched
 ) -> TensorEdit:
     """The tensor with what the adapters do to it."""
     changes = tuple(matches.changes.get(target, ()))
@@ -386,7 +386,7 @@ def _changed(
 
 def _added(
     base: Base,
-    target: Target,
+    target: TensorName,
     adapters: Sequence[AdapterState],
     matches: Matched,
 ) -> tuple[int, TensorEdit]:

@@ -16,7 +16,7 @@ from adaptsurgery_formats import AdapterState
 Adapters = Named | Sequence[Named]
 
 
-def planned(
+def open_plan(
     base: str | os.PathLike[str],
     adapters: Adapters,
     options: MergeRecipe,

@@ -49,7 +49,7 @@ if TYPE_CHECKING:
     import torch
 
     from adaptsurgery.checkpoint.stream import Entry
-    from adaptsurgery.core.blocks import BlockEdit, Grid, Place
+    from adaptsurgery.core.blocks import BlockEdit, Grid, Placed
 
 Progress = Callable[[int, int], object]
 Norms = dict[str, dict[str, float]]
@@ -321,8 +321,8 @@ class _Runner:
         device = torch_device(self.plan.options.device)
         return Grid(values.to(device, compute).reshape(scale.grid) * scale.factor, scale.block)
 
-    def _place(self, change: Change) -> Place:
-        from adaptsurgery.core.blocks import Place
+    def _place(self, change: Change) -> Placed:
+        from adaptsurgery.core.blocks import Placed
         from adaptsurgery.jobs.merging.updates import update_for
 
         if change.module >= len(self.states[change.adapter].modules):
@@ -331,7 +331,7 @@ class _Runner:
             raise bad_plan(f"a change of {list(change.shape)}")
         outputs = change.shape[int(change.turned)]
         span = (change.first, change.first + change.rows)
-        return Place(
+        return Placed(
             update_for(change, self.states, self.plan.options.allow_nonfinite),
             self.plan.adapters[change.adapter].weight,
             rows=(change.at, change.at + change.rows),
@@ -542,7 +542,7 @@ def _replaceable(plan: MergePlan, out: Path) -> list[str]:
 
 def _listed(out: Path, index: str) -> set[str]:
     """The shards that an index in a folder names, relative to the folder."""
-    files = atomic.read_json(out / index).get("weight_map")
+    files = atomic.read_record(out / index).get("weight_map")
     if not isinstance(files, dict):
         return set()
     folder = index.rpartition("/")[0]
@@ -554,7 +554,7 @@ def _made(plan: MergePlan, out: Path) -> Norms | None:
     path = manifest_path(out, plan.folder)
     if not out.exists() or not atomic.is_record(path):
         return None
-    manifest = atomic.read_json(path)
+    manifest = atomic.read_record(path)
     return (_as_norms(manifest.get("norms")) or {}) if manifest.get("plan") == plan.digest else None
 
 

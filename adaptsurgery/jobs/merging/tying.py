@@ -12,7 +12,7 @@ from typing import Any
 
 from adaptsurgery.checkpoint.base import Base, Located
 from adaptsurgery.jobs.merging.configs import FLAG, is_text_of, may_tie, nested
-from adaptsurgery.jobs.merging.matched import Change, Matched, Target
+from adaptsurgery.jobs.merging.matched import Change, Matched, TensorName
 from adaptsurgery_formats import AdapterState, ModuleState, Note
 from adaptsurgery_formats.errors import LayoutError
 from adaptsurgery_formats.names.heads import (
@@ -120,7 +120,7 @@ def _settle_shared(base: Base, matches: Matched, component: str) -> None:
             matches.notes.append(Note("tied-table", base.where, text))
 
 
-def _follow(base: Base, matches: Matched, shared: Target, user: Target) -> None:
+def _follow(base: Base, matches: Matched, shared: TensorName, user: TensorName) -> None:
     if _touched(matches, user):
         raise LayoutError(
             f"`{user[1]}` is a copy of `{shared[1]}`, which the model reads in its place",
@@ -140,17 +140,19 @@ def _copies(parameters: Mapping[str, Located], first: str, second: str) -> bool:
     return same_bytes(a.tensor, b.tensor)
 
 
-def _touched(matches: Matched, target: Target) -> bool:
+def _touched(matches: Matched, target: TensorName) -> bool:
     return target in matches.changes or target in matches.saved
 
 
-def _drop(matches: Matched, head: Target) -> None:
+def _drop(matches: Matched, head: TensorName) -> None:
     matches.heads.pop(head, None)
     matches.changes.pop(head, None)
     matches.saved.pop(head, None)
 
 
-def _alike(adapters: list[AdapterState], matches: Matched, table: Target, head: Target) -> bool:
+def _alike(
+    adapters: list[AdapterState], matches: Matched, table: TensorName, head: TensorName
+) -> bool:
     """Whether both are replaced by the same numbers and changed by the same deltas."""
     if not (_touched(matches, table) and _touched(matches, head)):
         return False
@@ -204,7 +206,7 @@ def _numbers(tensor: Tensor) -> memoryview[int]:
 
 
 def _grown_alone(
-    base: Base, adapters: list[AdapterState], matches: Matched, table: Target, head: Target
+    base: Base, adapters: list[AdapterState], matches: Matched, table: TensorName, head: TensorName
 ) -> bool:
     """Whether the table alone is replaced by one of more rows, which no old head would fit."""
     saved = matches.saved.get(table)

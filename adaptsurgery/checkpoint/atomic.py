@@ -27,6 +27,7 @@ from typing import Any
 from adaptsurgery.checkpoint import locks, privacy, system
 from adaptsurgery.checkpoint.failures import FULL, as_file_error
 from adaptsurgery_formats.errors import FileError, SurgeryError
+from adaptsurgery_formats.paths import check_text
 
 RECORD = ".manifest.json"  # after a file's name: what a merge tells of it
 landed: list[str] = []  # what this process has put in place; an interrupted command tells of it
@@ -218,6 +219,7 @@ def check_output(
     ``inner`` the names of what will lie in it.
     """
     where = str(target)
+    check_text(target)
     if why := system.refused_name(target):
         raise FileError("no file can have such a name", where=where, seen=why, code="bad-name")
     _check_parent(target)
@@ -423,7 +425,7 @@ def put_record(record: Path | None, target: Path, own: dict[str, int]) -> None:
 
 def record_path(target: Path) -> Path:
     """Where the record of an output file lies."""
-    return target.with_name(target.name + RECORD)
+    return target.parent / (target.name + RECORD)  # also of what has no name, and will be refused
 
 
 def is_record(path: Path) -> bool:

@@ -13,6 +13,7 @@ from torch import nn
 from adaptsurgery.adapters.report import Report
 from adaptsurgery.core.config import AdapterConfig
 from adaptsurgery.modules import files, status
+from adaptsurgery.modules.alone import alone
 from adaptsurgery.modules.injection import check_unadapted
 from adaptsurgery.modules.layer import AdaptedLayer
 from adaptsurgery.modules.model import AdaptedModel, model_of
@@ -91,6 +92,7 @@ class PeftModel(nn.Module):
 
     # --- files -----------------------------------------------------------------------------------
 
+    @alone
     def save_pretrained(
         self, save_directory: AnyPath, selected_adapters: Collection[str] | None = None
     ) -> None:
@@ -105,6 +107,7 @@ class PeftModel(nn.Module):
                 self.base_model, name, folder if name == "default" else folder / name
             )
 
+    @alone
     def save_adapter(
         self,
         path: AnyPath,
@@ -159,6 +162,7 @@ class PeftModel(nn.Module):
             before.restore()
             raise
 
+    @alone
     def load_adapter(
         self,
         model_id: AnyPath,
@@ -185,6 +189,7 @@ class PeftModel(nn.Module):
             before.restore()
             raise
 
+    @alone
     def hotswap_adapter(self, model_id: AnyPath, adapter_name: str = "default") -> None:
         """Put a file's numbers into an adapter's own tensors: nothing that holds them notices.
 

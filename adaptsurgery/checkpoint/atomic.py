@@ -282,10 +282,14 @@ def _no_space(target: Path, needed: int) -> FileError:
     )
 
 
-def _check_parent(target: Path) -> None:
-    parent = target.parent
+def _check_named(target: Path) -> None:
     if target.name in ("", ".", ".."):
         raise FileError("this names no output", where=str(target), code="is-directory")
+
+
+def _check_parent(target: Path) -> None:
+    parent = target.parent
+    _check_named(target)
     if not os.path.exists(parent):
         raise FileError(
             "the folder to write into does not exist",
@@ -422,7 +426,8 @@ def put_record(record: Path | None, target: Path, own: dict[str, int]) -> None:
 
 
 def record_path(target: Path) -> Path:
-    """Where the record of an output file lies."""
+    """Where the record of an output file lies; FileError ``is-directory`` for what names no file."""
+    _check_named(target)
     return target.with_name(target.name + RECORD)
 
 

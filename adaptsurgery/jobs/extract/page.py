@@ -26,7 +26,7 @@ def check_form(path: Path) -> Path:
     if path.suffix not in (".html", ".json"):
         raise FileError(
             "a report is an .html page or a .json file", where=str(path), code="bad-name",
-            next=f"--report {path.with_suffix('.html')}",
+            next=f"--report {path.with_suffix('.html') if path.name else 'FILE.html'}",
         )  # fmt: skip
     if path.suffix == ".html" and find_spec("matplotlib") is None:
         raise LayoutError(

@@ -23,39 +23,16 @@ from typing import Any
 
 from adaptsurgery.core.config import AdapterConfig
 from adaptsurgery_formats.errors import NameLookupError, ValueRefused, nearest
+from adaptsurgery_formats.names.families import default_targets
+from adaptsurgery_formats.names.heads import CLASSIFIERS
 from adaptsurgery_formats.patterns import Matcher, tails, wanted_layers
 from adaptsurgery_formats.state import Note
 
 ALL_LINEAR = "all-linear"
-HEADS = ("score", "classifier")  # of a model for sequence classification
 _REGEX = re.compile(r"[*+?^$|()\[\]{}\\]")
 
-# model_type → what is adapted where target_modules says nothing: the queries and values, or what
-# holds them. PEFT has the same for LoRA, LoHa, LoKr and HRA.
-_Q_V, _QUERY_VALUE, _FUSED = ("q_proj", "v_proj"), ("query", "value"), ("query_key_value",)
-DEFAULTS: dict[str, tuple[str, ...] | str] = {
-    **dict.fromkeys(("t5", "mt5"), ("q", "v")),
-    **dict.fromkeys(
-        ("bart", "opt", "gptj", "gpt_neo", "llama", "llama4", "mistral", "mixtral", "stablelm",
-         "gemma", "gemma2", "gemma3_text", "qwen2", "qwen3"), _Q_V,
-    ),
-    **dict.fromkeys(("bert", "roberta", "xlm-roberta", "electra", "layoutlm"), _QUERY_VALUE),
-    **dict.fromkeys(
-        ("bloom", "gpt_neox", "chatglm", "RefinedWebModel", "RefinedWeb", "falcon"), _FUSED
-    ),
-    **dict.fromkeys(("gpt2", "gpt_bigcode"), ("c_attn",)),
-    "blip-2": ("q", "v", *_Q_V),
-    "deberta-v2": ("query_proj", "value_proj"),
-    "deberta": ("in_proj",),
-    "mpt": ("Wqkv",),
-    "btlm": ("c_proj", "c_attn"),
-    "codegen": ("qkv_proj",),
-    "phi": (*_Q_V, "fc1", "fc2"),
-    "gemma4": r".*language_model\..*\.(q_proj|v_proj)",
-    "nemotron_h": ("q_proj", "k_proj", "v_proj", "o_proj"),
-    "rwkv": ("key", "value", "receptance", "output"),
-    "rwkv7": ("r_proj", "k_proj", "v_proj", "o_proj", "key", "value"),
-}  # fmt: skip
+# Model type → what is adapted where target_modules says nothing, for any algorithm.
+DEFAULTS = default_targets()
 
 
 @dataclass(frozen=True)
@@ -270,7 +247,7 @@ def _wanted(
     if isinstance(targets, str) and targets.lower() == ALL_LINEAR:
         kept_out = set(outputs)
         if not kept_out and config.task_type == "SEQ_CLS" and model_type is not None:
-            kept_out = set([head for head in HEADS if head in modules][:1])
+            kept_out = set([head for head in CLASSIFIERS if head in modules][:1])
         return frozenset(n for n, kind in modules.items() if kind == "linear" and n not in kept_out)
     return targets if isinstance(targets, str) else frozenset(targets)
 

@@ -152,7 +152,12 @@ def _join_w1(module: ModuleState, kernel: Kernel) -> ModuleState:
 
 
 def _join_w2(module: ModuleState, kernel: Kernel) -> ModuleState:
-    """w2 (b, d, *k) = w2_a (b, r) · w2_b (r, d·∏k), for PEFT, which scrambles it in a Conv1d."""
+    """w2 (b, d, *k) = w2_a (b, r) · w2_b (r, d·∏k), a core between them multiplied out, for PEFT.
+
+    Which scrambles it in a Conv1d.
+    """
+    from adaptsurgery.algorithms import LoKr
+
     if len(kernel) == 1:
         raise InexactError(
             f"`{module.label}`: PEFT scrambles a Conv1d LoKr with a full w2",
@@ -160,10 +165,12 @@ def _join_w2(module: ModuleState, kernel: Kernel) -> ModuleState:
             next="--as lora is exact",
             code="peft-conv1d-lokr",
         )
-    a, b = module.tensors["w2_a"], module.tensors["w2_b"]
-    product = to_torch(a).double() @ to_torch(b).double().flatten(1)
-    whole = stored(product.reshape(a.shape[0], -1, *kernel), [a, b])
-    return module.with_tensors(w2_a=None, w2_b=None, w2=whole)
+    bare = LoKr(**_wide(module)).without_core()  # type: ignore[arg-type]
+    assert bare.w2_a is not None and bare.w2_b is not None
+    product = bare.w2_a @ bare.w2_b.flatten(1)
+    sources = [module.tensors[s] for s in ("w2_a", "w2_b", "t2") if s in module.tensors]
+    whole = stored(product.reshape(bare.w2_a.shape[0], -1, *kernel), sources)
+    return _plain(module.with_tensors(w2_a=None, w2_b=None, t2=None, w2=whole))
 
 
 _STEPS: dict[str, Callable[[ModuleState, Kernel], ModuleState]] = {

@@ -20,9 +20,18 @@ from adaptsurgery.algorithms.full import Full
 from adaptsurgery.algorithms.lora import LoRA, Truncation, truncation
 from adaptsurgery.core.cost import Form
 from adaptsurgery.core.geometry import Layer
-from adaptsurgery.core.update import Gates, Renorm, axis_norms, compute_dtype, only_one
+from adaptsurgery.core.update import (
+    Gates,
+    Renorm,
+    axis_norms,
+    compute_dtype,
+    only_one,
+    widest,
+)
 from adaptsurgery.nearest.lanczos import truncate
 from adaptsurgery_formats.errors import ShapeError
+
+_LEAST = 2.0**-48  # a norm below it may have lost squares that float32 does not hold
 
 
 @dataclass(frozen=True, eq=False)
@@ -63,16 +72,22 @@ class DoRA(Renorm):
             raise ShapeError(
                 f"dora: {self._length} magnitudes for {norms.numel()} {'inputs' if self.axis else 'outputs'}"
             )
-        magnitude = self.magnitude.flatten().narrow(0, start, norms.numel()).to(norms)
-        empty = norms.eq(0)
-        return (magnitude / norms.masked_fill(empty, 1)).masked_fill(empty, 0)
+        return _gain(self.magnitude.flatten().narrow(0, start, norms.numel()), norms)
 
     def renormed(self, weight: Tensor) -> Tensor:
         return weight * self._along(weight, self.gain(axis_norms(weight.detach(), self.axis)))
 
     def renorm_(self, weight: Tensor, start: int = 0) -> None:
         first = start if self.axis == 0 else 0
-        weight.mul_(self._along(weight, self.gain(axis_norms(weight, self.axis), first)))
+        norms = axis_norms(weight, self.axis)
+        odd = ((norms <= _LEAST) | norms.isinf()).nonzero().flatten()
+        lines = weight.index_select(self.axis, odd).to(widest(weight.device))
+        weight.mul_(self._along(weight, self.gain(norms, first)))
+        if odd.numel():  # lines whose squares leave the dtype's range
+            magnitude = self.magnitude.flatten().index_select(0, odd + first)
+            gain = _gain(magnitude, axis_norms(lines, self.axis))
+            new = lines * self._along(lines, gain)
+            weight.index_copy_(self.axis, odd, new.to(weight.dtype))
 
     def _along(self, weight: Tensor, gain: Tensor) -> Tensor:
         return gain.view([-1 if dim == self.axis else 1 for dim in range(weight.dim())])
@@ -132,3 +147,10 @@ class DoRA(Renorm):
         full = self.to_full(weight.to(torch.float64))
         approximation = truncate(full.matrix(), rank)
         return truncation(approximation, full, dtype or self.inner.wide_dtype(), full.diff_b)
+
+
+def _gain(magnitude: Tensor, norms: Tensor) -> Tensor:
+    """m / norm; 0 where the norm is, NaN and no row of zeros where it is beyond its dtype."""
+    empty = norms.eq(0)
+    gain = (magnitude.to(norms) / norms.masked_fill(empty, 1)).masked_fill(empty, 0)
+    return gain.masked_fill(norms.eq(math.inf), math.nan)

@@ -16,6 +16,7 @@ from typing import Literal
 
 from adaptsurgery.checkpoint.base import PICKLES, read_json
 from adaptsurgery_formats.errors import FileError, SurgeryError
+from adaptsurgery_formats.paths import check_text
 
 AnyPath = str | os.PathLike[str]
 # Of a folder that is read, an output may replace what is not read ("files"), or it may lie there
@@ -82,6 +83,8 @@ def keep_apart(
     outputs are one.
     """
     outputs = [Path(path) for path in writes if path is not None]
+    for out in outputs:
+        check_text(out)
     _refuse_twins(outputs)
     sources = [Path(path) for path in reads if path is not None and os.path.lexists(path)]
     for out in outputs:
@@ -103,6 +106,7 @@ def overlap(out: Path, source: Path, code: str) -> FileError:
 
 def is_within(out: Path, source: Path) -> bool:
     """Whether a path is another one, or lies in it, whether or not there is anything yet."""
+    check_text(out)
     here = _identity(source)
     return here is not None and here in {_identity(out), *_above([out])}
 

@@ -71,9 +71,14 @@ class Archive:
         return data
 
 
-def read_archive(read: Callable[[int, int], bytes], length: int) -> Archive:
-    """The archive of ``length`` bytes whose list and records agree; BadArchive otherwise."""
-    start, stop, count = _list_of(read, length)
+def read_archive(
+    read: Callable[[int, int], bytes], length: int, *, longer: bool = False
+) -> Archive:
+    """The archive of ``length`` bytes whose list and records agree; BadArchive otherwise.
+
+    ``longer`` lets bytes follow its end, which are then no part of it.
+    """
+    start, stop, count = _list_of(read, length, longer)
     entries = list(_entries(read(start, stop - start), count))
     records = tuple(_record(read, entry, start) for entry in entries)
     at = 0
@@ -84,15 +89,15 @@ def read_archive(read: Callable[[int, int], bytes], length: int) -> Archive:
     return Archive(read, length, records)
 
 
-def _list_of(read: Callable[[int, int], bytes], length: int) -> tuple[int, int, int]:
+def _list_of(read: Callable[[int, int], bytes], length: int, longer: bool) -> tuple[int, int, int]:
     """Where the list of records begins and ends, and how many it has."""
     tail_at = max(0, length - _COMMENT - _END.size)
     tail = read(tail_at, length - tail_at)
-    at = tail.rfind(b"PK\5\6")
-    if at < 0 or len(tail) - at < _END.size:
+    at = tail.rfind(b"PK\5\6", 0, len(tail) - _END.size + 4)  # the last one that is whole
+    if at < 0:
         raise BadArchive("it has no list of records at its end")
     _, disk, disks, here, count, size, offset, comment = _END.unpack_from(tail, at)
-    if tail_at + at + _END.size + comment != length:
+    if not longer and tail_at + at + _END.size + comment != length:
         raise BadArchive("bytes follow its end")
     stop = tail_at + at
     if stop >= _LOCATOR.size and read(stop - _LOCATOR.size, 4) == b"PK\6\7":

@@ -27,6 +27,7 @@ from typing import Any
 from adaptsurgery.checkpoint import locks, privacy, system
 from adaptsurgery.checkpoint.failures import FULL, as_file_error
 from adaptsurgery_formats.errors import FileError, SurgeryError
+from adaptsurgery_formats.paths import check_text
 
 RECORD = ".manifest.json"  # after a file's name: what a merge tells of it
 landed: list[str] = []  # what this process has put in place; an interrupted command tells of it
@@ -218,6 +219,7 @@ def check_output(
     ``inner`` the names of what will lie in it.
     """
     where = str(target)
+    check_text(target)
     if why := system.refused_name(target):
         raise FileError("no file can have such a name", where=where, seen=why, code="bad-name")
     _check_parent(target)
@@ -282,14 +284,10 @@ def _no_space(target: Path, needed: int) -> FileError:
     )
 
 
-def _check_named(target: Path) -> None:
-    if target.name in ("", ".", ".."):
-        raise FileError("this names no output", where=str(target), code="is-directory")
-
-
 def _check_parent(target: Path) -> None:
     parent = target.parent
-    _check_named(target)
+    if target.name in ("", ".", ".."):
+        raise FileError("this names no output", where=str(target), code="is-directory")
     if not os.path.exists(parent):
         raise FileError(
             "the folder to write into does not exist",
@@ -426,9 +424,8 @@ def put_record(record: Path | None, target: Path, own: dict[str, int]) -> None:
 
 
 def record_path(target: Path) -> Path:
-    """Where the record of an output file lies; FileError ``is-directory`` for what names no file."""
-    _check_named(target)
-    return target.with_name(target.name + RECORD)
+    """Where the record of an output file lies."""
+    return target.parent / (target.name + RECORD)  # also of what has no name, and will be refused
 
 
 def is_record(path: Path) -> bool:

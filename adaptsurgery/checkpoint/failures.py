@@ -57,7 +57,7 @@ def missing_file(where: str | os.PathLike[str]) -> FileError:
     try:
         hint = nearest(path.name, os.listdir(folder))
         trouble = "no such file"
-    except OSError:
+    except (OSError, ValueError):  # ValueError: a null, or half a character, in the name
         hint = ""
         trouble = f"no such file: the folder `{folder}` does not exist"
     return FileError(trouble, where=os.fspath(where), next=hint, code="no-such-file")

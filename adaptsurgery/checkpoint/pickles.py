@@ -10,6 +10,7 @@ from typing import TYPE_CHECKING, Any, BinaryIO
 from adaptsurgery.checkpoint.archives import Archive, BadArchive, read_archive
 from adaptsurgery.checkpoint.failures import as_file_error
 from adaptsurgery.checkpoint.opcodes import Overweight, weigh
+from adaptsurgery.checkpoint.storages import sizes_agree
 from adaptsurgery.checkpoint.system import open_file, open_input, read_at
 from adaptsurgery_formats.errors import FileError, SurgeryError
 from adaptsurgery_formats.tensors import Tensor
@@ -52,8 +53,12 @@ def _load(where: str) -> Any:
     import torch
 
     try:
-        mapped = _may_be_mapped(where)
-        return torch.load(where, map_location="cpu", weights_only=True, mmap=mapped)
+        archive = _archive(where)
+        mapped = archive is not None and archive.stored
+        read = torch.load(where, map_location="cpu", weights_only=True, mmap=mapped)
+        if mapped and archive is not None and not sizes_agree(archive, where):
+            read = torch.load(where, map_location="cpu", weights_only=True)  # which looks at them
+        return read
     except SurgeryError:
         raise
     except pickle.UnpicklingError as error:
@@ -61,36 +66,33 @@ def _load(where: str) -> Any:
     except OSError as error:
         raise as_file_error(error, where, writing=False) from error
     except Exception as error:  # torch raises many kinds on damaged input
-        raise FileError(
-            "the pickle is damaged",
-            where=where,
-            seen=f"{type(error).__name__}: {_line(error)}",
-            next="fetch the file again",
-        ) from error
+        raise _damaged(where, f"{type(error).__name__}: {_line(error)}") from error
 
 
-def _may_be_mapped(where: str) -> bool:
-    """Whether torch may map the file: all records of a zip archive lie there as they are.
+def _damaged(where: str, seen: str) -> FileError:
+    return FileError("the pickle is damaged", where=where, seen=seen, next="fetch the file again")
 
-    torch maps packed records too, and takes their packed bytes for numbers. The old format, which is
-    no archive, is never mapped.
+
+def _archive(where: str) -> Archive | None:
+    """The zip archive that a file is; None for the old format, which is none.
+
+    It may be mapped where all its records lie there as they are: torch maps packed records too, and
+    takes their packed bytes for numbers.
     """
     fd = open_input(where)
     try:
         length = os.fstat(fd).st_size
         if read_at(fd, 4, 0) != b"PK\3\4":
             _check_old(where)
-            return False
-        archive = read_archive(lambda at, count: read_at(fd, count, at), length)
+            return None
+        archive = read_archive(lambda at, count: read_at(fd, count, at), length, longer=True)
         _check_unpacked(archive, where)
         _check_pickles(archive, where)
+        return archive
     except BadArchive as error:
-        raise FileError(
-            "the pickle is damaged", where=where, seen=str(error), next="fetch the file again"
-        ) from error
+        raise _damaged(where, str(error)) from error
     finally:
         os.close(fd)
-    return archive.stored
 
 
 def _check_unpacked(archive: Archive, where: str) -> None:

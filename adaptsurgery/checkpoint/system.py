@@ -21,7 +21,7 @@ from typing import Any, BinaryIO
 
 from adaptsurgery.checkpoint.watched import note
 from adaptsurgery_formats.errors import FileError
-from adaptsurgery_formats.paths import is_device
+from adaptsurgery_formats.paths import check_text, is_device
 
 Path = str | os.PathLike[str]
 Buffer = bytes | bytearray | memoryview
@@ -48,8 +48,10 @@ _moving = threading.Lock()  # where reading at an offset takes two calls
 def open_input(path: Path) -> int:
     """A descriptor to read a regular file's bytes; a pipe, device or socket is refused at once.
 
-    Raises FileError "not-a-file", and OSError as os.open does; IsADirectoryError for a folder.
+    Raises FileError "not-a-file" and "bad-name", and OSError as os.open does; IsADirectoryError for a
+    folder.
     """
+    check_text(path)
     if not _NO_WAIT:  # then opening a pipe would wait for its writer
         _check_regular(os.stat(path).st_mode, path)
     try:

@@ -659,7 +659,8 @@ class Renorm(Update):
     def fold(self, weight: Tensor, *, compute: torch.dtype | None = None) -> Tensor:
         wide = weight.to(compute_dtype(weight, compute, exact=True))
         with torch.no_grad():
-            return rounded(self.renormed(self.inner.fold(wide)), weight.dtype)
+            self.renorm_(new := self.inner.fold(wide))
+            return rounded(new, weight.dtype)
 
     def fold_bias(
         self, bias: Tensor | None, dtype: torch.dtype | None = None, gate: Tensor | None = None

@@ -19,9 +19,8 @@ from adaptsurgery.graph.strip import base_of
 from adaptsurgery.graph.walk import Graph, View
 from adaptsurgery.targeting import ALL_LINEAR, Target, find_targets
 from adaptsurgery_formats.errors import NameLookupError, ValueRefused
+from adaptsurgery_formats.names.heads import OUTPUTS
 from adaptsurgery_formats.state import Note
-
-_HEADS = ("lm_head", "embed_out", "output_layer")
 
 
 @dataclass(frozen=True)
@@ -182,7 +181,7 @@ def _heads(sites: dict[str, Site]) -> tuple[str, ...]:
     return tuple(
         path
         for path, site in sites.items()
-        if path.rpartition(".")[2] in _HEADS or any("embed" in p for p in site.shares)
+        if path.rpartition(".")[2] in OUTPUTS or any("embed" in p for p in site.shares)
     )
 
 

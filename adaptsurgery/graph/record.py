@@ -24,9 +24,12 @@ from adaptsurgery.core.config import tensors_of
 from adaptsurgery.core.cost import Form
 from adaptsurgery.core.update import Composition, Update, compose, parts_of
 from adaptsurgery.graph.sites import COUNTS, RECORD
+from adaptsurgery_formats.errors import LayoutError, printable
+from adaptsurgery_formats.records import record
 
 U = TypeVar("U", bound=Update)
 SHARED = -1
+_UNSAID: dict[str, Any] = {"site": "", "call": 0}
 
 
 @dataclass(frozen=True)
@@ -72,14 +75,16 @@ class Attached:
         return compose([self._built(part, tensors) for part in self.parts])
 
     def _built(self, part: Part, tensors: Mapping[str, Tensor]) -> Update:
+        if lost := [name for name in part.slots.values() if name not in tensors]:
+            raise LayoutError(
+                f"the program's note of `{self.name}` names a tensor that is not there",
+                seen=printable(lost[0])[:200],
+                next="rewrite the program as it was before",
+                code="bad-note",
+            )
         slots = {slot: tensors[name].detach() for slot, name in part.slots.items()}
         scale = part.scale * self.strength
         return build(part.algorithm, slots, scale, self.shape, **part.options)
-
-    @classmethod
-    def of_json(cls, record: dict[str, Any]) -> Attached:
-        parts = tuple(Part(**part) for part in record["parts"])
-        return cls(**{**record, "parts": parts, "shape": tuple(record["shape"])})
 
 
 @dataclass(frozen=True)
@@ -103,13 +108,9 @@ class Tag:
 
 
 def tag_of(node: Node) -> Tag | None:
-    """The note of a node, None where surgery did not make it."""
-    text = (node.meta.get("custom") or {}).get(RECORD)
-    if text is None:
-        return None
-    record = json.loads(text)
-    adapters = tuple(Attached.of_json(a) for a in record.pop("adapters", ()))
-    return Tag(record.pop("site", ""), record.pop("call", 0), adapters=adapters, **record)
+    """The note of a node, None where surgery did not make it; LayoutError "bad-note" for none of ours."""
+    note: Tag | None = _noted(node, RECORD, lambda said: record({**_UNSAID, **said}, Tag, "note"))
+    return note
 
 
 def count(node: Node, counts: Mapping[str, int] | None) -> None:
@@ -124,9 +125,29 @@ def count(node: Node, counts: Mapping[str, int] | None) -> None:
 
 
 def counts_of(node: Node) -> dict[str, int]:
-    """How many places each adapter of the graph has, as one node notes it."""
-    text = (node.meta.get("custom") or {}).get(COUNTS)
-    return {} if text is None else json.loads(text)
+    """How many places each adapter of the graph has, by a node that says it."""
+    counts: dict[str, int] | None = _noted(
+        node, COUNTS, lambda c: record(c, dict[str, int], "note")
+    )
+    return counts or {}
+
+
+def _noted(node: Node, key: str, read: Callable[[dict[str, Any]], Any]) -> Any:
+    """What is noted on a node under a key, as ``read`` makes it of the JSON; None where nothing is."""
+    custom = node.meta.get("custom")
+    text = custom.get(key) if isinstance(custom, dict) else None
+    if text is None:
+        return None
+    try:
+        return read(json.loads(text))
+    except (ValueError, TypeError, RecursionError) as error:
+        raise LayoutError(
+            "the program holds a note of surgery that is none of ours",
+            where=node.name,
+            seen=printable(str(error))[:200],
+            next="rewrite the program as it was before: rewrite --table shows what is on it",
+            code="bad-note",
+        ) from error
 
 
 def described(

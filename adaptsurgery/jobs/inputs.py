@@ -15,6 +15,7 @@ from adaptsurgery.checkpoint.hub import base_headers, resolve
 from adaptsurgery.checkpoint.watched import changed, note
 from adaptsurgery.jobs.values import is_whole
 from adaptsurgery_formats.errors import FileError, ValueRefused
+from adaptsurgery_formats.paths import check_text
 
 
 @dataclass(frozen=True)
@@ -93,6 +94,7 @@ def beside_input(base: Base, name: str) -> Input:
 def check_inputs(inputs: Iterable[Input]) -> None:
     """Every input as it was when the plan was made, by size and time; FileError ``input-changed``."""
     for given in inputs:
+        check_text(given.path)
         try:
             stat = os.stat(given.path)
         except OSError as error:

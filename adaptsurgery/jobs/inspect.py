@@ -148,7 +148,7 @@ def _scales(modules: list[ModuleState]) -> list[Data]:
 def _targets(modules: list[ModuleState]) -> dict[str, int]:
     """The modules' last names; of flat names, which cannot be cut, the shape with * for numbers."""
     found = Counter(
-        _NUMBER.sub("*", m.path) if m.naming == "flat" else last_name(m.path) for m in modules
+        _NUMBER.sub("*", m.path) if m.naming == "flat" else last_name(m.written) for m in modules
     )
     return dict(found.most_common())
 
@@ -184,7 +184,7 @@ def _metadata(files: list[AdapterFile]) -> dict[str, str]:
 def _row(module: ModuleState) -> Data:
     axis = magnitude_axis(module) if "magnitude" in module.tensors else None
     return {
-        "path": module.path,
+        "path": module.written,
         "component": module.component,
         "naming": module.naming,
         "algorithm": module.algorithm,

@@ -33,10 +33,12 @@ from typing import Any
 from adaptsurgery.checkpoint import atomic, locks, system
 from adaptsurgery.checkpoint.failures import as_file_error
 from adaptsurgery_formats.errors import FileError, SurgeryError
+from adaptsurgery_formats.paths import check_text
 
 _SAMPLES, _SAMPLE = 64, 4096  # of a part's file, for its record: how many blocks, of how many bytes
 _RECORD = 1 << 30
 _LOST = "output-exists"
+_KEPT = "finished parts are kept, and the same command goes on from them"
 
 
 class GoneError(Exception):
@@ -47,6 +49,7 @@ class Partial:
     """The partial output of a plan, beside the output. ``content`` is what becomes the output."""
 
     def __init__(self, digest: str, out: Path) -> None:
+        check_text(out)
         name = digest.encode() + os.fsencode(out.name)
         self.out = out
         self.root = out.parent / f".adaptsurgery-{hashlib.sha256(name).hexdigest()[:16]}.partial"
@@ -64,10 +67,10 @@ class Partial:
     def entered(self, *, alone: bool) -> Iterator[None]:
         """The folders, made or taken up, with this run's sign in them while the block lasts.
 
-        After an error what the next run can use is kept: finished parts, or an output that has
-        landed and is not done with. ``alone`` says that no other part of the plan is expected, so
-        that what no further run would mend (a refusal, a lost race) is removed whole, if nobody
-        else works on it.
+        After an interrupt what the next run can use is kept: finished parts, or an output that has
+        landed and is not done with. After an error it is removed whole, if nobody else works on it;
+        unless ``alone`` is False, which says that other parts of the plan are expected: then what is
+        finished is kept, and the error says so.
 
         Raises FileError ``bad-partial`` where the folder's name is taken by something else.
         """
@@ -83,6 +86,8 @@ class Partial:
             if self._ours:
                 with locks.unbroken():
                     self._tidy(error, alone)
+                if isinstance(error, SurgeryError):
+                    error.next += self._kept(error.next)
             raise
         finally:
             self._sign_off()
@@ -114,12 +119,19 @@ class Partial:
 
     def _tidy(self, error: BaseException, alone: bool) -> None:
         lost = isinstance(error, FileError) and error.code == _LOST
-        hopeless = lost or (isinstance(error, SurgeryError) and not isinstance(error, FileError))
+        failed = isinstance(error, Exception) and not isinstance(error, GoneError)
         with locks.alone(self.out):
-            started = any(p.is_file() for p in self.files.rglob("*"))
-            removable = lost or (alone and (hopeless or not started))
+            removable = lost or (alone and (failed or not self._started()))
             if removable and not self.landed(self.out) and not self.busy():
                 self.remove()
+
+    def _started(self) -> bool:
+        return any(p.is_file() for p in self.files.rglob("*"))
+
+    def _kept(self, next: str) -> str:
+        """What an error says of finished parts that are still there."""
+        kept = self._started() and _KEPT not in next
+        return f"{'; ' if next else ''}{_KEPT}" if kept else ""
 
     def _sign_off(self) -> None:
         if self._held >= 0:
@@ -175,7 +187,7 @@ class Partial:
             noted = atomic.read_json(self.norms(number))
             if noted.pop("sha256", "") != _digest(noted):
                 return None
-            with suppress(OSError):
+            with suppress(OSError, KeyError):
                 if noted.get("file") == (_print_of(file) if file else None):
                     self._known[number] = noted["result"]
         return self._known.get(number)
@@ -231,7 +243,9 @@ class Partial:
             Path(os.fsdecode(error.filename)) if isinstance(error.filename, (str, bytes)) else out
         )
         inside = about == out or about.is_relative_to(self.root)
-        return as_file_error(error, out if inside else about, writing=inside)
+        failed = as_file_error(error, out if inside else about, writing=inside)
+        failed.next += self._kept(failed.next)
+        return failed
 
     def abandoned(self) -> list[Path]:
         """What killed runs of other plans have left beside the output, if nobody works on it now."""

@@ -24,8 +24,8 @@ from adaptsurgery.jobs.options import SEEDS, collected, default_of
 from adaptsurgery.jobs.options.programs import RewriteOptions
 from adaptsurgery.jobs.values import is_whole
 from adaptsurgery_formats import Note
-from adaptsurgery_formats.errors import FileError, LayoutError, nearest
-from adaptsurgery_formats.names import names_of_base
+from adaptsurgery_formats.errors import FileError, LayoutError, NameLookupError, nearest
+from adaptsurgery_formats.names import names_of_modules
 
 if TYPE_CHECKING:
     from torch.export import ExportedProgram
@@ -282,12 +282,20 @@ def _left(name: str) -> Note:
 def _adapter_for(
     sites: list[Site], source: AnyPath, adapter: AnyPath, base: AnyPath | None
 ) -> Adapter:
-    """The adapter, its flat names looked up in the program's own modules."""
-    if base is not None:
-        return Adapter(load_state(adapter, base=base))
+    """The adapter, its names looked up in the program's own modules."""
     shapes = {s.path: s.shape[::-1] if s.transposed else s.shape for s in sites if s.shape}
-    names = names_of_base({"": shapes}, os.fspath(source))
-    return Adapter(load_state(adapter, names=names))
+    if base is None:
+        names = names_of_modules(shapes, os.fspath(source))
+        read = Adapter(load_state(adapter, names=names))
+    else:
+        read = Adapter(load_state(adapter, base=base))
+    known = {path for site in sites for path in (*site.aliases, site.path)}
+    if len(read.components) > 1 or all(path in known for path in read):
+        return read
+    try:
+        return read.on(shapes)
+    except NameLookupError:
+        return read  # what the program has of it is told where it is attached
 
 
 def _changed(program: ExportedProgram, chosen: _Chosen, options: RewriteOptions) -> ExportedProgram:

@@ -6,6 +6,7 @@ the base layer's with W' for W, by the law of core/law.py.
 
 from __future__ import annotations
 
+import math
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from types import EllipsisType
@@ -21,7 +22,15 @@ from adaptsurgery.core.config import AdapterConfig, tensors_of
 from adaptsurgery.core.cost import Form
 from adaptsurgery.core.geometry import Layer
 from adaptsurgery.core.law import order_of, unknown_update
-from adaptsurgery.core.update import Delta, Update, compose, is_reversible, only_whole, parts_of
+from adaptsurgery.core.update import (
+    Delta,
+    Update,
+    compose,
+    is_finite,
+    is_reversible,
+    only_whole,
+    parts_of,
+)
 from adaptsurgery.modules import slots
 from adaptsurgery.modules.tracing import Recording, unreadable
 from adaptsurgery_formats.errors import ValueRefused
@@ -199,11 +208,11 @@ class AdaptedLayer(nn.Module):
             slots.put(self, suffix, adapter, slots.as_peft(slot, held[slot], self.dims))
 
     def drop(self, adapter: str) -> None:
-        """Take an adapter and its tensors away."""
+        """Take an adapter and its tensors away; first of all from what a forward goes through."""
+        self.active = tuple(name for name in self.active if name != adapter)
         self._built = None
         for suffix in self.settings.pop(adapter).suffixes.values():
             slots.drop(self, suffix, adapter)
-        self.active = tuple(name for name in self.active if name != adapter)
 
     def tensors(self, adapter: str) -> dict[str, Tensor]:
         """An adapter's parameters by PEFT's suffix."""
@@ -259,6 +268,15 @@ class AdaptedLayer(nn.Module):
         """What the forward goes through, kept while it holds; built anew under a compiler."""
         if torch.compiler.is_compiling():
             return self._build(live)
+        while True:
+            try:
+                return self._kept(live)
+            except KeyError:
+                if live == (now := self.live()):
+                    raise
+                live = now  # another thread has just taken an adapter out
+
+    def _kept(self, live: tuple[str, ...]) -> Built:
         built = self._built
         if built is None or not built.holds(self, live):
             built = self._build(live)
@@ -316,43 +334,42 @@ class AdaptedLayer(nn.Module):
 
     # --- merging ---------------------------------------------------------------------------------
 
-    def merge(self, adapters: Iterable[str], *, keep: bool = True, safe: bool = False) -> None:
+    def merge(self, adapters: Iterable[str], *, keep: bool = True) -> None:
         """Fold adapters into the base layer; several at different times as if at once.
 
-        With ``keep`` the original weight is held for ``unmerge``. ``safe`` refuses numbers that are
-        not finite, before anything is changed. Raises ValueRefused.
+        With ``keep`` the original weight is held for ``unmerge``. Raises ValueRefused, before anything
+        is changed: "non-finite" for numbers that are not.
         """
         wanted = self._wanted(adapters)
         if not wanted:
             return
         original = self._originals()
-        weight, bias = self._merged((*self.merged, *wanted), original, safe)
+        weight, bias = self._merged((*self.merged, *wanted), original)
         self._set(weight, bias)
         self.merged = (*self.merged, *wanted)
         self._original = original if keep else (None, original[1])
 
-    def check_merge(self, adapters: Iterable[str], *, safe: bool = False) -> None:
-        """Raise what ``merge`` would, changing nothing; ``safe`` computes the weight for it."""
+    def check_merge(self, adapters: Iterable[str]) -> None:
+        """Raise what ``merge`` would, changing nothing; computes the weight where it might overflow."""
         if wanted := self._wanted(adapters):
-            merged = (*self.merged, *wanted)
-            if safe:
-                self._merged(merged, self._originals(), safe)
-            else:
-                self._check_stored()
-                compose([self.update(name) for name in merged])
+            names = (*self.merged, *wanted)
+            self._check_stored()
+            update = compose([self.update(name) for name in names])
+            if self.merged or not _surely_finite(self.layer(), update):
+                self._merged(names, self._originals())
 
     def _wanted(self, adapters: Iterable[str]) -> list[str]:
         return [n for n in adapters if n in self.settings and n not in self.merged]
 
     def _merged(
-        self, names: Sequence[str], original: tuple[Tensor, Tensor | None], safe: bool
+        self, names: Sequence[str], original: tuple[Tensor, Tensor | None]
     ) -> tuple[Tensor, Tensor | None]:
         """The base layer's parameters with adapters folded into the original ones."""
         layer = replace(self.layer(), weight=original[0], bias=original[1])
         update = compose([self.update(name) for name in names])
         weight = layer.stored(update.fold(layer.canonical())).contiguous()
         bias = update.fold_bias(layer.bias, layer.weight.dtype)
-        if safe and not all(t.isfinite().all() for t in (weight, bias) if t is not None):
+        if not all(is_finite(t) for t in (weight, bias) if t is not None):
             raise ValueRefused(
                 f"merged with {', '.join(names)} the weight is not finite",
                 next="look at the adapter's numbers; a base in float16 may overflow",
@@ -421,3 +438,23 @@ class AdaptedLayer(nn.Module):
 
     def extra_repr(self) -> str:
         return ", ".join(f"{name}: {said.algorithm}" for name, said in self.settings.items())
+
+
+def _surely_finite(layer: Layer, update: Update) -> bool:
+    """Whether no number of W + Σ s·Δ can overflow: each is at most max|W| + Σ |s|·∏‖factor‖."""
+    parts = parts_of(update)
+    if not all(isinstance(part, Delta) for part in parts):
+        return False
+    with torch.no_grad():
+        held = [t.detach() for t in (layer.weight, layer.bias) if t is not None and t.numel()]
+        most = sum(abs(end) for t in held for end in _ends(t))
+        for part in parts:
+            norms = [float(torch.linalg.vector_norm(t.double())) for t in part.tensors().values()]
+            most += abs(getattr(part, "scale", 1.0)) * math.prod(max(n, 1.0) for n in norms)
+    return most < torch.finfo(layer.weight.dtype).max / 2
+
+
+def _ends(tensor: Tensor) -> tuple[float, float]:
+    """The least and the largest number; NaN where there is one."""
+    least, largest = torch.aminmax(tensor)
+    return float(least), float(largest)

@@ -15,6 +15,7 @@ from torch import Tensor, nn
 
 from adaptsurgery.core.config import AdapterConfig
 from adaptsurgery.core.update import Update
+from adaptsurgery.modules.alone import Turn, alone
 from adaptsurgery.modules.injection import (
     attach,
     check_name,
@@ -69,6 +70,7 @@ class AdaptedModel(nn.Module):
     ) -> None:
         super().__init__()
         check_unadapted(model)
+        self.turn = Turn()
         self.model = model
         self.training = model.training
         self.peft_config: dict[str, AdapterConfig] = {}
@@ -160,6 +162,7 @@ class AdaptedModel(nn.Module):
 
     # --- putting in ------------------------------------------------------------------------------
 
+    @alone
     def add_adapter(
         self,
         adapter_name: str,
@@ -224,6 +227,7 @@ class AdaptedModel(nn.Module):
 
     # --- choosing --------------------------------------------------------------------------------
 
+    @alone
     def set_adapter(
         self,
         adapter_name: Names,
@@ -297,6 +301,7 @@ class AdaptedModel(nn.Module):
             )
         return name
 
+    @alone
     def disable_adapter_layers(self) -> None:
         """Let the base alone compute; what is merged is taken out."""
         self._check_out()
@@ -307,6 +312,7 @@ class AdaptedModel(nn.Module):
                 module.unmerge()
         self.enabled = False
 
+    @alone
     def enable_adapter_layers(self) -> None:
         """Let the active adapters compute again."""
         self.enabled = True
@@ -329,6 +335,7 @@ class AdaptedModel(nn.Module):
             if was:
                 self.enable_adapter_layers()
 
+    @alone
     def delete_adapter(self, adapter_name: str) -> None:
         """Take an adapter out. The first of the others becomes active where it was the only active one.
 
@@ -355,6 +362,7 @@ class AdaptedModel(nn.Module):
 
     # --- merging ---------------------------------------------------------------------------------
 
+    @alone
     def merge_adapter(
         self, adapter_names: Names | None = None, safe_merge: bool = False, *, keep: bool = True
     ) -> None:
@@ -362,9 +370,9 @@ class AdaptedModel(nn.Module):
 
         Several merged one after the other are as if merged at once. With ``keep`` the original
         weights are held, and come back bit for bit; without, they are computed back, up to rounding,
-        and a DoRA cannot be. ``safe_merge`` refuses weights that are not finite.
-        ValueRefused while the model trains, for merged adapters are not trained, and while the
-        adapters are switched off.
+        and a DoRA cannot be. ValueRefused for weights that come out NaN or infinite ("non-finite";
+        ``safe_merge``, which asks PEFT for that, changes nothing), while the model trains, for merged
+        adapters are not trained, and while the adapters are switched off.
         """
         if not self.enabled:
             raise ValueRefused(
@@ -381,7 +389,7 @@ class AdaptedModel(nn.Module):
         names = self._chosen(adapter_names)
         if again := [name for name in names if name in self.merged_adapters]:
             warnings.warn(f"merged already: {', '.join(again)}", stacklevel=2)
-        self._merge(names, safe_merge, keep)
+        self._merge(names, keep)
 
     def _chosen(self, names: Names | None) -> list[str]:
         if names is None:
@@ -394,13 +402,13 @@ class AdaptedModel(nn.Module):
             return list(self.active_adapters)
         return self._each(names)
 
-    def _merge(self, names: Sequence[str], safe: bool, keep: bool) -> None:
+    def _merge(self, names: Sequence[str], keep: bool) -> None:
         done = []
         try:
             for name, layer in self.layers():
                 before = layer.merged
                 with located(name):
-                    layer.merge(names, keep=True, safe=safe)
+                    layer.merge(names, keep=True)
                 done.append((layer, before))
         except BaseException:
             for layer, before in done:
@@ -410,6 +418,7 @@ class AdaptedModel(nn.Module):
         for layer, _ in done if not keep else ():
             layer.forget()
 
+    @alone
     def unmerge_adapter(self) -> None:
         """Take everything that is merged out of the base's weights again.
 
@@ -434,6 +443,7 @@ class AdaptedModel(nn.Module):
                     code="no-inverse",
                 )
 
+    @alone
     def merge_and_unload(
         self,
         progressbar: bool = False,
@@ -443,21 +453,23 @@ class AdaptedModel(nn.Module):
         """Fold adapters (the active ones) into the base for good, and give it back as it was built.
 
         Dropouts are no part of it, in training mode either. A weight that other modules share is no
-        longer shared afterwards, with a warning.
+        longer shared afterwards, with a warning. ValueRefused "non-finite" where a weight would come
+        out NaN or infinite, before any is changed, with ``safe_merge`` or without.
         """
         names = self._chosen(adapter_names)
         shared = tied(self.model)
-        self._unload(names, progressbar, safe_merge)
+        self._unload(names, progressbar)
         self._tell_untied(shared)
         return self.model
 
+    @alone
     def unload(self) -> nn.Module:
         """Take all adapters out and give the base back, with its own keys and numbers."""
         self._unmerge()
-        self._unload([], False, False)
+        self._unload([], False)
         return self.model
 
-    def _unload(self, names: Sequence[str], progressbar: bool, safe: bool) -> None:
+    def _unload(self, names: Sequence[str], progressbar: bool) -> None:
         walk = Walk.of(self.model)
         holders: dict[int, AdaptedLayer | SavedModule] = {}
         for name, module in walk.modules.items():
@@ -465,7 +477,7 @@ class AdaptedModel(nn.Module):
                 holders[id(module)] = module
                 if isinstance(module, AdaptedLayer):  # all before one is changed
                     with located(name):
-                        module.check_merge(names, safe=safe)
+                        module.check_merge(names)
         for holder in _progress(list(holders.values()), progressbar):
             if isinstance(holder, SavedModule):
                 kept = [n for n in names if n in holder.modules_to_save]

@@ -13,19 +13,21 @@ from torch import nn
 from adaptsurgery.adapters.report import Report
 from adaptsurgery.core.config import AdapterConfig
 from adaptsurgery.modules import files, status
+from adaptsurgery.modules.alone import alone
 from adaptsurgery.modules.injection import check_unadapted
 from adaptsurgery.modules.layer import AdaptedLayer
 from adaptsurgery.modules.model import AdaptedModel, model_of
 from adaptsurgery.modules.undo import Before
 from adaptsurgery.modules.walk import Walk
 from adaptsurgery_formats.errors import ValueRefused
+from adaptsurgery_formats.names.heads import ANSWER_HEADS, TASK_HEADS
 
 AnyPath = str | os.PathLike[str]
 # The heads that a task trains whole, as PEFT adds them to modules_to_save.
 _HEADS = {
-    "SEQ_CLS": ("classifier", "score"),
-    "TOKEN_CLS": ("classifier", "score"),
-    "QUESTION_ANS": ("qa_outputs",),
+    "SEQ_CLS": TASK_HEADS,
+    "TOKEN_CLS": TASK_HEADS,
+    "QUESTION_ANS": ANSWER_HEADS,
 }
 
 
@@ -90,6 +92,7 @@ class PeftModel(nn.Module):
 
     # --- files -----------------------------------------------------------------------------------
 
+    @alone
     def save_pretrained(
         self, save_directory: AnyPath, selected_adapters: Collection[str] | None = None
     ) -> None:
@@ -104,6 +107,7 @@ class PeftModel(nn.Module):
                 self.base_model, name, folder if name == "default" else folder / name
             )
 
+    @alone
     def save_adapter(
         self,
         path: AnyPath,
@@ -158,6 +162,7 @@ class PeftModel(nn.Module):
             before.restore()
             raise
 
+    @alone
     def load_adapter(
         self,
         model_id: AnyPath,
@@ -184,6 +189,7 @@ class PeftModel(nn.Module):
             before.restore()
             raise
 
+    @alone
     def hotswap_adapter(self, model_id: AnyPath, adapter_name: str = "default") -> None:
         """Put a file's numbers into an adapter's own tensors: nothing that holds them notices.
 

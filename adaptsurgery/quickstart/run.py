@@ -30,6 +30,7 @@ from adaptsurgery.quickstart import extracting, given, graphs, making, minilm, t
 from adaptsurgery.quickstart.making import Made
 from adaptsurgery.quickstart.students import Student
 from adaptsurgery_formats.errors import FileError, SurgeryError
+from adaptsurgery_formats.paths import check_text
 from adaptsurgery_formats.tensors import same_bytes
 from adaptsurgery_formats.traits import named, title_of
 
@@ -142,6 +143,7 @@ def _place(folder: str | os.PathLike[str] | None) -> Iterator[Path]:
         with tempfile.TemporaryDirectory(prefix="adaptsurgery-") as name:
             yield Path(name)
         return
+    check_text(folder)
     place = Path(folder)
     there = os.path.lexists(place)
     try:

@@ -97,7 +97,7 @@ def spell(state: AdapterState, names: Names | None) -> list[AdapterFile]:
     for module in state.modules:
         component = known.get(module.component) or others[module.component]
         prefix = state.prefix or _prefix(module, component, module.component in known)
-        name = f"{prefix}_{flatten(module.path)}"
+        name = f"{prefix}_{flatten(module.written)}"
         spelled = lycoris_keys.spell_module(module, name, keep)
         for key, tensor in spelled.items():
             if key in tensors:

@@ -32,7 +32,8 @@ from adaptsurgery_formats.files import (
 from adaptsurgery_formats.lokr_cuts import lycoris_loads
 from adaptsurgery_formats.metadata import HASH_KEYS, describe_network
 from adaptsurgery_formats.names import Names, flatten
-from adaptsurgery_formats.state import AdapterState, ModuleState, lokr_shapes, may_be_transposed
+from adaptsurgery_formats.names.orientation import may_be_transposed
+from adaptsurgery_formats.state import AdapterState, ModuleState, lokr_shapes
 from adaptsurgery_formats.tensors import Tensor
 from adaptsurgery_formats.traits import traits_of
 
@@ -88,7 +89,7 @@ def spell(state: AdapterState, names: Names | None) -> list[AdapterFile]:
     """One file with the prefix lycoris_."""
     tensors: dict[str, Tensor] = {}
     for module in state.modules:
-        name = (f"{state.prefix}_" if state.prefix else PREFIX) + flatten(module.path)
+        name = (f"{state.prefix}_" if state.prefix else PREFIX) + flatten(module.written)
         spelled = lycoris_keys.spell_module(module, name, keep=state.layout == "lycoris")
         if spelled.keys() & tensors.keys():
             raise LayoutError(

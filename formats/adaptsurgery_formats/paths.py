@@ -34,6 +34,21 @@ def is_device(name: str) -> bool:
     return name.partition(".")[0].rstrip().lower() in _DEVICES
 
 
+def check_text(path: str | os.PathLike[str]) -> None:
+    """Raise FileError ``bad-name`` for a path that no system call takes: a null, half a character."""
+    try:
+        broken = b"\0" in os.fsencode(path)
+    except UnicodeEncodeError:
+        broken = True
+    if broken:
+        raise FileError(
+            "no file can have such a name",
+            where=repr(os.fspath(path))[:200],
+            seen="a null, or half a character",
+            code="bad-name",
+        )
+
+
 def check_name(name: str, where: str, next: str = "") -> None:
     """Raise FileError ``path-escapes`` for a name that would lead out of its folder, ``bad-name`` for
     one that is too long to be any file's."""

@@ -52,6 +52,7 @@ from adaptsurgery_formats.files import (
 from adaptsurgery_formats.lokr_cuts import peft_decompose_factor, peft_factorization
 from adaptsurgery_formats.metadata import HASH_KEYS
 from adaptsurgery_formats.names import Component, Names
+from adaptsurgery_formats.names.heads import SAVED_TABLES
 from adaptsurgery_formats.patterns import Matcher
 from adaptsurgery_formats.state import (
     AdapterState,
@@ -159,13 +160,7 @@ def _is_saved(name: str, config: dict[str, Any]) -> bool:
         return True
     if config.get("bias", "none") != "none" and parameter == "bias":
         return True
-    return path.rpartition(".")[2] in (
-        "embed_tokens",
-        "lm_head",
-        "wte",
-        "shared",
-        "word_embeddings",
-    )
+    return path.rpartition(".")[2] in SAVED_TABLES
 
 
 def _unknown(key: str, tensor: Tensor, file: AdapterFile) -> KeyRefused:
@@ -648,7 +643,7 @@ def _spell_component(name: str, state: AdapterState, names: Names | None) -> Ada
     tensors: dict[str, Tensor] = {}
     biased = any("up_bias" in m.tensors for m in modules)
     for module in modules:
-        path = component.called(module.path) if component else module.path
+        path = _called(module, component)
         module = _with_bias(module) if biased else module
         for suffix, tensor in _spell_module(module):
             tensors[f"{PREFIX}{path}.{suffix}"] = tensor
@@ -716,14 +711,27 @@ def _config(
     where: str,
 ) -> dict[str, Any]:
     algorithm = _one_algorithm(modules, where)
-    called = {m.path: component.called(m.path) if component else m.path for m in modules}
+    called = {m.path: _called(m, component) for m in modules}
     spelled = {called[m.path]: m for m in modules}
     ranks, flags = _METHODS[algorithm].flags(spelled, names, template, where)
     scales = {called[m.path]: m.scale for m in modules}
     alphas = {called[m.path]: _alpha(m, ranks[called[m.path]] or 1) for m in modules}
-    others = _known_modules(component) if component else frozenset()
+    others = _others(modules, component) if component else frozenset()
     wanted = peft_config.Wanted(algorithm, ranks, scales, alphas, flags, others - set(ranks))
     return peft_config.write_config(wanted, template, where)
+
+
+def _called(module: ModuleState, component: Component | None) -> str:
+    """What the model calls a module that the adapter is for: the adapter's own name, or the base's."""
+    return module.own or (component.called(module.path) if component else module.path)
+
+
+def _others(modules: Sequence[ModuleState], component: Component) -> frozenset[str]:
+    """The modules that are not adapted, by every name where the adapter's are not the base's."""
+    if not any(m.own for m in modules):
+        return _known_modules(component)
+    adapted = {component.weights.get(m.path) for m in modules}
+    return frozenset(path for path, weight in component.weights.items() if weight not in adapted)
 
 
 def _known_modules(component: Component) -> frozenset[str]:

@@ -81,6 +81,12 @@ class ModuleState:
     kind: str = ""  # "embedding" where the file says so, else unknown
     keys: tuple[str, ...] = ()  # where it came from: the file's own keys
     options: dict[str, Any] = field(default_factory=dict)  # hra: apply_gs
+    own: str = ""  # the adapter's path for it, where the base at hand has another
+
+    @property
+    def written(self) -> str:
+        """The path that files have: the adapter's own."""
+        return self.own or self.path
 
     @property
     def scale(self) -> float:
@@ -154,17 +160,6 @@ class AdapterState:
 
     def note(self, code: str, where: str, text: str) -> None:
         self.notes.append(Note(code, where, text))
-
-
-# transformers' Conv1D layers (GPT-2 and its kin) go by these names; their weight is stored (i, o).
-CONV1D_NAMES = ("c_attn", "c_proj", "c_fc", "q_attn")
-
-
-def may_be_transposed(module: ModuleState) -> bool:
-    """Whether there is a sign that the module's weight is stored (i, o), other than its shape."""
-    if module.kind == "embedding" or module.options.get("fan_in_fan_out"):
-        return True
-    return module.path.rpartition(".")[2] in CONV1D_NAMES
 
 
 def check_complete(module: ModuleState, where: str) -> None:

@@ -12,7 +12,7 @@ import adaptsurgery
 from adaptsurgery.adapters.renaming import renamed
 from adaptsurgery_formats import FORMATS, AdapterState
 from adaptsurgery_formats.errors import InexactError
-from adaptsurgery_formats.names import Component, Names, Segment, table
+from adaptsurgery_formats.names import Component, Names, Rows, table
 
 FUSED = Names(
     "",
@@ -20,7 +20,7 @@ FUSED = Names(
         "": Component(
             "",
             {"q": (4, 5), "k": (4, 5)},
-            native={"qk": (Segment("q", 0, 4), Segment("k", 0, 4))},
+            native={"qk": (Rows("q", 0, 4), Rows("k", 0, 4))},
             kohya_naming="native",
         )
     },
@@ -76,7 +76,7 @@ def test_what_cannot_be_put_at_one_scale_has_a_remedy_that_works() -> None:
 def flux_folder(folder: Path) -> Path:
     """q, k and v of a Flux attention at two scales: kohya fuses them."""
     component = table("flux").components["transformer"]
-    paths = [s.path for s in next(s for s in component.native.values() if len(s) == 3)]
+    paths = [s.name for s in next(s for s in component.native.values() if len(s) == 3)]
     tensors: Tensors = {}
     for path in paths:
         out, into = component.modules[path]

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import shutil
 from collections.abc import Mapping
 from typing import TYPE_CHECKING, Any
 
@@ -114,10 +115,25 @@ def attached(place: Place, options: Options) -> str | None:
     total = adapted(1)
     if options.get("save"):
         adapted.save_pretrained(place(options["out"]))
-    plain = adapted.merge_and_unload()
+    plain = _folded(adapted, place(options.get("out", "")))
     if options.get("check"):
         _right(plain, total, oracle.merged(base, [(source, 1.0)], 1.0))
     return None
+
+
+def _folded(adapted: Any, saved: str) -> nn.Module:
+    """The base with the adapter folded in; as it was where that is refused, which a save is no part of."""
+    from adaptsurgery import SurgeryError
+
+    before = {k: v.clone() for k, v in adapted.state_dict().items()}
+    try:
+        return adapted.merge_and_unload()  # type: ignore[no-any-return]
+    except SurgeryError:
+        now = adapted.state_dict()
+        if now.keys() != before.keys() or not all(torch.equal(now[k], before[k]) for k in now):
+            raise Wrong("a refused fold changed the live model") from None
+        shutil.rmtree(saved, ignore_errors=True)
+        raise
 
 
 def _right(plain: nn.Module, total: torch.Tensor, wanted: Any) -> None:

@@ -24,9 +24,10 @@ def check_form(path: Path) -> Path:
     Raises FileError, and LayoutError "report-extra" where matplotlib is missing.
     """
     if path.suffix not in (".html", ".json"):
+        better = path.with_suffix(".html") if path.name else path / "report.html"
         raise FileError(
             "a report is an .html page or a .json file", where=str(path), code="bad-name",
-            next=f"--report {path.with_suffix('.html') if path.name else 'FILE.html'}",
+            next=f"--report {better}",
         )  # fmt: skip
     if path.suffix == ".html" and find_spec("matplotlib") is None:
         raise LayoutError(

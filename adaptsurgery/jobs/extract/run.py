@@ -47,8 +47,8 @@ class Place(Partial):
     def result(self, number: int) -> dict[str, Any] | None:
         """What was measured in a job; None where it is not done, or its tensors are not as they were."""
         file = self.tensors(number)
-        found: dict[str, Any] | None = self.recorded(number, file if file.exists() else None)
-        return found
+        measured = self.recorded(number, file if file.exists() else None)
+        return measured if isinstance(measured, dict) else None
 
     def done(self, number: int) -> bool:
         """Whether a job's result is there; it comes after its tensors, which are then whole."""

@@ -20,12 +20,13 @@ from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass, field
 
 from adaptsurgery.checkpoint.base import Base
-from adaptsurgery.jobs.extract.kinds import LAYERS, Kind, kind_of
 from adaptsurgery.jobs.extract.pairs import Pair, Paired
 from adaptsurgery.jobs.extract.recipe import ExtractRecipe
 from adaptsurgery.jobs.options.extraction import AUTO, extractable
 from adaptsurgery_formats import FORMATS, ModuleState, Note
 from adaptsurgery_formats.errors import InexactError, NameLookupError, nearest
+from adaptsurgery_formats.names.heads import HEAD
+from adaptsurgery_formats.names.kinds import LAYERS, Kind, kind_of
 from adaptsurgery_formats.patterns import Matcher
 from adaptsurgery_formats.reading import texts, typed
 from adaptsurgery_formats.tensors import FLOAT_DTYPES
@@ -129,7 +130,7 @@ def _tied(kinds: Sequence[tuple[Pair, Kind]], tuned: Base) -> Iterator[Pair]:
     for pair, kind in kinds:
         component = pair.component if pair.component in tuned.configs else ""
         flag = typed(tuned.configs.get(component, {}), "tie_word_embeddings", bool)
-        if kind.name == "head" and flag and pair.name.endswith("lm_head.weight"):
+        if kind.name == "head" and flag and pair.name.endswith(f"{HEAD}.weight"):
             shapes = {
                 p.tuned.shape
                 for p, k in kinds

@@ -143,7 +143,8 @@ def _compare(
         raise _differs(edit, where, f"shape {list(got.shape)}, expected {list(wanted.shape)}")
     got, wanted, count = _numbers(edit, got, wanted, where)
     off = (got.double() - wanted).abs()
-    allowed = _unit(got) * wanted.abs() + NOISE * wanted.abs().max()
+    unit, step = _unit(got)
+    allowed = unit * wanted.abs() + step + NOISE * wanted.abs().max()
     if not bool((off <= allowed).all()):
         raise _differs(edit, where, f"off by up to {float(off.max()):.3g}")
     error = float(off.max() / wanted.abs().max().clamp_min(1e-300))
@@ -175,10 +176,14 @@ def _not_numbers(count: int) -> str:
     return f"{count} of its numbers are NaN or infinite" if count else ""
 
 
-def _unit(tensor: torch.Tensor) -> float:
+def _unit(tensor: torch.Tensor) -> tuple[float, float]:
+    """A dtype's step beside 1, and its smallest, which numbers below its normal ones are apart."""
     import torch
 
-    return float(torch.finfo(tensor.dtype).eps) if tensor.is_floating_point() else 0.0
+    if not tensor.is_floating_point():
+        return 0.0, 0.0
+    dtype = torch.finfo(tensor.dtype)
+    return float(dtype.eps), float(dtype.smallest_normal) * float(dtype.eps)
 
 
 def _differs(edit: TensorEdit, where: str, seen: str) -> VerificationError:

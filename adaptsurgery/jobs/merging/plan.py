@@ -27,9 +27,9 @@ from adaptsurgery.jobs.merging.matched import Change, Matched, Saved, Target
 from adaptsurgery.jobs.merging.quantised import Quantised, Scale, quantised_of
 from adaptsurgery.jobs.merging.recipe import MergeRecipe
 from adaptsurgery_formats import AdapterState, Note
-from adaptsurgery_formats.errors import FileError, ValueRefused, nearest
+from adaptsurgery_formats.errors import FileError, ValueRefused, nearest, printable
 from adaptsurgery_formats.paths import check_below
-from adaptsurgery_formats.tensors import FLOAT_DTYPES, bytes_of
+from adaptsurgery_formats.tensors import DTYPE_BITS, FLOAT_DTYPES, bytes_of
 
 VERSION = 1
 LINKS_LEFT_OUT = "links-left-out"
@@ -160,42 +160,56 @@ class MergePlan:
     @classmethod
     def from_json(cls, text: str) -> MergePlan:
         """The plan that ``to_json`` wrote; raises FileError ``bad-plan`` for anything else."""
+        from adaptsurgery_formats.records import record
+
         try:
-            data = json.loads(text)
-            if data["version"] != VERSION:
-                raise ValueError(f"version {data['version']}")
-            for name in ("files", "beside"):
-                data[name] = tuple(Input(**f) for f in data[name])
-            data["adapters"] = tuple(
-                AdapterInput(**{**a, "files": tuple(Input(**f) for f in a["files"])})
-                for a in data["adapters"]
-            )
-            data["options"] = MergeRecipe(**data["options"])
-            data["jobs"] = tuple(_job(j) for j in data["jobs"])
-            for name in ("copies", "unmatched"):
-                data[name] = tuple(data[name])
-            data["notes"] = tuple((a, b, c) for a, b, c in data["notes"])
-            return cls(**data)
-        except (ValueError, TypeError, KeyError, AttributeError, RecursionError) as error:
-            raise FileError(
-                "this is no merge plan", seen=str(error)[:120], code="bad-plan"
-            ) from None
+            plan: MergePlan = record(json.loads(text), cls, "plan")
+        except (ValueError, RecursionError) as error:
+            raise bad_plan(str(error)) from None
+        if plan.version != VERSION:
+            raise bad_plan(f"version {plan.version}")
+        _check_numbers(plan)
+        check_options(plan.options)
+        return plan
 
 
-def _job(data: dict[str, Any]) -> ShardJob:
-    return ShardJob(**{**data, "tensors": tuple(_tensor(t) for t in data["tensors"])})
+def bad_plan(seen: str) -> FileError:
+    """The error for a plan that says what no plan of ours says."""
+    return FileError(
+        "this is no merge plan", seen=printable(seen)[:200], next="plan again", code="bad-plan"
+    )
 
 
-def _tensor(data: dict[str, Any]) -> TensorEdit:
-    changes = tuple(Change(**{**c, "shape": tuple(c["shape"])}) for c in data["changes"])
-    saved = Saved(**data["saved"]) if data["saved"] else None
-    scale = _scale(data["scale"]) if data["scale"] else None
-    told = {"shape": tuple(data["shape"]), "changes": changes, "saved": saved, "scale": scale}
-    return TensorEdit(**{**data, **told})
+def _check_numbers(plan: MergePlan) -> None:
+    """Refuse jobs that write one file twice, and what counts beyond the plan's own lists."""
+    names = [job.name for job in plan.jobs]
+    if len(set(names)) < len(names) or not (names if plan.folder else len(names) == 1):
+        raise bad_plan(f"{len(names)} jobs for {len(set(names))} files")
+    for job in plan.jobs:
+        _check_count("clone", job.clone, len(plan.files), or_none=True)
+        if len({t.key for t in job.tensors}) < len(job.tensors):
+            raise bad_plan(f"`{job.name}` has a tensor twice")
+        for edit in job.tensors:
+            _check_edit(edit, plan)
 
 
-def _scale(data: dict[str, Any]) -> Scale:
-    return Scale(**{**data, "grid": tuple(data["grid"]), "block": tuple(data["block"])})
+def _check_edit(edit: TensorEdit, plan: MergePlan) -> None:
+    if edit.dtype not in DTYPE_BITS or min(edit.shape, default=0) < 0:
+        raise bad_plan(f"`{edit.key}`: {edit.dtype} {list(edit.shape)}")
+    _check_count("file", edit.file, len(plan.files), or_none=edit.saved is not None)
+    for number in [c.adapter for c in edit.changes] + ([edit.saved.adapter] if edit.saved else []):
+        _check_count("adapter", number, len(plan.adapters))
+    for change in edit.changes:
+        counts = (change.module, change.at, change.rows, change.first, change.index or 0)
+        if change.what not in ("weight", "bias") or min(counts) < 0:
+            raise bad_plan(f"`{edit.key}`: {change}")
+    if edit.scale is not None:
+        _check_count("scale", edit.scale.file, len(plan.files), or_none=True)
+
+
+def _check_count(what: str, number: int, count: int, or_none: bool = False) -> None:
+    if not -int(or_none) <= number < count:
+        raise bad_plan(f"{what} {number} of {count}")
 
 
 def _needs_all_rows(edit: TensorEdit) -> bool:

@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import glob
 import json
+import math
 import os
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import ExitStack
@@ -29,7 +30,14 @@ from adaptsurgery.jobs.merging.configs import patched
 from adaptsurgery.jobs.merging.copies import check_copies
 from adaptsurgery.jobs.merging.manifest import manifest_of, manifest_path
 from adaptsurgery.jobs.merging.matched import Change
-from adaptsurgery.jobs.merging.plan import MANIFEST, MergePlan, ShardJob, TensorEdit, stem_of
+from adaptsurgery.jobs.merging.plan import (
+    MANIFEST,
+    MergePlan,
+    ShardJob,
+    TensorEdit,
+    bad_plan,
+    stem_of,
+)
 from adaptsurgery.jobs.merging.quantised import Scale
 from adaptsurgery.jobs.partial import GoneError, Partial, replace_json, write_json
 from adaptsurgery_formats import AdapterState
@@ -163,8 +171,7 @@ class _Place(Partial):
 
     def result(self, number: int) -> Norms | None:
         """The norms of a finished shard's tensors; None where it is not there as it was finished."""
-        norms: Norms | None = self.recorded(number, self.shard(number))
-        return norms
+        return _as_norms(self.recorded(number, self.shard(number)))
 
     def known(self) -> set[str]:
         """Relative names of all that may lie in ``files``."""
@@ -273,12 +280,17 @@ class _Runner:
     def _entry(self, edit: TensorEdit) -> Entry:
         from adaptsurgery.checkpoint.stream import Entry
 
-        if edit.saved is not None:
-            tensor = self.states[edit.saved.adapter].saved[edit.saved.component][edit.saved.name]
-        else:
-            tensor = self._base(edit.file)[edit.source]
+        tensor = self._source(edit)
+        if tensor.shape != edit.shape:
+            raise bad_plan(f"`{edit.key}` is {list(edit.shape)}, and {list(tensor.shape)} there")
         factory = partial(self._edit, edit) if edit.changes or edit.scale else None
         return Entry(tensor, factory, edit.dtype, quantised=edit.scale is not None)
+
+    def _source(self, edit: TensorEdit) -> Tensor:
+        if edit.saved is None:
+            return _named(self._base(edit.file), edit.source)
+        saved = self.states[edit.saved.adapter].saved
+        return _named(saved.get(edit.saved.component, {}), edit.saved.name)
 
     def _base(self, number: int) -> Mapping[str, Tensor]:
         if number not in self.bases:
@@ -301,7 +313,11 @@ class _Runner:
         from adaptsurgery.checkpoint.bridge import to_torch, torch_device
         from adaptsurgery.core.blocks import Grid
 
-        values = torch.ones(1) if scale.file < 0 else to_torch(self._base(scale.file)[scale.key])
+        values = torch.ones(1)
+        if scale.file >= 0:
+            values = to_torch(_named(self._base(scale.file), scale.key))
+        if min(scale.grid) < 1 or values.numel() != math.prod(scale.grid):
+            raise bad_plan(f"scale `{scale.key}` as {list(scale.grid)}")
         device = torch_device(self.plan.options.device)
         return Grid(values.to(device, compute).reshape(scale.grid) * scale.factor, scale.block)
 
@@ -309,6 +325,10 @@ class _Runner:
         from adaptsurgery.core.blocks import Place
         from adaptsurgery.jobs.merging.updates import update_for
 
+        if change.module >= len(self.states[change.adapter].modules):
+            raise bad_plan(f"module {change.module} of {len(self.states[change.adapter].modules)}")
+        if len(change.shape) <= int(change.turned):
+            raise bad_plan(f"a change of {list(change.shape)}")
         outputs = change.shape[int(change.turned)]
         span = (change.first, change.first + change.rows)
         return Place(
@@ -320,6 +340,12 @@ class _Runner:
             transposed=change.turned and change.what != "bias",
             bias=change.what == "bias",
         )
+
+
+def _named(tensors: Mapping[str, Tensor], key: str) -> Tensor:
+    if key not in tensors:
+        raise bad_plan(f"there is no tensor `{key}`")
+    return tensors[key]
 
 
 def _norms(found: Any) -> dict[str, float]:
@@ -529,8 +555,15 @@ def _made(plan: MergePlan, out: Path) -> Norms | None:
     if not out.exists() or not atomic.is_record(path):
         return None
     manifest = atomic.read_json(path)
-    norms: Norms = manifest.get("norms") or {}
-    return norms if manifest.get("plan") == plan.digest else None
+    return (_as_norms(manifest.get("norms")) or {}) if manifest.get("plan") == plan.digest else None
+
+
+def _as_norms(said: Any) -> Norms | None:
+    """Norms as a record or a manifest has them; None for anything else."""
+    if not isinstance(said, dict) or not all(isinstance(row, dict) for row in said.values()):
+        return None
+    numbers = [number for row in said.values() for number in row.values()]
+    return said if all(isinstance(number, (int, float)) for number in numbers) else None
 
 
 def _check_manifest(path: Path) -> None:

@@ -53,6 +53,7 @@ SLOW = {
         "test_a_damaged_header_is_refused_or_read_as_the_library_reads_it",
     ),
     "cli/test_cli_quickstart.py": ("test_as_a_user_runs_it",),
+    "graph/test_random.py": (),
     "jobs/extract/test_extract_run.py": (
         "test_a_kill_between_adapter_and_report_leaves_the_report_to_the_next_run",
         "test_the_same_bytes_whatever_the_workers_and_parts",
@@ -63,6 +64,7 @@ SLOW = {
         "test_a_kill_leaves_the_old_output_and_the_rerun_completes",
         "test_a_kill_right_after_the_rename_is_mended",
     ),
+    "systems/test_portable.py": ("test_the_commands_write_the_same",),
     "test_readme.py": (),
 }
 

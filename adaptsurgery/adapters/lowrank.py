@@ -242,10 +242,15 @@ def with_factors(module: ModuleState, tensors: dict[str, Tensor], scale: float) 
     """A LoRA of these tensors in the place of a module; alpha says its scale."""
     rank = tensors["up"].shape[1]
     return replace(
-        module, algorithm="lora", tensors=tensors, alpha=scale * rank, rank=rank,
-        rule=ALPHA_OVER_R, options=prefix_of(module),
+        module,
+        algorithm="lora",
+        tensors=tensors,
+        alpha=scale * rank,
+        rank=rank,
+        rule=ALPHA_OVER_R,
+        options=prefix_of(module),
         kind=module.kind if module.algorithm == "lora" else "",
-    )  # fmt: skip
+    )
 
 
 def prefix_of(module: ModuleState) -> dict[str, object]:

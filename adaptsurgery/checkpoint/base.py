@@ -379,9 +379,11 @@ def parse_index(index: Mapping[str, Any], where: Path) -> dict[str, set[str]]:
     for key, name in weight_map.items():
         if not isinstance(name, str):
             raise FileError(
-                f"the index names no file for `{key}`", where=str(where), seen=repr(name)[:80],
+                f"the index names no file for `{key}`",
+                where=str(where),
+                seen=repr(name)[:80],
                 code="bad-index",
-            )  # fmt: skip
+            )
         if name not in shards:
             check_name(name, str(where), UNTRUSTED)
         shards.setdefault(name, set()).add(key)

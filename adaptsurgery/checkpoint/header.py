@@ -34,9 +34,16 @@ def _tokens(*tokens: bytes) -> re.Pattern[bytes]:
 _KEY = _tokens(_TEXT, b":")
 # "a.weight": {"dtype": "F16", "shape": [2, 3], "data_offsets": [0, 12]}: as nearly all are written
 _ENTRY = re.compile(
-    rb" ?" + _TEXT + rb': ?\{"dtype": ?"([A-Z0-9_]{1,16})", ?"shape": ?\[((?:' + _COUNTS
-    + rb')?)\], ?"data_offsets": ?\[' + _COUNT + rb", ?" + _COUNT + rb"\]\}([,}])"
-)  # fmt: skip
+    rb" ?"
+    + _TEXT
+    + rb': ?\{"dtype": ?"([A-Z0-9_]{1,16})", ?"shape": ?\[((?:'
+    + _COUNTS
+    + rb')?)\], ?"data_offsets": ?\['
+    + _COUNT
+    + rb", ?"
+    + _COUNT
+    + rb"\]\}([,}])"
+)
 _PAIR = re.compile(rb" ?" + _TEXT + b": ?" + _TEXT)
 _LIST = _tokens(rb"(\[[-+.0-9eE, \t\n\r]*\])")
 _SCALAR = _tokens(rb"(?:-?[0-9][-+.0-9eE]{0,99}|true|false|null)")

@@ -399,25 +399,37 @@ def _said(spec: Spec, file: str = "") -> Iterator[None]:
     except errors.GatedRepoError as error:
         raise _hub_error(
             "the Hub wants you to accept this model's terms first",
-            spec, error, f"open https://huggingface.co/{spec.repo}, then `hf auth login`", "hub-denied",
-        ) from error  # fmt: skip
+            spec,
+            error,
+            f"open https://huggingface.co/{spec.repo}, then `hf auth login`",
+            "hub-denied",
+        ) from error
     except errors.RevisionNotFoundError as error:
         raise _hub_error(
             f"the repository has no revision `{spec.revision}`",
-            spec, error, "name a branch, a tag or a full commit hash", "hub-not-found",
-        ) from error  # fmt: skip
+            spec,
+            error,
+            "name a branch, a tag or a full commit hash",
+            "hub-not-found",
+        ) from error
     except errors.RepositoryNotFoundError as error:
         raise _hub_error(
             "the Hub knows no such repository, or it is private",
-            spec, error, "check the name; for a private one, `hf auth login`", "hub-not-found",
-        ) from error  # fmt: skip
+            spec,
+            error,
+            "check the name; for a private one, `hf auth login`",
+            "hub-not-found",
+        ) from error
     except errors.LocalEntryNotFoundError as error:
         raise _not_cached(spec, _line(error)) from error
     except errors.EntryNotFoundError as error:
         raise _hub_error(
-            f"the repository has no file `{file}`", spec, error, _nearest_remote(spec, file),
+            f"the repository has no file `{file}`",
+            spec,
+            error,
+            _nearest_remote(spec, file),
             "hub-not-found",
-        ) from error  # fmt: skip
+        ) from error
     except errors.HFValidationError as error:
         raise _hub_error("this is no name on the Hub", spec, error, "", "no-such-file") from error
     except (errors.SafetensorsParsingError, errors.NotASafetensorsRepoError) as error:

@@ -154,9 +154,12 @@ def _plain_ascii(name: str) -> codecs.CodecInfo | None:
         return None
     ascii = codecs.lookup("ascii")
     return codecs.CodecInfo(
-        ascii.encode, ascii.decode, name=_PLAIN,
-        incrementalencoder=ascii.incrementalencoder, incrementaldecoder=ascii.incrementaldecoder,
-    )  # fmt: skip
+        ascii.encode,
+        ascii.decode,
+        name=_PLAIN,
+        incrementalencoder=ascii.incrementalencoder,
+        incrementaldecoder=ascii.incrementaldecoder,
+    )
 
 
 codecs.register(_plain_ascii)

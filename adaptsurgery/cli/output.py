@@ -65,9 +65,13 @@ def json_option(command: _F) -> _F:
         return value
 
     option = click.option(
-        "--json", "as_json", is_flag=True, callback=remember, is_eager=True,
+        "--json",
+        "as_json",
+        is_flag=True,
+        callback=remember,
+        is_eager=True,
         help="Print one JSON object on stdout, with every module.",
-    )  # fmt: skip
+    )
     return option(command)
 
 

@@ -30,8 +30,13 @@ from adaptsurgery_formats.traits import traits_of
 
 FILE = "adapter_config.json"
 TASKS = (
-    "SEQ_CLS", "SEQ_2_SEQ_LM", "CAUSAL_LM", "TOKEN_CLS", "QUESTION_ANS", "FEATURE_EXTRACTION",
-)  # fmt: skip
+    "SEQ_CLS",
+    "SEQ_2_SEQ_LM",
+    "CAUSAL_LM",
+    "TOKEN_CLS",
+    "QUESTION_ANS",
+    "FEATURE_EXTRACTION",
+)
 Shapes = dict[str, tuple[int, ...]]
 Names = str | Collection[str] | None
 C = TypeVar("C")

@@ -145,9 +145,14 @@ def _look(value: Any) -> object:
 
 def _adapter_key(work: Workspace, attached: Attached) -> object:
     parts = [
-        (p.algorithm, p.scale, repr(p.options), [(s, _look(work.tensor(n))) for s, n in p.slots.items()])
+        (
+            p.algorithm,
+            p.scale,
+            repr(p.options),
+            [(s, _look(work.tensor(n))) for s, n in p.slots.items()],
+        )
         for p in attached.parts
-    ]  # fmt: skip
+    ]
     return attached.form, attached.strength, repr(attached.dropout), repr(parts)
 
 
@@ -230,6 +235,9 @@ def replay(place: Place, template: Template) -> None:
 
 def note(node: Node, base: Node, text: str) -> None:
     """Give a new node its metadata: its layer's, and the surgery's note."""
-    node.meta = {name: dict(kept) if isinstance(kept := base.meta[name], dict) else kept
-                 for name in BASE if name in base.meta}  # fmt: skip
+    node.meta = {
+        name: dict(kept) if isinstance(kept := base.meta[name], dict) else kept
+        for name in BASE
+        if name in base.meta
+    }
     node.meta["custom"] = {RECORD: text}

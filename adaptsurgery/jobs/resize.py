@@ -208,10 +208,14 @@ def _told(report: Report, cuts: Sequence[_Cut]) -> Report:
     before, after = _ranks([c.before for c in cuts]), _ranks([c.written for c in cuts])
     report.job, report.rows = "resize", rows
     report.verdict = f"{len(rows)} modules, rank {_shown(before)} → {_shown(after)}: "
-    report.verdict += f"{len(rows) - len(moved)} as they were" if not moved else (
-        f"{len(moved)} cut, relative error up to {max(r.error for r in moved):.2g}, "
-        f"over all {overall:.2g}"
-    )  # fmt: skip
+    report.verdict += (
+        f"{len(rows) - len(moved)} as they were"
+        if not moved
+        else (
+            f"{len(moved)} cut, relative error up to {max(r.error for r in moved):.2g}, "
+            f"over all {overall:.2g}"
+        )
+    )
     report.facts |= {"ranks": {"before": before, "after": after}, "relative_error": overall}
     return report
 

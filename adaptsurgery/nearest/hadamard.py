@@ -386,8 +386,10 @@ def _inside(matrix: Tensor, svd: Leading, rank: int, generator: torch.Generator)
         start = fresh = _random(target, at_once, rank, generator)
         if at_once >= FEW:
             ahead = reached.argsort()[: at_once // FEW].repeat(at_once)[:at_once]
-            start = (_mixed(sides[0][ahead], fresh[0], generator),
-                     _mixed(sides[1][ahead], fresh[1], generator))  # fmt: skip
+            start = (
+                _mixed(sides[0][ahead], fresh[0], generator),
+                _mixed(sides[1][ahead], fresh[1], generator),
+            )
     assert best is not None
     if least > EXACT:  # slow is not stuck
         *sides, reached = refine(target, *best, 4 * START_SWEEPS, gain=1e-3)

@@ -213,9 +213,12 @@ class Matcher:
         try:
             done = subprocess.run(
                 [sys.executable, "-I", "-S", "-c", _CHILD],
-                input=job, capture_output=True, text=True, timeout=max(0.0, self._seconds),
+                input=job,
+                capture_output=True,
+                text=True,
+                timeout=max(0.0, self._seconds),
                 check=True,
-            )  # fmt: skip
+            )
         except (subprocess.TimeoutExpired, subprocess.CalledProcessError) as error:
             late = isinstance(error, subprocess.TimeoutExpired)
             raise self._endless(shown, late) from None

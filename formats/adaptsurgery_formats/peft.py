@@ -873,8 +873,12 @@ class _Method:
 # A new algorithm that PEFT has: its line here, its suffixes in SUFFIXES.
 _METHODS: dict[str, _Method] = {
     "lora": _Method(
-        _plan_lora, _lora_flags, _lora_options, _lora_disagreements,
-        kinds=("embedding", "Conv1D"), magnitudes=True,
+        _plan_lora,
+        _lora_flags,
+        _lora_options,
+        _lora_disagreements,
+        kinds=("embedding", "Conv1D"),
+        magnitudes=True,
     ),
     "loha": _Method(_plan_loha, _loha_flags, _loha_options, _loha_disagreements, _loha_unheld),
     "lokr": _Method(_plan_lokr, _lokr_flags, _lokr_options, _lokr_disagreements, _lokr_unheld),
@@ -882,7 +886,7 @@ _METHODS: dict[str, _Method] = {
     "ia3": _Method(
         _plan_ia3, _ia3_flags, _ia3_options, _ia3_disagreements, _ia3_unheld, kinds=("Conv1D",)
     ),
-}  # fmt: skip
+}
 
 
 FORMAT = Format(

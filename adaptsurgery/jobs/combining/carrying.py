@@ -13,9 +13,14 @@ from adaptsurgery_formats.errors import ValueRefused
 from adaptsurgery_formats.tensors import same_bytes
 
 _SHAPING = (
-    "peft_type", "r", "rank_pattern", "use_effective_conv2d", "decompose_both", "decompose_factor",
+    "peft_type",
+    "r",
+    "rank_pattern",
+    "use_effective_conv2d",
+    "decompose_both",
+    "decompose_factor",
     "apply_GS",
-)  # fmt: skip
+)
 
 
 def shell_of(parts: Sequence[Part], first: Loaded) -> AdapterState:
@@ -55,15 +60,18 @@ def check_saved(parts: Sequence[Part], layers: dict[tuple[str, str], Layer]) -> 
                 if other.shape != tensor.shape or not same_bytes(other, tensor):
                     raise ValueRefused(
                         f"`{key}` is replaced by two adapters, each in its own way",
-                        where=part.state.where, seen=f"also by {where}",
-                        next="leave one of them out", code="replaced-twice",
-                    )  # fmt: skip
+                        where=part.state.where,
+                        seen=f"also by {where}",
+                        next="leave one of them out",
+                        code="replaced-twice",
+                    )
                 if (component, key.rpartition(".")[0]) in layers:
                     raise ValueRefused(
                         f"`{key}` is replaced by one adapter and changed by another",
-                        where=part.state.where, next="merge one of them into the base first",
+                        where=part.state.where,
+                        next="merge one of them into the base first",
                         code="replaced-and-adapted",
-                    )  # fmt: skip
+                    )
 
 
 def in_layout(state: AdapterState, parts: Sequence[Part], target: str) -> AdapterState:

@@ -48,9 +48,12 @@ def chained(terms: Sequence[Term]) -> ModuleState:
     u = torch.cat(columns, dim=1)
     tensors = {"u": stored(u, [m.tensors["u"] for m in modules])}
     return replace(
-        first, tensors=tensors, rank=u.shape[1], options={**first.options, "apply_gs": False},
+        first,
+        tensors=tensors,
+        rank=u.shape[1],
+        options={**first.options, "apply_gs": False},
         keys=keys_of(terms),
-    )  # fmt: skip
+    )
 
 
 def of_one_hra_form(modules: list[ModuleState]) -> list[ModuleState]:

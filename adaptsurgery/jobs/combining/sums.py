@@ -242,9 +242,14 @@ class Sum:
             return [owner.with_tensors(diff_b=bias)]
         origin = next(t.module for t in terms if set(BIASES) & t.module.tensors.keys())
         dense = replace(
-            origin, algorithm="full", tensors={"diff_b": bias}, alpha=None, rule=UNSCALED,
-            rank=None, options=prefix_of(origin),
-        )  # fmt: skip
+            origin,
+            algorithm="full",
+            tensors={"diff_b": bias},
+            alpha=None,
+            rule=UNSCALED,
+            rank=None,
+            options=prefix_of(origin),
+        )
         return [*found, dense]
 
     # How far the result is off

@@ -75,7 +75,9 @@ def _check_reached(plan: ExtractPlan, changed: Sequence[Outcome]) -> None:
             beyond[outcome.layer.label] = kept[0].failed
     if beyond:
         factor = "another --factor, " if plan.options.factor is not None else ""
-        names = " or ".join(dict.fromkeys(c.algorithm for c in plan.layers[0].candidates if not c.compared))  # fmt: skip
+        names = " or ".join(
+            dict.fromkeys(c.algorithm for c in plan.layers[0].candidates if not c.compared)
+        )
         raise ValueRefused(
             f"{len(beyond)} of {len(changed)} changed layers: no {names} meets the goal",
             where=plan.tuned,
@@ -206,9 +208,16 @@ def _module(outcome: Outcome, tensors: Mapping[str, Tensor]) -> ModuleState:
     if layer.turned and layer.kind != "embedding":
         options["fan_in_fan_out"] = True
     return ModuleState(
-        layer.path, found.algorithm, slots, said["alpha"], said["rule"], said["rank"],
-        layer.component, kind="embedding" if layer.kind == "embedding" else "", options=options,
-    )  # fmt: skip
+        layer.path,
+        found.algorithm,
+        slots,
+        said["alpha"],
+        said["rule"],
+        said["rank"],
+        layer.component,
+        kind="embedding" if layer.kind == "embedding" else "",
+        options=options,
+    )
 
 
 def _even_out(state: AdapterState) -> None:
@@ -357,8 +366,14 @@ def _heads_table(one: Dense, runner: Runner) -> bool:
     headed = any(
         kind in name
         for name in texts(config, "architectures")
-        for kind in ("LMHead", "ForCausalLM", "ForMaskedLM", "ForConditionalGeneration", "ForPreTraining")
-    )  # fmt: skip
+        for kind in (
+            "LMHead",
+            "ForCausalLM",
+            "ForMaskedLM",
+            "ForConditionalGeneration",
+            "ForPreTraining",
+        )
+    )
     rows = config.get("vocab_size")
     held = [p for of in tuned.parameters.values() for p in of.values() if p.shape == shape]
     flag = typed(config, "tie_word_embeddings", bool)

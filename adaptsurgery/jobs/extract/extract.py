@@ -202,7 +202,9 @@ def _worked(
             return _made_already(plan, out, workers)
         raise place.vanished() from None
     except FileError as error:
-        if error.code == "output-exists" and error.where == str(out) and made(plan, out):
+        taken = error.code == "output-exists" and error.where == str(out)
+        gone = error.code == "no-such-file" and error.where.startswith(str(place.root))
+        if (taken or gone) and made(plan, out):  # a twin has landed, and removed the partial output
             return _made_already(plan, out, workers)
         error.where = error.where.replace(str(place.root / "work"), str(out))
         raise

@@ -204,8 +204,12 @@ class _Work:
         found.limit, found.notes = fit.limit, fit.notes
         [module] = modules_of(self.layer.path, update, self.layer.component)
         found.nbytes = sum(t.nbytes for t in module.tensors.values())
-        found.module = {"alpha": module.alpha, "rule": module.rule, "rank": module.rank,
-                        "options": module.options}  # fmt: skip
+        found.module = {
+            "alpha": module.alpha,
+            "rule": module.rule,
+            "rank": module.rank,
+            "options": module.options,
+        }
         return found, module
 
     def _goal(self, candidate: Candidate, before: list[Found]) -> Goal | None:

@@ -142,11 +142,13 @@ def _refuse_shapes(selection: Selection, tuned: Base) -> None:
         raise ShapeError(
             f"{len(wrong)} layers have another shape in the fine-tuned model",
             where=tuned.where,
-            items=[f"`{c.pair.label}`: {_shown(c.pair.base.shape)} and {_shown(c.pair.tuned.shape)}"
-                   for c in wrong],
+            items=[
+                f"`{c.pair.label}`: {_shown(c.pair.base.shape)} and {_shown(c.pair.tuned.shape)}"
+                for c in wrong
+            ],
             next="is it a fine-tune of this base? --exclude leaves layers out",
             code="shapes-differ",
-        )  # fmt: skip
+        )
 
 
 def _shown(shape: tuple[int, ...]) -> str:
@@ -174,10 +176,18 @@ def _layers(selection: Selection, options: ExtractRecipe) -> tuple[Layer, ...]:
     given = candidates_of(chosen, options, selection.notes)
     curves = _curves(chosen) if options.curves else set()
     return tuple(
-        Layer(c.path, c.pair.component, c.kind, c.shape, c.turned, c.pair, given[c.label],
-              c.label in curves)
+        Layer(
+            c.path,
+            c.pair.component,
+            c.kind,
+            c.shape,
+            c.turned,
+            c.pair,
+            given[c.label],
+            c.label in curves,
+        )
         for c in chosen
-    )  # fmt: skip
+    )
 
 
 def _curves(chosen: list[Chosen]) -> set[str]:

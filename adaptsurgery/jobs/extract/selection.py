@@ -237,8 +237,11 @@ def _place_dense(
     found: Selection, kinds: Sequence[tuple[Pair, Kind]], picked: _Picked, options: ExtractRecipe
 ) -> None:
     taken = {c.pair for c in found.chosen} | {d.pair for d in found.dense}
-    homes = {(pair.component, kind.path): kind.name for pair, kind in kinds if kind.name != "bias"
-             and pair.name.rpartition(".")[2] == "weight"}  # fmt: skip
+    homes = {
+        (pair.component, kind.path): kind.name
+        for pair, kind in kinds
+        if kind.name != "bias" and pair.name.rpartition(".")[2] == "weight"
+    }
     adapted = {(c.pair.component, c.path) for c in found.chosen}
     for pair, kind in kinds:
         if pair in taken:

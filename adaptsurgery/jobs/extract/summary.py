@@ -73,11 +73,15 @@ def told(plan: ExtractPlan, made: Sequence[Outcome], found: Results, workers: in
         for r in layers
         if r["left_out"]
     ]
-    facts = _facts(plan, workers) | totals | {
-        "layers": layers,
-        "dense": [d for d in dense if d["slot"] and d["norm"]],
-        "left_out": sorted(left, key=lambda d: -d["share"]),
-    }  # fmt: skip
+    facts = (
+        _facts(plan, workers)
+        | totals
+        | {
+            "layers": layers,
+            "dense": [d for d in dense if d["slot"] and d["norm"]],
+            "left_out": sorted(left, key=lambda d: -d["share"]),
+        }
+    )
     rows = [_row(r) for r in layers] + [_dense_row(d) for d in facts["dense"]]
     notes = _notes(plan) + _warnings(plan, made, facts)
     return Report("extract", _verdict(facts), rows, list(dict.fromkeys(notes)), facts=facts)
@@ -91,28 +95,45 @@ def _share(norm: float, total: float) -> float:
 def _dense(plan: ExtractPlan, found: Results) -> list[dict[str, Any]]:
     norms = {k: v for group in found[len(plan.layers) :] for k, v in group.items()}
     return [
-        {"name": d.pair.label, "kind": d.kind, "slot": d.slot, "reason": d.reason, "new": d.pair.new}
+        {
+            "name": d.pair.label,
+            "kind": d.kind,
+            "slot": d.slot,
+            "reason": d.reason,
+            "new": d.pair.new,
+        }
         | norms[d.pair.label]
         for group in plan.dense
         for d in group
-    ]  # fmt: skip
+    ]
 
 
 def _layer(outcome: Outcome) -> dict[str, Any]:
     layer, measured, found = outcome.layer, outcome.measured, outcome.found
     told: dict[str, Any] = {
-        "name": layer.label, "kind": layer.kind, "shape": list(layer.shape),
+        "name": layer.label,
+        "kind": layer.kind,
+        "shape": list(layer.shape),
         "algorithm": found.algorithm if found else "",
-        "norm": measured.norm, "weight": measured.weight, "noise": measured.noise,
-        "left_out": outcome.reason, "spectrum": measured.spectrum, "curve": measured.curve,
+        "norm": measured.norm,
+        "weight": measured.weight,
+        "noise": measured.noise,
+        "left_out": outcome.reason,
+        "spectrum": measured.spectrum,
+        "curve": measured.curve,
         "others": [_other(f) for n, f in enumerate(measured.found) if n != outcome.number],
-    }  # fmt: skip
+    }
     if found is not None:
         told |= {
-            "error": found.error, "energy": found.energy, "rank": found.rank, "factor": found.factor,
-            "parameters": found.parameters, "bytes": found.nbytes, "limit": found.limit,
+            "error": found.error,
+            "energy": found.energy,
+            "rank": found.rank,
+            "factor": found.factor,
+            "parameters": found.parameters,
+            "bytes": found.nbytes,
+            "limit": found.limit,
             "notes": list(found.notes),
-        }  # fmt: skip
+        }
     return told
 
 

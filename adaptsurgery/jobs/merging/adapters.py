@@ -76,9 +76,12 @@ def _number(value: object, where: str) -> float:
         return read_number(str(value))
     except ValueError:
         raise ValueRefused(
-            "the weight is no number", where=where, seen=str(value), next="ADAPTER=0.8",
+            "the weight is no number",
+            where=where,
+            seen=str(value),
+            next="ADAPTER=0.8",
             code="bad-weight",
-        ) from None  # fmt: skip
+        ) from None
 
 
 def _check_weight(state: AdapterState, weight: float) -> None:

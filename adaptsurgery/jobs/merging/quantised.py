@@ -175,9 +175,11 @@ def _unknown(name: str, parameters: Mapping[str, Located]) -> list[str]:
     return [
         n
         for n in parameters
-        if n.startswith(stem) and n not in known and "." not in n[len(stem) :]
+        if n.startswith(stem)
+        and n not in known
+        and "." not in n[len(stem) :]
         and any(mark in n[len(stem) :].lower() for mark in marks)
-    ]  # fmt: skip
+    ]
 
 
 def _grid(

@@ -112,7 +112,7 @@ def check_paths(
         raise FileError(
             "this layout is one safetensors file",
             where=str(out),
-            next=f"-o {out.with_suffix('.safetensors')}",
+            next=f"-o {out.with_suffix('.safetensors') if out.name else 'FILE.safetensors'}",
             code="bad-name",
         )
     check_output(out, overwrite=overwrite, directory=folder, replaceable=_OURS)

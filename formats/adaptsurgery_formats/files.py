@@ -116,7 +116,7 @@ def no_such(algorithm: str, where: str) -> Unheld:
     return Unheld(f"no-{algorithm}", f"{where} has no {row.title}", remedy)
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, eq=False, repr=False)
 class Format:
     """One layout, as data: how to know its keys, parse them, and spell an adapter.
 

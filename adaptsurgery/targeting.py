@@ -23,39 +23,16 @@ from typing import Any
 
 from adaptsurgery.core.config import AdapterConfig
 from adaptsurgery_formats.errors import NameLookupError, ValueRefused, nearest
+from adaptsurgery_formats.names.families import default_targets
+from adaptsurgery_formats.names.heads import CLASSIFIERS
 from adaptsurgery_formats.patterns import Matcher, tails, wanted_layers
 from adaptsurgery_formats.state import Note
 
 ALL_LINEAR = "all-linear"
-HEADS = ("score", "classifier")  # of a model for sequence classification
 _REGEX = re.compile(r"[*+?^$|()\[\]{}\\]")
 
-# model_type → what is adapted where target_modules says nothing: the queries and values, or what
-# holds them. PEFT has the same for LoRA, LoHa, LoKr and HRA.
-_Q_V, _QUERY_VALUE, _FUSED = ("q_proj", "v_proj"), ("query", "value"), ("query_key_value",)
-DEFAULTS: dict[str, tuple[str, ...] | str] = {
-    **dict.fromkeys(("t5", "mt5"), ("q", "v")),
-    **dict.fromkeys(
-        ("bart", "opt", "gptj", "gpt_neo", "llama", "llama4", "mistral", "mixtral", "stablelm",
-         "gemma", "gemma2", "gemma3_text", "qwen2", "qwen3"), _Q_V,
-    ),
-    **dict.fromkeys(("bert", "roberta", "xlm-roberta", "electra", "layoutlm"), _QUERY_VALUE),
-    **dict.fromkeys(
-        ("bloom", "gpt_neox", "chatglm", "RefinedWebModel", "RefinedWeb", "falcon"), _FUSED
-    ),
-    **dict.fromkeys(("gpt2", "gpt_bigcode"), ("c_attn",)),
-    "blip-2": ("q", "v", *_Q_V),
-    "deberta-v2": ("query_proj", "value_proj"),
-    "deberta": ("in_proj",),
-    "mpt": ("Wqkv",),
-    "btlm": ("c_proj", "c_attn"),
-    "codegen": ("qkv_proj",),
-    "phi": (*_Q_V, "fc1", "fc2"),
-    "gemma4": r".*language_model\..*\.(q_proj|v_proj)",
-    "nemotron_h": ("q_proj", "k_proj", "v_proj", "o_proj"),
-    "rwkv": ("key", "value", "receptance", "output"),
-    "rwkv7": ("r_proj", "k_proj", "v_proj", "o_proj", "key", "value"),
-}  # fmt: skip
+# Model type → what is adapted where target_modules says nothing, for any algorithm.
+DEFAULTS = default_targets()
 
 
 @dataclass(frozen=True)
@@ -107,15 +84,15 @@ def find_targets(
     _check_kinds(chosen, modules, config)
     ranks, alphas = search.by_pattern("rank_pattern", chosen), search.by_pattern("alpha_pattern", chosen)  # fmt: skip
     alpha = config.common_alpha
-    found = tuple(
+    targets = tuple(
         Target(name, modules[name], ranks.get(name, config.r), alphas.get(name, alpha))
         for name in chosen
     )
-    return Targets(found, tuple(search.saved), (*search.notes, *_idle(found, config)))
+    return Targets(targets, tuple(search.saved), (*search.notes, *_idle(targets, config)))
 
 
 class _Search:
-    """One config over one model's names: what is matched, and what is not."""
+    """Matches one config with one model's names, and notes what it says in vain."""
 
     def __init__(
         self, modules: Mapping[str, str], names: list[str], config: AdapterConfig, matcher: Matcher
@@ -129,8 +106,8 @@ class _Search:
 
     def chosen(self) -> list[str]:
         """The targets' names, in the model's order."""
-        said = self.config.target_modules
-        if isinstance(said, str) and said.lower() == ALL_LINEAR:
+        targets = self.config.target_modules
+        if isinstance(targets, str) and targets.lower() == ALL_LINEAR:
             matched = {name: name for name in self.target}  # names in full, and never their ends
         else:
             matched = self.matcher.listed(self.target)
@@ -184,7 +161,7 @@ class _Search:
         return out
 
     def _in_layers(self, kept: dict[str, str]) -> dict[str, str]:
-        """Those in layers_to_transform, where it is set, and those that are listed in full."""
+        """The names in layers_to_transform, where it is set, and those that are listed in full."""
         if not self.layers or isinstance(self.target, str):
             return kept
         numbers = self.matcher.layers(self.config.layers_pattern)
@@ -198,8 +175,8 @@ class _Search:
         for text, number in self.layers.items():
             if text not in digits:
                 self._vain(f"layers_to_transform.{number}", "no target is in that layer")
-        said = self.config.layers_pattern or []
-        for pattern in [said] if isinstance(said, str) else said:
+        layers_pattern = self.config.layers_pattern or []
+        for pattern in [layers_pattern] if isinstance(layers_pattern, str) else layers_pattern:
             if pattern not in patterns:
                 self._vain(f"layers_pattern.{pattern}", "no target is below it")
         for name in sorted(whole):
@@ -219,21 +196,21 @@ class _Search:
 
     def _nothing(self, matched: Mapping[str, str]) -> NameLookupError | ValueRefused:
         """The error for zero matches: what was asked for, and what would be near."""
-        said = self.config.target_modules
-        items = [said] if isinstance(said, str) else sorted(said or ())
+        targets = self.config.target_modules
+        items = [targets] if isinstance(targets, str) else sorted(targets or ())
         regexes = [item for item in items if _REGEX.search(item)]
-        if regexes and not isinstance(said, str):
+        if regexes and not isinstance(targets, str):
             return _regex_in_a_list(regexes[0], self.matcher.where)
         hint = next((h for h in map(self._near, items) if h), "").removeprefix("; ")
-        if isinstance(said, str) and not regexes:
-            hint = f"a string is a regex for whole names; [{said!r}] takes names that end so"
+        if isinstance(targets, str) and not regexes:
+            hint = f"a string is a regex for whole names; [{targets!r}] takes names that end so"
         if matched:
             hint = "exclude_modules, modules_to_save or layers_to_transform leave none of them"
         count = f"{len(matched)} of {len(self.names)} modules are named by target_modules"
         return NameLookupError(
             "no module is targeted",
             where=self.matcher.where,
-            seen=f"{count} {said!r}"[:300],
+            seen=f"{count} {targets!r}"[:300],
             next=hint or "see the model's names by model.named_modules()",
             code="no-targets",
         )
@@ -241,8 +218,8 @@ class _Search:
     def _near(self, item: str) -> str:
         depth = item.count(".") + 1
         ends = {".".join(name.split(".")[-depth:]): None for name in self.names}
-        found = nearest(item, ends)
-        return f"; {found}" if found else ""
+        hint = nearest(item, ends)
+        return f"; {hint}" if hint else ""
 
     def _vain(self, where: str, text: str) -> None:
         self.notes.append(Note("without-effect", where, text))
@@ -255,10 +232,10 @@ def _wanted(
     outputs: Collection[str],
 ) -> str | frozenset[str]:
     """target_modules as a regex or as names, with "all-linear" and the defaults looked up."""
-    said = config.target_modules
-    if said is None:
-        found = DEFAULTS.get(model_type or "")
-        if found is None:
+    targets = config.target_modules
+    if targets is None:
+        default = DEFAULTS.get(model_type or "")
+        if default is None:
             raise ValueRefused(
                 "target_modules says nothing, and there is no default for the model",
                 where=type(config).__name__,
@@ -266,13 +243,13 @@ def _wanted(
                 next="name the modules, or use 'all-linear'",
                 code="no-targets",
             )
-        return found if isinstance(found, str) else frozenset(found)
-    if isinstance(said, str) and said.lower() == ALL_LINEAR:
+        return default if isinstance(default, str) else frozenset(default)
+    if isinstance(targets, str) and targets.lower() == ALL_LINEAR:
         kept_out = set(outputs)
         if not kept_out and config.task_type == "SEQ_CLS" and model_type is not None:
-            kept_out = set([head for head in HEADS if head in modules][:1])
+            kept_out = set([head for head in CLASSIFIERS if head in modules][:1])
         return frozenset(n for n, kind in modules.items() if kind == "linear" and n not in kept_out)
-    return said if isinstance(said, str) else frozenset(said)
+    return targets if isinstance(targets, str) else frozenset(targets)
 
 
 def _check_kinds(chosen: list[str], modules: Mapping[str, str], config: AdapterConfig) -> None:
@@ -287,9 +264,9 @@ def _check_kinds(chosen: list[str], modules: Mapping[str, str], config: AdapterC
         )
 
 
-def _idle(found: tuple[Target, ...], config: AdapterConfig) -> Iterator[Note]:
+def _idle(targets: tuple[Target, ...], config: AdapterConfig) -> Iterator[Note]:
     """Options that change nothing for the layers that were found."""
-    kinds = {target.kind for target in found}
+    kinds = {target.kind for target in targets}
     if getattr(config, "use_effective_conv2d", False) and not any("conv" in k for k in kinds):
         yield Note("without-effect", "use_effective_conv2d", "no target is a convolution")
     if getattr(config, "lora_dropout", 0) and kinds == {"embedding"}:

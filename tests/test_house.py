@@ -6,8 +6,11 @@ import ast
 import re
 import subprocess
 import sys
-from collections.abc import Iterator
+from collections import Counter
+from collections.abc import Container, Iterator, Mapping
+from functools import cache
 from pathlib import Path
+from statistics import median
 
 import pytest
 
@@ -44,10 +47,9 @@ ERRORS_ONLY = ("core", "nearest", "algorithms")
 LEAVES = ("adaptsurgery_formats.errors", "adaptsurgery_formats.traits")
 CONFIG_FACTS = {
     "config.py": ("adaptsurgery_formats", "adaptsurgery_formats.peft_config"),
+    "ia3.py": ("adaptsurgery_formats.peft",),
     "lokr.py": ("adaptsurgery_formats.lokr_cuts",),
 }
-# Of the jobs, live models may know the library's view of an adapter file.
-JOBS_FOR_MODULES = {"adaptsurgery.adapters.adapter", "adaptsurgery.adapters.report"}
 # What only some systems have: it knows nothing of the house but its errors, so all may ask it.
 SYSTEM = "adaptsurgery.checkpoint.system"
 # Within the jobs: a folder → what of it the single files may import.
@@ -58,9 +60,14 @@ JOB_FOLDERS: dict[str, set[str]] = {
 }
 
 
+@cache
+def tree(path: Path) -> ast.Module:
+    return ast.parse(path.read_text("utf-8"))
+
+
 def imports(path: Path) -> Iterator[str]:
     """Every module that a file imports, at its top, in a function, or for the type checker."""
-    for node in ast.walk(ast.parse(path.read_text("utf-8"))):
+    for node in ast.walk(tree(path)):
         if isinstance(node, ast.Import):
             yield from (alias.name for alias in node.names)
         elif isinstance(node, ast.ImportFrom):
@@ -103,20 +110,139 @@ def name_of_file(path: Path) -> str:
     return f"{room_of_file(path)}/{path.relative_to(root).as_posix()}"
 
 
-@pytest.mark.parametrize("path", sources(), ids=name_of_file)
-def test_nothing_imports_upward(path: Path) -> None:
-    room = room_of_file(path)
-    allowed = MAY_IMPORT[room] | {room}
-    for module in imports(path):
-        target = room_of_import(module)
-        if target is None or (module == SYSTEM and room != "formats"):
-            continue
-        own_version = room in ("cli", "jobs") and module == "adaptsurgery.__version__"
-        lazy = path.name == "__init__.py" and module == "adaptsurgery.submodules"
-        assert target in allowed or own_version or lazy, f"{path.name} ({room}) imports {module}"
-        if room in ERRORS_ONLY and target == "formats":
-            allowed_facts = (*LEAVES, *CONFIG_FACTS.get(path.name, ()))
-            assert module.rpartition(".")[0] in allowed_facts, f"{path.name}: {module}"
+def test_nothing_imports_upward() -> None:
+    offenders = [
+        f"{name_of_file(path)} imports {module}"
+        for path in sources()
+        for module in imports(path)
+        if not _may_import(path, module)
+    ]
+    assert offenders == []
+
+
+def test_the_arrows_in_the_documents_are_the_rule() -> None:
+    text = (ROOT / "ARCHITECTURE.md").read_text("utf-8")
+    section = text.partition("## Who imports whom\n")[2].partition("\n## ")[0]
+    arrows = dict(re.findall(r"^    (\w+) +→ (.+)$", section, re.M))
+    drawn = {room: set(to.split(", ")) - {"nothing"} for room, to in arrows.items()}
+    assert drawn == MAY_IMPORT
+
+
+def _may_import(path: Path, module: str) -> bool:
+    room, target = room_of_file(path), room_of_import(module)
+    if target is None or (module == SYSTEM and room != "formats"):
+        return True
+    if room in ERRORS_ONLY and target == "formats":
+        return module.rpartition(".")[0] in (*LEAVES, *CONFIG_FACTS.get(path.name, ()))
+    own_version = room in ("cli", "jobs") and module == "adaptsurgery.__version__"
+    lazy = path.name == "__init__.py" and module == "adaptsurgery.submodules"
+    return target in MAY_IMPORT[room] | {room} or own_version or lazy
+
+
+def test_the_rule_tells_what_is_forbidden() -> None:
+    core, job = PACKAGE / "core" / "update.py", PACKAGE / "jobs" / "convert.py"
+    assert _may_import(job, "adaptsurgery.core.update.Update")
+    assert not _may_import(core, "adaptsurgery.jobs.convert.convert")
+    assert not _may_import(core, "adaptsurgery_formats.peft.FORMAT")
+    assert not _may_import(LEAF / "peft.py", SYSTEM)
+    assert not _may_import(job, "adaptsurgery.modules.layer.AdaptedLayer")
+
+
+# -- What every reader counts on: no circle, no room that holds all, functions of one look ----------
+
+
+def modules() -> dict[str, Path]:
+    """Each module of the two packages by its dotted name."""
+    named = {}
+    for root in (PACKAGE, LEAF):
+        for path in sorted(root.rglob("*.py")):
+            parts = path.relative_to(root.parent).with_suffix("").parts
+            named[".".join(parts[:-1] if parts[-1] == "__init__" else parts)] = path
+    return named
+
+
+def edges(path: Path, known: Container[str]) -> set[str]:
+    """The modules that a file imports when it runs, at its top or late; not for the checker alone."""
+    unseen = {
+        id(inner)
+        for node in ast.walk(tree(path))
+        if isinstance(node, ast.If) and "TYPE_CHECKING" in ast.unparse(node.test)
+        for statement in node.body
+        for inner in ast.walk(statement)
+    }
+    named = set()
+    for node in ast.walk(tree(path)):
+        match node:
+            case _ if id(node) in unseen:
+                continue
+            case ast.Import(names=names):
+                named |= {alias.name for alias in names}
+            case ast.ImportFrom(module=str(home), names=names):
+                inside = {f"{home}.{alias.name}" for alias in names}
+                named |= {name if name in known else home for name in inside}
+            case ast.Call(func=function, args=[ast.Constant(value=str(name)), *_]):
+                named |= {name} if ast.unparse(function).endswith("import_module") else set()
+    return {name for name in named if name in known}
+
+
+def circles(graph: Mapping[str, set[str]]) -> list[list[str]]:
+    """The groups of nodes that reach each other, and the nodes that reach themselves at once (Tarjan)."""
+    number: dict[str, int] = {}
+    lowest: dict[str, int] = {}
+    stack: list[str] = []
+    groups: list[list[str]] = []
+
+    def visit(node: str) -> None:
+        number[node] = lowest[node] = len(number)
+        stack.append(node)
+        for following in graph[node]:
+            if following not in number:
+                visit(following)
+            if following in stack:
+                lowest[node] = min(lowest[node], lowest[following])
+        if lowest[node] == number[node]:
+            group = stack[stack.index(node) :]
+            del stack[stack.index(node) :]
+            groups.append(sorted(group))
+
+    for node in graph:
+        if node not in number:
+            visit(node)
+    return [group for group in groups if len(group) > 1 or group[0] in graph[group[0]]]
+
+
+def test_circles_are_seen() -> None:
+    graph = {"a": {"b"}, "b": {"c"}, "c": {"a"}, "d": {"a", "e"}, "e": set(), "f": {"f"}}
+    assert sorted(circles(graph)) == [["a", "b", "c"], ["f"]]
+
+
+def test_no_module_imports_itself_by_a_way_round() -> None:
+    """Late imports are no way around it: a reader follows those too."""
+    known = modules()
+    graph = {name: edges(path, known) - {name} for name, path in known.items()}
+    assert sum(map(len, graph.values())) > len(graph), "no imports seen"
+    assert circles(graph) == []
+
+
+def test_no_room_holds_more_than_its_share() -> None:
+    lines: Counter[str] = Counter()
+    for path in modules().values():
+        home = path.relative_to(LEAF if path.is_relative_to(LEAF) else PACKAGE)
+        room = "formats" if path.is_relative_to(LEAF) else home.parts[0]
+        lines[room] += path.read_text("utf-8").count("\n")
+    largest, size = lines.most_common(1)[0]
+    assert size / lines.total() <= 0.28, f"{largest} has {size} of {lines.total()} lines"
+
+
+def test_functions_are_read_in_one_look() -> None:
+    lengths = sorted(
+        node.end_lineno - node.lineno + 1
+        for path in modules().values()
+        for node in ast.walk(tree(path))
+        if isinstance(node, (ast.FunctionDef, ast.AsyncFunctionDef)) and node.end_lineno
+    )
+    assert median(lengths) <= 7
+    assert lengths[int(0.9 * len(lengths))] <= 21
 
 
 # What stands in the module of that name alone: the calls that only some systems have, and those that
@@ -157,7 +283,7 @@ def test_what_only_some_systems_have_stands_in_one_module() -> None:
         f"{path.name}:{node.lineno} {use}"  # type: ignore[attr-defined]
         for path in (*sources(), PACKAGE / "__main__.py", PACKAGE / "__init__.py")
         if path not in own
-        for node in ast.walk(ast.parse(path.read_text("utf-8")))
+        for node in ast.walk(tree(path))
         if (use := _of_some_systems(node))
     ]
     assert uses == []
@@ -165,16 +291,24 @@ def test_what_only_some_systems_have_stands_in_one_module() -> None:
 
 def test_the_folders_of_jobs_stand_above_the_files() -> None:
     jobs = PACKAGE / "jobs"
-    assert {p.name for p in jobs.iterdir() if any(p.glob("*.py"))} == JOB_FOLDERS.keys()
+    assert {p.name for p in jobs.iterdir() if any(p.glob("*.py"))} == {*JOB_FOLDERS, "options"}
     for path in sorted(jobs.rglob("*.py")):
         home = path.relative_to(jobs).parts[0]
         for folder, open_to_all in JOB_FOLDERS.items():
             prefix = f"adaptsurgery.jobs.{folder}"
             for module in imports(path):
                 inside = module == prefix or module.startswith(prefix + ".")
-                allowed = home in (folder, "quickstart")  # which shows them all
-                allowed = allowed or module.rpartition(".")[0] in open_to_all
+                allowed = home == folder or module.rpartition(".")[0] in open_to_all
                 assert not inside or allowed, f"{path.name} imports {module}"
+
+
+def test_options_stand_below_all_jobs() -> None:
+    """They are plain data, which commands read before any job is imported."""
+    known = ("adaptsurgery.jobs.options", "adaptsurgery.jobs.values", "adaptsurgery_formats.traits")
+    for path in sorted((PACKAGE / "jobs" / "options").glob("*.py")):
+        for module in imports(path):
+            ours = module.partition(".")[0] in ("adaptsurgery", "adaptsurgery_formats")
+            assert not ours or module.startswith(known), f"{path.name} imports {module}"
 
 
 def test_the_leaf_needs_the_standard_library_alone() -> None:
@@ -258,20 +392,38 @@ def readme() -> str:
     return (ROOT / "README.md").read_text("utf-8")
 
 
-def commands() -> list[str]:
+def commands(text: str) -> list[str]:
     """The lines of the README's shell blocks that are typed: each begins with "$ "."""
-    blocks = re.findall(r"^```console\n(.*?)^```", readme(), re.M | re.S)
+    blocks = re.findall(r"^```console\n(.*?)^```", text, re.M | re.S)
     return [line[2:] for block in blocks for line in block.splitlines() if line.startswith("$ ")]
 
 
-def test_the_readme_has_its_two_commands() -> None:
-    typed = commands()
-    wanted = ["adaptsurgery quickstart", "python -m pytest -n 2"]
-    assert typed[0].startswith("pip install ") and typed[1:3] == wanted
-    assert not any(re.match("pip|python", command) for command in typed[3:])
-    lines = (ROOT / ".ci" / "run").read_text("utf-8").splitlines()
-    for command in typed[:3]:
-        assert command in lines, f".ci/run does not run `{command}`"
+def first_screen() -> str:
+    return "".join(readme().splitlines(keepends=True)[:56])
+
+
+def test_the_first_screen_has_the_two_lines_that_ci_runs() -> None:
+    """Each makes its environment, installs, and works; .ci/run takes them from there."""
+    quick, suite = commands(first_screen())[:2]
+    for line in (quick, suite):
+        assert line.startswith("python3 -m venv .venv && .venv/bin/pip install -c constraints.txt ")
+    assert quick.endswith('".[demo]" && .venv/bin/adaptsurgery quickstart')
+    assert suite.endswith('".[test,lint]" && .venv/bin/python -m pytest -n 2')
+    shown = subprocess.run(
+        ["bash", str(ROOT / ".ci" / "run"), "--show"], capture_output=True, text=True, check=True
+    )
+    assert shown.stdout.splitlines() == [quick, suite]
+    assert sum("venv" in command for command in commands(readme())) == 2
+
+
+def test_the_first_screen_has_a_line_for_whoever_comes() -> None:
+    """A kohya file into PEFT or diffusers, LoRAs into a checkpoint, a LoKr on a model in Python."""
+    screen = first_screen()
+    typed = [command for command in commands(screen) if command.startswith("adaptsurgery")]
+    assert {command.split()[1] for command in typed} == {
+        "inspect", "convert", "merge", "verify", "unmerge", "extract",
+    }  # fmt: skip
+    assert "from_pretrained(pipe." in screen and "get_peft_model(vit, LoKrConfig(" in screen
 
 
 def test_the_readme_shows_commands_and_options_that_exist() -> None:
@@ -281,7 +433,7 @@ def test_the_readme_shows_commands_and_options_that_exist() -> None:
 
     context = click.Context(group)
     shown = set()
-    for command in commands():
+    for command in commands(readme()):
         words = command.split()
         if words[0] != "adaptsurgery":
             continue
@@ -290,15 +442,30 @@ def test_the_readme_shows_commands_and_options_that_exist() -> None:
         assert known is not None, command
         options = {o for p in known.params for o in p.opts}
         assert {w for w in words[2:] if w.startswith("-")} <= options, command
+    shown |= {"quickstart"}  # which stands in a line that does more
     assert shown == set(COMMANDS)
 
 
-@pytest.mark.parametrize("document", ["README.md", "ARCHITECTURE.md", "formats/README.md"])
+def documents() -> list[Path]:
+    folders = ("adaptsurgery", "docs", "formats", "tests", "tools")
+    return [*ROOT.glob("*.md"), *(p for name in folders for p in (ROOT / name).rglob("*.md"))]
+
+
+def anchors(text: str) -> set[str]:
+    """What a page's headings are linked by."""
+    titles = re.findall(r"^#+ (.*)$", re.sub(r"^```.*?^```", "", text, flags=re.M | re.S), re.M)
+    return {re.sub(r"[^\w -]", "", title.lower()).replace(" ", "-") for title in titles}
+
+
+@pytest.mark.parametrize("document", [p.relative_to(ROOT).as_posix() for p in documents()])
 def test_links_lead_somewhere(document: str) -> None:
     path = ROOT / document
-    for target in re.findall(r"\]\(([^)#]+)", path.read_text("utf-8")):
-        if "://" not in target:
-            assert (path.parent / target).exists(), target
+    for link in re.findall(r"\]\(([^)]+)", path.read_text("utf-8")):
+        if "://" not in link:
+            file, _, anchor = link.partition("#")
+            target = path.parent / file if file else path
+            assert target.exists(), link
+            assert not anchor or anchor in anchors(target.read_text("utf-8")), link
 
 
 def test_no_two_test_files_share_a_name() -> None:
@@ -306,3 +473,16 @@ def test_no_two_test_files_share_a_name() -> None:
     files = [p for p in (ROOT / "tests").rglob("*.py") if p.name != "conftest.py"]
     names = [p.name for p in files]
     assert sorted(set(names)) == sorted(names)
+
+
+def test_what_is_listed_as_slow_is_there() -> None:
+    [listed] = [
+        ast.literal_eval(node.value)
+        for node in tree(ROOT / "tests" / "conftest.py").body
+        if isinstance(node, ast.Assign) and ast.unparse(node.targets[0]) == "SLOW"
+    ]
+    for file, functions in listed.items():
+        defined = {
+            n.name for n in tree(ROOT / "tests" / file).body if isinstance(n, ast.FunctionDef)
+        }
+        assert set(functions) <= defined, file

@@ -65,6 +65,8 @@ def peft_cells() -> Cells:
         "lokr-full": peft.LoKrConfig(r=64, alpha=64, target_modules=layers),
         "hra": peft.HRAConfig(r=2, target_modules=layers),
         "hra-gs": peft.HRAConfig(r=2, target_modules=layers, apply_GS=True, init_weights=False),
+        "ia3": peft.IA3Config(target_modules=layers, feedforward_modules=[]),
+        "ia3-input": peft.IA3Config(target_modules=layers, feedforward_modules=["fc", "conv_in"]),
     }  # fmt: skip
     cells: Cells = {}
     for cell, config in configs.items():
@@ -72,7 +74,9 @@ def peft_cells() -> Cells:
             model = peft.get_peft_model(Model(), config)
             model.save_pretrained(folder)
             said = json.loads((Path(folder) / "adapter_config.json").read_text("utf-8"))
-            said["target_modules"] = sorted(said["target_modules"])
+            for name in ("target_modules", "feedforward_modules"):
+                if name in said:
+                    said[name] = sorted(said[name])
             tensors = shapes(get_peft_model_state_dict(model))
         cells[cell] = {"config": said, "tensors": tensors}
     return cells
@@ -90,6 +94,8 @@ LYCORIS: dict[str, dict[str, Any]] = {
     "lokr-both": {"algo": "lokr", "factor": 4, "decompose_both": True, "linear_dim": 1, "conv_dim": 1},
     "lokr-full": {"algo": "lokr", "factor": 4, "full_matrix": True},
     "lokr-dora": {"algo": "lokr", "factor": 4, "dora_wd": True},
+    "ia3": {"algo": "ia3"},
+    "ia3-input": {"algo": "ia3"},  # by a preset's module_algo_map
     "full": {"algo": "full"},
     "norm": {"algo": "lora", "train_norm": True},
 }  # fmt: skip
@@ -105,6 +111,9 @@ def lycoris_cells(prefix: str) -> Cells:
         )
         for cell, options in LYCORIS.items():
             given = {"linear_dim": 2, "linear_alpha": 3, "conv_dim": 2, "conv_alpha": 3, **options}
+            inward = {"Block": {**options, "train_on_input": True}}
+            by_kind = inward if cell == "ia3-input" else {}
+            LycorisNetwork.apply_preset({"module_algo_map": by_kind})
             network = create_lycoris(Model(), 1.0, preset=str(preset), **given)
             network.apply_to()  # its modules are its own from here on
             tensors = shapes(network.state_dict())
@@ -144,6 +153,8 @@ def comfyui_cells() -> Cells:
     }
     cells: Cells = {}
     for cell, made in lycoris_cells("lycoris").items():
+        if cell.startswith("ia3"):
+            continue  # ComfyUI has none
         split = {tuple(key.split(".", 1)): shape for key, shape in made["tensors"].items()}
         cells[cell] = {"tensors": {f"{names[name]}.{slot}": s for (name, slot), s in split.items()}}
     return cells

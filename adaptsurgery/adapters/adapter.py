@@ -5,6 +5,7 @@ from __future__ import annotations
 import os
 from collections import Counter
 from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -18,12 +19,13 @@ from adaptsurgery.adapters.loading import (
     read_files,
 )
 from adaptsurgery.adapters.report import Report
+from adaptsurgery.adapters.rows import as_stored
 from adaptsurgery.adapters.updates import modules_of, update_of
 from adaptsurgery.adapters.writing import write_adapter
 from adaptsurgery.checkpoint.watched import check_watched, watching
 from adaptsurgery_formats import AdapterState, ModuleState, Note
 from adaptsurgery_formats.errors import NameLookupError, nearest
-from adaptsurgery_formats.names import Names
+from adaptsurgery_formats.names import Names, names_of_modules
 from adaptsurgery_formats.resolve import resolve
 from adaptsurgery_formats.tensors import Tensor
 
@@ -163,6 +165,16 @@ class Adapter(Mapping[str, "Update"]):
             "rule": [m.rule for m in modules],
         }
 
+    def on(self, modules: Mapping[str, tuple[int, ...]]) -> Adapter:
+        """The adapter on a model's own modules, whatever its family calls them and how they are cut.
+
+        ``modules``: path → the weight's shape. Raises what ``load`` raises for a base, InexactError
+        where a part of a fused layer cannot be said as a change of the whole.
+        """
+        names = names_of_modules(modules, "the model")
+        state = as_stored(resolve(self._loaded.state, names), names)
+        return Adapter(replace(self._loaded, state=state, names=names, base=None))
+
     def save(
         self,
         path: str | os.PathLike[str],
@@ -175,6 +187,18 @@ class Adapter(Mapping[str, "Update"]):
         return write_adapter(
             self._loaded, Path(path), layout or self.layout, overwrite=overwrite, hashes=hashes
         )
+
+
+def shapes_of(model: Any) -> dict[str, tuple[int, ...]]:
+    """The shape of every module's weight of a live model by the module's name, as it was built."""
+    shapes = {}
+    for name, parameter in model.named_parameters(remove_duplicate=False):
+        path, _, leaf = (
+            name.replace(".base_layer.", ".").replace(".original_module.", ".").rpartition(".")
+        )
+        if leaf == "weight" and path:
+            shapes[path] = tuple(parameter.shape)
+    return shapes
 
 
 def parts(path: Path) -> Counter[str]:

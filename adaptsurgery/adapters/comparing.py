@@ -4,11 +4,13 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable, Iterator
+from dataclasses import replace
 from typing import TYPE_CHECKING
 
 from adaptsurgery.adapters.loading import Loaded
 from adaptsurgery.adapters.renaming import comparable, uncut
 from adaptsurgery.adapters.report import Report, Row
+from adaptsurgery.adapters.rows import in_one_form
 from adaptsurgery.adapters.updates import (
     base_weight,
     check_finite,
@@ -18,7 +20,7 @@ from adaptsurgery.adapters.updates import (
 )
 from adaptsurgery.checkpoint.bridge import to_torch
 from adaptsurgery_formats import ModuleState
-from adaptsurgery_formats.errors import SurgeryError
+from adaptsurgery_formats.errors import InexactError, SurgeryError
 from adaptsurgery_formats.state import options_of
 from adaptsurgery_formats.tensors import same_bytes
 from adaptsurgery_formats.traits import traits_of
@@ -55,6 +57,7 @@ class VerificationError(SurgeryError):
 
 def compare(a: Loaded, b: Loaded) -> Iterator[Row]:
     """One row per module that either adapter has; raises where replaced parameters differ."""
+    a, b = _in_one_form(a, b)
     whole = uncut(a.state, a.names) | uncut(b.state, b.names)
     ours = _by_place(comparable(a.state, a.names, whole))
     theirs = _by_place(comparable(b.state, b.names, whole))
@@ -71,6 +74,17 @@ def compare(a: Loaded, b: Loaded) -> Iterator[Row]:
                 yield Row(label, algorithm, IDENTICAL, detail="adds nothing")
             else:
                 yield Row(label, algorithm, f"only in the {where}", 1.0)
+
+
+def _in_one_form(a: Loaded, b: Loaded) -> tuple[Loaded, Loaded]:
+    """Both with the modules that are parts of different wholes put together, where that can be."""
+    if a.names is None or b.names is None:
+        return a, b
+    try:
+        first, second = in_one_form([a.state, b.state], b.names)
+    except InexactError:
+        return a, b  # not one module: they differ, and are shown so
+    return replace(a, state=first), replace(b, state=second)
 
 
 def _adds_nothing(module: ModuleState) -> bool:

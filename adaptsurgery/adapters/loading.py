@@ -25,7 +25,7 @@ from adaptsurgery_formats.errors import (
     nearest,
 )
 from adaptsurgery_formats.files import META_OURS, META_PREFIX
-from adaptsurgery_formats.names import TABLES, Names, names_of_base, table
+from adaptsurgery_formats.names import TABLES, Names, names_of_base, names_of_modules, table
 from adaptsurgery_formats.peft_config import MAX_CONFIG, parsed_config
 from adaptsurgery_formats.resolve import (
     refuse_twice,
@@ -198,7 +198,7 @@ def names_of(base: AnyBase) -> tuple[Names, Base | None]:
     A mapping is such a list itself, of one model: module path → its weight's shape.
     """
     if isinstance(base, Mapping):
-        return names_of_base({"": base}, "the model"), None
+        return names_of_modules(base, "the model"), None
     spec = os.fspath(base)
     if spec in TABLES and not os.path.lexists(spec):
         return table(spec), None
@@ -206,8 +206,8 @@ def names_of(base: AnyBase) -> tuple[Names, Base | None]:
         raise FileError("there is no such base", where=spec, next=hint, code="no-such-file")
     from adaptsurgery.checkpoint.hub import base_headers
 
-    found = base_headers(spec)
-    return names_of_base(found.components, found.where), found
+    read = base_headers(spec)
+    return names_of_base(read.components, read.where, read.parameters, read.configs), read
 
 
 def read_files(path: Path) -> list[AdapterFile]:

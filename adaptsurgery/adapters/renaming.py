@@ -78,6 +78,11 @@ def _naming(component: Component, target: Format) -> str:
     return "native" if component.stored == "native" else target.naming
 
 
+def at_one_scale(part: Parts, component: Component, state: AdapterState) -> list[ModuleState]:
+    """The modules, those that make up one fused module all at one scale: the ratios are folded."""
+    return _at_one_scale(part, component, partial(_multiplied, state))
+
+
 def _at_one_scale(
     part: Parts, component: Component, multiply: Callable[[Levelled], Parts]
 ) -> list[ModuleState]:

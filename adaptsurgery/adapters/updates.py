@@ -9,15 +9,15 @@ from dataclasses import replace
 from typing import TYPE_CHECKING
 
 from adaptsurgery.adapters.loading import Loaded
-from adaptsurgery.adapters.orientation import is_transposed, turned_by
 from adaptsurgery.checkpoint.bridge import from_torch, to_torch
 from adaptsurgery.checkpoint.finite import count_nonfinite, find_nonfinite
 from adaptsurgery.checkpoint.writer import non_finite_error
 from adaptsurgery_formats import ModuleState, Tensor
 from adaptsurgery_formats.errors import InexactError, LayoutError, ValueRefused
-from adaptsurgery_formats.names import Component, Names
-from adaptsurgery_formats.state import ALPHA_OVER_R, module_rank, options_of
-from adaptsurgery_formats.tensors import concat_rows
+from adaptsurgery_formats.names import Names
+from adaptsurgery_formats.names.orientation import is_transposed, turned_by
+from adaptsurgery_formats.names.rows import Rows
+from adaptsurgery_formats.state import ALPHA_OVER_R, delta_shape, module_rank, options_of
 from adaptsurgery_formats.traits import TRAITS, Traits
 
 if TYPE_CHECKING:
@@ -144,39 +144,26 @@ def base_weight(loaded: Loaded, module: ModuleState) -> torch.Tensor:
         )
     component = loaded.names.components[module.component]
     home = module.component if module.component in loaded.base.parameters else ""
-    pieces_of = _pieces(module, component)
-    pieces = [
-        loaded.base.weight(home, name).rows(start, stop) if stop else loaded.base.weight(home, name)
-        for name, start, stop in pieces_of
-    ]
-    weight = to_torch(_joined(pieces))
-    name, parameters = pieces_of[0][0], loaded.base.parameters[home]
-    config = loaded.base.configs.get(home, {})
-    turned = turned_by(module, tuple(weight.shape), name, parameters, config)
+    rows = component.rows(module.path, module.naming, delta_shape(module)[0])
+    weight = _joined([_taken(loaded.base.parameter(home, r.name), r) for r in rows])
+    if len(rows) > 1 or rows[0].turned is not None:
+        return weight
+    parameters, config = loaded.base.parameters[home], loaded.base.configs.get(home, {})
+    turned = turned_by(module, tuple(weight.shape), rows[0].name, parameters, config)
     return weight.t() if turned else weight
 
 
-def _joined(pieces: list[Tensor]) -> Tensor:
-    return pieces[0] if len(pieces) == 1 else concat_rows(pieces)
+def _taken(tensor: Tensor, rows: Rows) -> torch.Tensor:
+    """Rows of a stored tensor's canonical form (o, i, *k)."""
+    if rows.index is not None:
+        tensor = tensor.rows(rows.index, rows.index + 1).reshape(*tensor.shape[1:])
+    if not rows.turned:
+        return to_torch(tensor.rows(rows.start, rows.stop) if rows.stop else tensor)
+    turned = to_torch(tensor).t()
+    return turned[rows.start : rows.stop] if rows.stop else turned
 
 
-def _pieces(module: ModuleState, component: Component) -> list[tuple[str, int, int]]:
-    """(stored name, first row, last row) of the stored weights that make up a module's.
+def _joined(parts: list[torch.Tensor]) -> torch.Tensor:
+    import torch
 
-    A stop of 0 takes the whole. A base stored under native names holds several diffusers modules
-    in one fused weight, or one in another order of its rows.
-    """
-    stored_native = component.stored == "native"
-    if stored_native == (module.naming == "native"):
-        name = module.path if stored_native else component.called(module.path)
-        return [(name, 0, 0)]
-    if not stored_native:
-        return [(component.called(s.path), s.start, s.stop) for s in component.native[module.path]]
-    native = component.native_of[module.path]
-    found, at = [], 0
-    for segment in component.native[native]:
-        rows = segment.stop - segment.start
-        if segment.path == module.path:
-            found.append((segment.start, at, at + rows))
-        at += rows
-    return [(native, start, stop) for _, start, stop in sorted(found)]
+    return parts[0] if len(parts) == 1 else torch.cat(parts)

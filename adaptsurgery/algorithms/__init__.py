@@ -13,6 +13,7 @@ from torch import Tensor
 from adaptsurgery.algorithms.dora import DoRA
 from adaptsurgery.algorithms.full import Full, Norm
 from adaptsurgery.algorithms.hra import HRA, HRAConfig
+from adaptsurgery.algorithms.ia3 import IA3, IA3Config
 from adaptsurgery.algorithms.loha import LoHa, LoHaConfig
 from adaptsurgery.algorithms.lokr import LoKr, LoKrConfig
 from adaptsurgery.algorithms.lora import LoRA, Truncation
@@ -25,15 +26,17 @@ from adaptsurgery_formats.traits import named as table
 from adaptsurgery_formats.traits import traits_of
 
 # A new algorithm: its file, and its line here.
-ALGORITHMS: tuple[type[Update], ...] = (LoRA, LoHa, LoKr, HRA, Full, Norm)
+ALGORITHMS: tuple[type[Update], ...] = (LoRA, LoHa, LoKr, HRA, IA3, Full, Norm)
 
 __all__ = [
     "ALGORITHMS",
     "HRA",
+    "IA3",
     "AdapterConfig",
     "DoRA",
     "Full",
     "HRAConfig",
+    "IA3Config",
     "LoHa",
     "LoHaConfig",
     "LoKr",
@@ -153,8 +156,8 @@ def fitter(algorithm: str) -> Callable[..., Fit]:
             next="one of " + ", ".join(table(lambda row: row.extracts)),
             code="no-fit",
         )
-    found: Callable[..., Fit] = home.fit
-    return found
+    fit: Callable[..., Fit] = home.fit
+    return fit
 
 
 def _check_slots(chosen: Any, given: Mapping[str, Any], magnitude: bool) -> None:

@@ -36,7 +36,7 @@ _LEAST = 2.0**-48  # a norm below it may have lost squares that float32 does not
 
 @dataclass(frozen=True, eq=False)
 class DoRA(Renorm):
-    """A Delta with new norms, ``magnitude``: its axis is told by its shape. ShapeError for neither."""
+    """A Delta with new norms; the shape of ``magnitude`` says the axis. ShapeError for no such shape."""
 
     magnitude: Tensor
 
@@ -100,7 +100,7 @@ class DoRA(Renorm):
         gate: Gates = None,
         seen: Gates = None,
     ) -> Tensor:
-        """Around a LoRA from its factors: the gain goes on the input's or the output's channels.
+        """Around a LoRA it takes the factors: the gain goes on the input's or the output's channels.
 
         The norms of other deltas need W + sΔ in any case, so those fold.
         """
@@ -145,8 +145,8 @@ class DoRA(Renorm):
     def truncated(self, weight: Tensor, rank: int, dtype: torch.dtype | None = None) -> Truncation:
         """The nearest LoRA of ``rank`` to W' − W, for this canonical ``weight`` only."""
         full = self.to_full(weight.to(torch.float64))
-        found = truncate(full.matrix(), rank)
-        return truncation(found, full, dtype or self.inner.wide_dtype(), full.diff_b)
+        approximation = truncate(full.matrix(), rank)
+        return truncation(approximation, full, dtype or self.inner.wide_dtype(), full.diff_b)
 
 
 def _gain(magnitude: Tensor, norms: Tensor) -> Tensor:

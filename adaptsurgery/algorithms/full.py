@@ -77,7 +77,7 @@ class Difference(Delta):
             block.add_(self.difference[start:stop].reshape(block.shape), alpha=factor)
 
     def prepared(self, dtype: torch.dtype, device: torch.device | None = None) -> Self:
-        """On the device; not cast, for ``add_rows_`` widens a block of rows as it adds it."""
+        """The same difference on the device, not cast: ``add_rows_`` widens each block that it adds."""
         return self.cast(next(iter(self.tensors().values())).dtype, device)
 
     def folded(self, weight: Tensor, gate: Tensor | None = None) -> Tensor:
@@ -138,8 +138,8 @@ class Full(Difference):
 
     def truncated(self, rank: int, dtype: torch.dtype | None = None) -> Truncation:
         """The nearest LoRA of ``rank``; diff_b becomes its up_bias."""
-        found = truncate(self.matrix().double(), rank)
-        return truncation(found, self, dtype, self.diff_b)
+        approximation = truncate(self.matrix().double(), rank)
+        return truncation(approximation, self, dtype, self.diff_b)
 
 
 @dataclass(frozen=True, eq=False)

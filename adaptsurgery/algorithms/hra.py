@@ -283,23 +283,23 @@ def orthonormal(columns: Tensor) -> Tensor:
 
 
 def fit(base: Tensor, tuned: Tensor, goal: Goal, *, seed: int = 0, whole: bool = False) -> Fit:
-    """W1 ≈ W0·H1···Hr by a Procrustes problem in r dimensions (core/procrustes.py), and its error.
+    """W1 ≈ W0·H1···Hr by a Procrustes problem in r dimensions (nearest/procrustes.py), and its error.
 
     Exact where ``tuned`` is ``base`` with such a chain in it. No chain, however long, comes nearer
     than ``limit``, the best orthogonal matrix (left out above 2,048 columns, 2·o if that is fewer:
     it costs an SVD). The ranks that goals find are even, as PEFT wants them; a rotation in an odd
-    number of dimensions takes one reflection fewer. ``whole``: all that were asked for, whatever it
-    costs: PEFT has one rank for all layers. Vectors in float32, float64 where a weight is.
+    number of dimensions takes one reflection fewer. ``whole`` takes all that were asked for, at
+    any cost: PEFT has one rank for all layers. Vectors are in float32, float64 where a weight is.
     Raises what ``difference`` and ``rank_for`` do.
     """
-    found = difference(base, tuned)
+    delta = difference(base, tuned)
     with torch.no_grad():
         problem = Procrustes(base.flatten(1), tuned.flatten(1))
-        columns, total = math.prod(found.shape[1:]), norm_of(found)
+        columns, total = math.prod(delta.shape[1:]), norm_of(delta)
 
         @cache
         def attempt(rank: int) -> HRA:
-            return HRA(_chain(problem, rank, seed, whole).to(found.dtype))
+            return HRA(_chain(problem, rank, seed, whole).to(delta.dtype))
 
         def error_at(rank: int) -> float:
             turned = attempt(rank).fold(base.double()) if total else base

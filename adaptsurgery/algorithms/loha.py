@@ -9,7 +9,7 @@ FedPara (arXiv 2108.06098), as LyCORIS (arXiv 2309.14859) and PEFT write it:
 With P[o, (p, q)] = w1_a[o, p]·w2_a[o, q] and Q[(p, q), n] = w1_b[p, n]·w2_b[q, n] (Khatri–Rao)
 Δ = P·Q exactly: a LoRA of rank r².
 
-``fit`` and ``extract`` find a LoHa near the difference of two weights (core/hadamard.py).
+``fit`` and ``extract`` find a LoHa near the difference of two weights (nearest/hadamard.py).
 """
 
 from __future__ import annotations
@@ -116,7 +116,7 @@ class LoHa(Delta):
         return up, down
 
     def delta(self, x: Tensor, layer: Layer, form: Form = "factored") -> Tensor:
-        """By Khatri–Rao factors; "bilinear" (linear layers, few tokens) builds not even those:
+        """Δ·x by Khatri–Rao factors; "bilinear" (linear layers, few tokens) builds not even those:
 
         y[o] = Σ w1_a[o, p] M[p, q] w2_a[o, q] with M = w1_b·diag(x)·w2_bᵀ, one (r, r) a token.
         """
@@ -190,7 +190,7 @@ class LoHaConfig(LycorisConfig):
 def fit(base: Tensor, tuned: Tensor, goal: Goal, *, seed: int = 0) -> Fit:
     """A LoHa near W1 − W0, of the goal's size; convolutions flat, (o, i·∏k), at scale 1.
 
-    Never farther than the LoRA of its rank. A product of rank r is found again where r² is at most a
+    It is never farther than the LoRA of its rank. A product of rank r is found again where r² is at most a
     quarter of the shorter of o and i·∏k; above it not always, and from that side on hardly ever: the
     search has then no smaller space to go through. The best one cannot be told, so a rank found
     for ``energy`` or ``max_error`` is the least of those tried, by doubling and bisection. Raises
@@ -215,10 +215,10 @@ def fit(base: Tensor, tuned: Tensor, goal: Goal, *, seed: int = 0) -> Fit:
 
 
 def _fitted(delta: Tensor, exponent: int, rank: int, seed: int) -> Fit:
-    """Of a D·2⁻ᵉ ``in_range``."""
-    found = nearest_product(delta.flatten(1), rank, seed)
-    columns = found.columns.transpose(1, 2)
-    factors = (found.rows[0], columns[0], found.rows[1], columns[1])
+    """The Fit of one rank to D, searched for at ``delta`` = D·2⁻ᵉ, of ``in_range``."""
+    product = nearest_product(delta.flatten(1), rank, seed)
+    columns = product.columns.transpose(1, 2)
+    factors = (product.rows[0], columns[0], product.rows[1], columns[1])
     slots = [factor.to(delta).contiguous() for factor in factors]
     shape = tuple(delta.shape)
     error = error_of(LoHa(*slots, weight_shape=shape), delta)
@@ -230,6 +230,6 @@ def _fitted(delta: Tensor, exponent: int, rank: int, seed: int) -> Fit:
         norm=norm,
         rank=rank,
         parameters=sum(slot.numel() for slot in slots),
-        spectrum=found.spectrum * low * high,
-        notes=found.notes if norm else ("the two weights are equal: Δ is zero",),
+        spectrum=product.spectrum * low * high,
+        notes=product.notes if norm else ("the two weights are equal: Δ is zero",),
     )

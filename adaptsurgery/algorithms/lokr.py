@@ -7,7 +7,7 @@ With o = a·b and i = c·d:
         or tucker  w2_a (r, b)   w2_b (r, d)   t2 (r, r, *k):  w2[b, d, k] = Σ t2[p, q, k] w2_a[p, b] w2_b[q, d]
     Δ[(a, b), (c, d), k] = w1[a, c] · w2[b, d, k]
 
-``fit`` and ``extract`` find the LoKr nearest to the difference of two weights (core/kronecker.py),
+``fit`` and ``extract`` find the LoKr nearest to the difference of two weights (nearest/kronecker.py),
 in shapes that PEFT or LyCORIS makes again when it loads them.
 """
 
@@ -147,7 +147,7 @@ class LoKr(Delta):
         return LoKr(**whole, scale=self.scale, weight_shape=shape)
 
     def prepared(self, dtype: torch.dtype, device: torch.device | None = None) -> LoKr:
-        """Cast, both factors whole: multiplied in float64, which costs nothing at their size."""
+        """The same Δ cast, both factors whole: multiplied in float64, which at their size is cheap."""
         held = next(iter(self.tensors().values())).device
         return self.cast(widest(device or held)).flat().cast(dtype, device)
 
@@ -223,7 +223,7 @@ class LoKr(Delta):
         return (left[..., :, None] * right[..., None, :]).flatten(-2)
 
     def _mixing(self) -> tuple[str, int, int]:
-        """Whether w1 goes before or after w2; multiplications and numbers streamed, a position."""
+        """Whether w1 goes before or after w2; multiplications and numbers streamed per position."""
         (a, c), (b, columns) = self.outer_shape, self.inner_shape
         r = self.w2_b.shape[0] if self.w2_b is not None else columns
         inner = min(b * columns, r * (b + columns))
@@ -252,7 +252,7 @@ class LoKr(Delta):
     def truncated(self, rank: int, dtype: torch.dtype | None = None) -> Truncation:
         """The nearest LoRA of ``rank``: SVD(w1) ⊗ SVD(w2) is Δ's SVD, of which the top products stay.
 
-        O of the factors' SVDs; ShapeError for rank < 1.
+        It costs the factors' SVDs. Raises ShapeError for rank < 1.
         """
         check_rank(rank)
         wide = self.cast(torch.float64)
@@ -263,8 +263,8 @@ class LoKr(Delta):
         first, second = order[:rank] // len(s2), order[:rank] % len(s2)
         up = (u1[:, None, first] * u2[None, :, second]).flatten(0, 1)
         down = (v1[first][:, :, None] * v2[second][:, None, :]).flatten(1)
-        found = split(up, s[:rank], down, tail_error(s, rank))
-        return truncation(found, self, dtype)
+        approximation = split(up, s[:rank], down, tail_error(s, rank))
+        return truncation(approximation, self, dtype)
 
 
 def kron(left: Tensor, right: Tensor) -> Tensor:
@@ -327,13 +327,13 @@ class LoKrConfig(LycorisConfig):
 def candidates(shape: tuple[int, ...], loader: str = "peft") -> list[int]:
     """A factor for every way in which a loader can cut a weight (o, i, *k), -1 first.
 
-    Less the one that makes w1 a single number, and so a LoRA of the LoKr, where there are others.
+    One that makes w1 a single number, and so a LoRA of the LoKr, is left out if there are others.
     ``loader`` is "peft" or "lycoris"; ValueRefused for another.
     """
     _check_loader(loader)
-    found = sweepable_factors(shape[0], shape[1], loader)
-    crossed = [f for (out, into), f in found.items() if (out[0], into[0]) != (1, 1)]
-    return crossed or [*found.values()]
+    factors = sweepable_factors(shape[0], shape[1], loader)
+    crossed = [f for (out, into), f in factors.items() if (out[0], into[0]) != (1, 1)]
+    return crossed or [*factors.values()]
 
 
 def fit(
@@ -359,13 +359,13 @@ def fit(
     factors = [-1 if factor is None else factor]
     if factor is None and goal.rank is None and base.dim() > 1:
         factors = candidates(tuple(base.shape), loader)
-    found = sweep(
+    fits = sweep(
         base, tuned, goal, factors,
         seed=seed, decompose_both=decompose_both, tucker=tucker, loader=loader,
     ).values()  # fmt: skip
     if goal.budget is not None:
-        return min(found, key=lambda one: (one.error, one.parameters))
-    return min(found, key=lambda one: (one.parameters, one.error))
+        return min(fits, key=lambda one: (one.error, one.parameters))
+    return min(fits, key=lambda one: (one.parameters, one.error))
 
 
 def sweep(
@@ -388,7 +388,7 @@ def sweep(
     delta, exponent = in_range(difference(base, tuned))
     cut = FACTORIZATIONS[loader]
     met: dict[object, Fit | ValueRefused] = {}
-    found: dict[int, Fit] = {}
+    fits: dict[int, Fit] = {}
     for factor in factors:
         out, into = cut(delta.shape[0], _checked(factor)), cut(delta.shape[1], factor)
         if (out, into) not in met:
@@ -396,10 +396,10 @@ def sweep(
             storage = Storage(shape, out, into, decompose_both, tucker, loader)
             met[out, into] = _met(_Search(delta, exponent, storage, seed), goal)
         if isinstance(one := met[out, into], Fit):
-            found[factor] = one
-    if not found:
+            fits[factor] = one
+    if not fits:
         raise _none_of([one for one in met.values() if isinstance(one, ValueRefused)])
-    return found
+    return fits
 
 
 def _met(search: _Search, goal: Goal) -> Fit | ValueRefused:
@@ -410,12 +410,14 @@ def _met(search: _Search, goal: Goal) -> Fit | ValueRefused:
 
 
 def _none_of(refusals: list[ValueRefused]) -> ValueRefused:
-    """What was refused at every factor, as one error."""
+    """The refusals of all factors, as one error."""
     if len(refusals) == 1:
         return refusals[0]
-    told = next((r for r in refusals if r.code != "not-loadable"), refusals[0])
-    seen = sorted({r.seen for r in refusals if r.code == told.code})
-    return ValueRefused(f"{told.what}, at any factor", items=seen, next=told.next, code=told.code)
+    refusal = next((r for r in refusals if r.code != "not-loadable"), refusals[0])
+    seen = sorted({r.seen for r in refusals if r.code == refusal.code})
+    return ValueRefused(
+        f"{refusal.what}, at any factor", items=seen, next=refusal.next, code=refusal.code
+    )
 
 
 def _check_loader(loader: str) -> None:
@@ -433,7 +435,7 @@ def _checked(factor: int) -> int:
 
 @dataclass(eq=False)
 class _Search:
-    """One cut of one difference, ``in_range``, and the fits that were made of it."""
+    """Fits LoKrs of one cut to one difference, which is ``in_range``, and remembers the fits."""
 
     delta: Tensor
     exponent: int
@@ -490,8 +492,8 @@ class _Search:
 
     def _solved(self, rank: int) -> Fit:
         shapes = self.storage.shapes(rank)
-        found = self._nearest(rank, shapes)
-        slots = {name: t.reshape(shapes[name]).to(self.delta) for name, t in found.items()}
+        factors = self._nearest(rank, shapes)
+        slots = {name: t.reshape(shapes[name]).to(self.delta) for name, t in factors.items()}
         error = error_of(self._built(slots), self.delta)
         first = [name for name in slots if name.startswith("w1")]
         second = [name for name in slots if name not in first]
@@ -520,8 +522,8 @@ class _Search:
             Tucker(rank) if "t2" in shapes else LowRank(rank) if "w2_a" in shapes else Whole(),
         )
         sides = (a, c), (b, d, math.prod(self.delta.shape[2:]))
-        found = nearest_product(self.rearranged, self.start, sides, cuts)
-        return dict(zip(shapes, (*found.first, *found.second)))
+        product = nearest_product(self.rearranged, self.start, sides, cuts)
+        return dict(zip(shapes, (*product.first, *product.second)))
 
     def _notes(self, rank: int, shapes: Shapes) -> tuple[str, ...]:
         if not self.size:

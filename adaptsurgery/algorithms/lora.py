@@ -108,7 +108,7 @@ class LoRA(Delta):
         block.addmm_(self.up[start:stop], self.down, alpha=factor)
 
     def prepared(self, dtype: torch.dtype, device: torch.device | None = None) -> LoRA:
-        """Cast, and two matrices."""
+        """The same Δ, cast, as two matrices."""
         up, down = self.cast(dtype, device).factors()
         return LoRA(up, down, scale=self.scale, up_bias=self.up_bias)
 
@@ -133,7 +133,7 @@ class LoRA(Delta):
         return layer.low_rank(x, up, ready.down.flatten(1), mid)
 
     def norms(self, weight: Tensor, axis: int) -> Tensor:
-        """From Gram matrices: ‖W‖² + 2s⟨W, Δ⟩ + s²‖Δ‖², each over one axis, Δ never built."""
+        """The norms from Gram matrices: ‖W‖² + 2s⟨W, Δ⟩ + s²‖Δ‖², each over one axis, Δ never built."""
         up, down = self.like(weight).factors()
         wide = weight.flatten(1)
         if axis == 0:
@@ -153,19 +153,22 @@ class LoRA(Delta):
     def truncated(self, rank: int, dtype: torch.dtype | None = None) -> Truncation:
         """The nearest LoRA of ``rank`` (Eckart–Young), by QR of both factors. Keeps the scale.
 
-        In the factors' dtype, float32 at least, unless ``dtype`` says. ShapeError for rank < 1.
+        It has the factors' dtype, float32 at least, unless ``dtype`` says. ShapeError for rank < 1.
         """
-        found = truncate_factors(*self.cast(torch.float64).factors(), rank)
-        return truncation(found, self, dtype, self.up_bias)
+        approximation = truncate_factors(*self.cast(torch.float64).factors(), rank)
+        return truncation(approximation, self, dtype, self.up_bias)
 
 
 def truncation(
-    found: Approximation, source: Delta, dtype: torch.dtype | None, up_bias: Tensor | None = None
+    approximation: Approximation,
+    source: Delta,
+    dtype: torch.dtype | None,
+    up_bias: Tensor | None = None,
 ) -> Truncation:
     """Factors found for ``source``, as a LoRA of its shape and scale."""
-    lora = LoRA.of_factors(found.up, found.down, source.shape, source.scale)
+    lora = LoRA.of_factors(approximation.up, approximation.down, source.shape, source.scale)
     lora = lora.cast(dtype or source.wide_dtype())
-    return Truncation(replace(lora, up_bias=up_bias), found.error)
+    return Truncation(replace(lora, up_bias=up_bias), approximation.error)
 
 
 def axis_squares(weight: Tensor, axis: int) -> Tensor:
@@ -183,10 +186,10 @@ def fit(base: Tensor, tuned: Tensor, goal: Goal, *, seed: int = 0, tucker: bool 
     fewer numbers a rank, and at equal numbers a larger error. Raises what ``difference`` and
     ``rank_for`` do.
     """
-    found = difference(base, tuned)
-    if tucker and math.prod(found.shape[2:]) > 1:
-        return _fit_tucker(found, goal, seed)
-    matrix = found.flatten(1)
+    delta = difference(base, tuned)
+    if tucker and math.prod(delta.shape[2:]) > 1:
+        return _fit_tucker(delta, goal, seed)
+    matrix = delta.flatten(1)
     o, n = matrix.shape
     if goal.most_error is not None:
         triples = leading_until(matrix, goal.met_by, seed=seed)
@@ -194,11 +197,11 @@ def fit(base: Tensor, tuned: Tensor, goal: Goal, *, seed: int = 0, tucker: bool 
         rank = rank_for(goal, most=min(o, n), parameters=lambda r: r * (o + n), error_at=_unasked)
         triples = leading(matrix, rank, seed=seed)
     up, down, _ = split(triples.u, triples.s, triples.vt, 0.0)
-    lora = LoRA.of_factors(up, down, tuple(found.shape)).cast(found.dtype)
+    lora = LoRA.of_factors(up, down, tuple(delta.shape)).cast(delta.dtype)
     notes = (*cut_down(goal, lora.rank), *_zeros(triples))
     if tucker:
         notes = (*notes, "a kernel of one position has no Tucker core: this is a plain LoRA")
-    return _as_fit(lora, found, triples.s, notes)
+    return _as_fit(lora, delta, triples.s, notes)
 
 
 def _unasked(rank: int) -> float:
@@ -213,21 +216,21 @@ def _zeros(triples: Leading) -> tuple[str, ...]:
     return (f"the difference has rank {alive} up to rounding: a larger one adds nothing",)
 
 
-def _as_fit(lora: LoRA, found: Tensor, spectrum: Tensor, notes: tuple[str, ...]) -> Fit:
+def _as_fit(lora: LoRA, delta: Tensor, spectrum: Tensor, notes: tuple[str, ...]) -> Fit:
     parameters = sum(t.numel() for t in lora.tensors().values())
     return Fit(
-        lora, error_of(lora, found), norm_of(found), lora.rank, parameters, spectrum, notes=notes
+        lora, error_of(lora, delta), norm_of(delta), lora.rank, parameters, spectrum, notes=notes
     )
 
 
-def _fit_tucker(found: Tensor, goal: Goal, seed: int) -> Fit:
-    """One rank on both sides, as the layouts have it."""
-    o, i, k = found.shape[0], found.shape[1], math.prod(found.shape[2:])
-    spectrum = leading(found.flatten(1), min(64, o, i * k), seed=seed).s
+def _fit_tucker(delta: Tensor, goal: Goal, seed: int) -> Fit:
+    """The Tucker LoRA for a goal, with one rank on both sides, as the layouts have it."""
+    o, i, k = delta.shape[0], delta.shape[1], math.prod(delta.shape[2:])
+    spectrum = leading(delta.flatten(1), min(64, o, i * k), seed=seed).s
 
     @cache
     def attempt(rank: int) -> Fit:
-        return _as_fit(_tucker(found, rank, seed), found, spectrum, cut_down(goal, rank))
+        return _as_fit(_tucker(delta, rank, seed), delta, spectrum, cut_down(goal, rank))
 
     rank = rank_for(
         goal,
@@ -239,13 +242,13 @@ def _fit_tucker(found: Tensor, goal: Goal, seed: int) -> Fit:
 
 
 @torch.no_grad()
-def _tucker(found: Tensor, rank: int, seed: int) -> LoRA:
+def _tucker(delta: Tensor, rank: int, seed: int) -> LoRA:
     """Higher-order orthogonal iteration: each side's best space, given the other's, in turn.
 
     It starts from the one-shot decomposition (HOSVD) and no step captures less. A side that has
     fewer than ``rank`` channels gets zeros, so that the core is square. Three factors of equal norm.
     """
-    cube = found.flatten(2)
+    cube = delta.flatten(2)
     left = leading(cube.flatten(1), rank, seed=seed).u.to(cube)
     right = leading(cube.transpose(0, 1).flatten(1), rank, seed=seed).u.to(cube)
     total, captured = norm_of(cube) ** 2, 0.0
@@ -261,12 +264,12 @@ def _tucker(found: Tensor, rank: int, seed: int) -> LoRA:
     parts = [_padded(left, rank), _padded(right, rank).t()]
     mid = F.pad(core, (0, 0, 0, rank - core.shape[1], 0, rank - core.shape[0]))
     up, down, mid = _balanced(parts[0], parts[1], mid)
-    ones = (1,) * (found.dim() - 2)
+    ones = (1,) * (delta.dim() - 2)
     return LoRA(
         up.reshape(-1, rank, *ones),
         down.reshape(rank, -1, *ones),
-        mid.reshape(rank, rank, *found.shape[2:]),
-    ).cast(found.dtype)
+        mid.reshape(rank, rank, *delta.shape[2:]),
+    ).cast(delta.dtype)
 
 
 def _padded(columns: Tensor, rank: int) -> Tensor:

@@ -37,6 +37,7 @@ _GUARD_CALLS = frozenset(
     IsNonOverlappingAndDenseIndicator torch.sym_float torch.sym_int torch.sym_max torch.sym_min
     torch.sym_not torch.sym_ite torch.sym_sum""".split()
 )
+_LARGE = frozenset(["math.factorial", "math.perm", "math.comb"])  # of a few digits, without end
 _GUARD_METHODS = ("size", "stride", "storage_offset", "dim", "ndim", "numel")
 
 _SYMBOL = re.compile(r"[A-Za-z_]\w{0,63}", re.ASCII)
@@ -209,6 +210,9 @@ def _guard(node: ast.expr, text: str, depth: int) -> None:
     """A term of a guard: ``L['x'].size()[0] % 2 == 0``."""
     if depth <= 0:
         raise Unsafe(_short(text))
+    if isinstance(node, ast.BinOp) and isinstance(node.op, ast.Pow | ast.LShift):
+        if not any(isinstance(part, ast.Subscript) for part in ast.walk(node.right)):
+            _exponent(node.right, text)
     if isinstance(node, ast.Call):
         terms = [*_callee(node.func, text), *node.args]
         if node.keywords:
@@ -229,6 +233,8 @@ def _guard(node: ast.expr, text: str, depth: int) -> None:
 def _callee(node: ast.expr, text: str) -> list[ast.expr]:
     """What a guard may call: a listed function, or a method of a tensor, whose tensor it gives."""
     name = _dotted(node)
+    if name in _LARGE:
+        raise Unsafe(ast.unparse(node))
     if name in _GUARD_CALLS or name in FUNCTIONS or re.fullmatch(r"math\.[a-z]\w*", name):
         return []
     if isinstance(node, ast.Attribute) and node.attr in _GUARD_METHODS:

@@ -5,12 +5,13 @@ from __future__ import annotations
 import os
 import pickle
 import re
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, BinaryIO
 
 from adaptsurgery.checkpoint.archives import Archive, BadArchive, read_archive
 from adaptsurgery.checkpoint.failures import as_file_error
+from adaptsurgery.checkpoint.opcodes import Overweight, weigh
 from adaptsurgery.checkpoint.storages import sizes_agree
-from adaptsurgery.checkpoint.system import open_input, read_at
+from adaptsurgery.checkpoint.system import open_file, open_input, read_at
 from adaptsurgery_formats.errors import FileError, SurgeryError
 from adaptsurgery_formats.tensors import Tensor
 
@@ -22,6 +23,7 @@ _PACKED, _RATIO = (
     20,
 )  # bytes that a packed file may unpack to, beside a multiple of its own
 _EXPANDED = 256 << 20  # bytes of a tensor that is larger than its memory
+_OLD_PICKLES = 5  # of a file that is no archive: magic, protocol, system, the object, storages
 
 
 def read_pickle(path: str | os.PathLike[str]) -> dict[str, Tensor]:
@@ -30,7 +32,7 @@ def read_pickle(path: str | os.PathLike[str]) -> dict[str, Tensor]:
     A Lightning checkpoint's ``state_dict`` is unwrapped. A file whose records are packed (torch packs
     none, other zip tools do) is unpacked into memory, all else is mapped. Raises FileError
     ``unsafe-pickle`` for anything but plain data, ``absurd-size`` for what would unpack to far more
-    than the file or is expanded far beyond it, ``bad-file`` for a damaged file or one that holds no
+    than the file or build more than it holds, or is expanded far beyond it, ``bad-file`` for a damaged file or one that holds no
     tensors by name.
     """
     where = os.fspath(path)
@@ -81,12 +83,20 @@ def _archive(where: str) -> Archive | None:
     try:
         length = os.fstat(fd).st_size
         if read_at(fd, 4, 0) != b"PK\3\4":
+            _check_old(where)
             return None
         archive = read_archive(lambda at, count: read_at(fd, count, at), length, longer=True)
+        _check_unpacked(archive, where)
+        _check_pickles(archive, where)
+        return archive
     except BadArchive as error:
         raise _damaged(where, str(error)) from error
     finally:
         os.close(fd)
+
+
+def _check_unpacked(archive: Archive, where: str) -> None:
+    length = archive.length
     if archive.size > _PACKED + _RATIO * length:
         raise FileError(
             "the pickle says of itself that it unpacks to far more than a file of its size holds",
@@ -95,7 +105,35 @@ def _archive(where: str) -> Archive | None:
             next="save it again by torch.save, which packs nothing",
             code="absurd-size",
         )
-    return archive
+
+
+def _check_pickles(archive: Archive, where: str) -> None:
+    """Refuse an archive's pickle that would build what has no end; torch says what else is wrong."""
+    for record in archive.records:
+        if record.name.rpartition("/")[2] == "data.pkl":
+            _weighed(archive.bytes_of(record), where)
+
+
+def _check_old(where: str) -> None:
+    """The same of the pickles, one after the other, of a file that is no archive."""
+    with open_file(where) as file:
+        for _ in range(_OLD_PICKLES):
+            _weighed(file, where)
+
+
+def _weighed(pickled: bytes | BinaryIO, where: str) -> None:
+    try:
+        weigh(pickled)
+    except Overweight as error:
+        raise FileError(
+            "the pickle would build far more than a file of its size holds",
+            where=where,
+            seen=str(error),
+            next="ask for a safetensors file",
+            code="absurd-size",
+        ) from error
+    except (ValueError, LookupError):  # no pickle: torch says so
+        pass
 
 
 # "Trying to load unsupported GLOBAL posix.mkdir whose module posix is blocked."

@@ -30,6 +30,7 @@ from adaptsurgery.checkpoint.descriptions import (
 )
 from adaptsurgery.checkpoint.expressions import Unsafe
 from adaptsurgery.checkpoint.failures import as_file_error, missing_file
+from adaptsurgery.checkpoint.opcodes import Overweight, weigh
 from adaptsurgery.checkpoint.system import open_input, read_at
 from adaptsurgery_formats.errors import FileError
 
@@ -267,8 +268,12 @@ class _Program:
             raise self.absurd(f"`{record.name}` unpacks to {samples.size} bytes")
         if pickles[0].size > _PICKLE:
             raise self.absurd(f"`{record.name}`: a pickle of {pickles[0].size} bytes")
+        data = samples.bytes_of(pickles[0])
         try:
-            _Inspector(io.BytesIO(samples.bytes_of(pickles[0]))).load()
+            weigh(data)
+            _Inspector(io.BytesIO(data)).load()
+        except Overweight as error:
+            raise self.absurd(f"`{record.name}`: {error}") from error
         except _Alien as error:
             raise self.pickled(f"`{record.name}`: {error}") from error
         except (Exception, RecursionError) as error:

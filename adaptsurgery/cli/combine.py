@@ -2,11 +2,12 @@
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 import click
 
 from adaptsurgery.cli import options, output
+from adaptsurgery.jobs.options.adapters import CombineOptions, ResizeOptions
 
 if TYPE_CHECKING:
     from adaptsurgery.adapters.report import Report
@@ -15,32 +16,10 @@ if TYPE_CHECKING:
 @click.command()
 @click.argument("sources", metavar="A[=WEIGHT]...", nargs=-1, required=True)
 @options.OUT
-@options.TO
-@options.BASE
-@click.option("--rank", type=click.IntRange(min=1), help="Truncate to this rank, optimally.")
-@click.option("--allow-lossy", is_flag=True, help="Accept what --rank loses; it is told.")
-@click.option("--allow-zero", is_flag=True, help="Write zeros where everything cancels.")
-@options.ALLOW_NONFINITE
-@options.OVERWRITE
-@options.NO_HASHES
-@options.DRY_RUN
+@options.of(CombineOptions)
 @options.QUIET
 @output.json_option
-def command(
-    sources: tuple[str, ...],
-    out: str,
-    to: str | None,
-    base: str | None,
-    rank: int | None,
-    allow_lossy: bool,
-    allow_zero: bool,
-    allow_nonfinite: bool,
-    overwrite: bool,
-    no_hashes: bool,
-    dry_run: bool,
-    quiet: bool,
-    as_json: bool,
-) -> None:
+def command(sources: tuple[str, ...], out: str, quiet: bool, as_json: bool, **given: Any) -> None:
     """Write one adapter that is the weighted sum of several.
 
     \b
@@ -54,52 +33,17 @@ def command(
     from adaptsurgery.jobs.combining.combine import combine
 
     with output.progress(quiet) as tell:
-        report = combine(
-            sources,
-            out,
-            to=to,
-            base=base,
-            rank=rank,
-            allow_lossy=allow_lossy,
-            allow_zero=allow_zero,
-            allow_nonfinite=allow_nonfinite,
-            overwrite=overwrite,
-            dry_run=dry_run,
-            hashes=not no_hashes,
-            progress=tell,
-        )
-    _tell(report, out, as_json, quiet)
+        report = combine(sources, out, progress=tell, **given)
+    output.finish(report, as_json, quiet, lambda: _print(report, out))
 
 
 @click.command()
 @click.argument("source", metavar="ADAPTER")
 @options.OUT
-@click.option("--rank", type=click.IntRange(min=1), help="The highest rank that a module keeps.")
-@click.option(
-    "--energy", type=float, metavar="E", help="The share of Σσ² that each keeps, as 0.95."
-)
-@options.TO
-@options.BASE
-@options.ALLOW_NONFINITE
-@options.OVERWRITE
-@options.NO_HASHES
-@options.DRY_RUN
+@options.of(ResizeOptions)
 @options.QUIET
 @output.json_option
-def resize_command(
-    source: str,
-    out: str,
-    rank: int | None,
-    energy: float | None,
-    to: str | None,
-    base: str | None,
-    allow_nonfinite: bool,
-    overwrite: bool,
-    no_hashes: bool,
-    dry_run: bool,
-    quiet: bool,
-    as_json: bool,
-) -> None:
+def resize_command(source: str, out: str, quiet: bool, as_json: bool, **given: Any) -> None:
     """Write ADAPTER at a lower rank, the nearest to it there is.
 
     \b
@@ -108,33 +52,16 @@ def resize_command(
 
     Each module's rank before and after and its relative error are told; LoHa and LoKr become LoRA.
     """
-    if (rank is None) == (energy is None):
+    if (given["rank"] is None) == (given["energy"] is None):
         raise click.UsageError("one of --rank and --energy, and not both")
     from adaptsurgery.jobs.resize import resize
 
     with output.progress(quiet) as tell:
-        report = resize(
-            source,
-            out,
-            rank=rank,
-            energy=energy,
-            to=to,
-            base=base,
-            allow_nonfinite=allow_nonfinite,
-            overwrite=overwrite,
-            dry_run=dry_run,
-            hashes=not no_hashes,
-            progress=tell,
-        )
-    _tell(report, out, as_json, quiet)
+        report = resize(source, out, progress=tell, **given)
+    output.finish(report, as_json, quiet, lambda: _print(report, out))
 
 
-def _tell(report: Report, out: str, as_json: bool, quiet: bool) -> None:
-    if as_json:
-        output.print_json({"ok": True, **report.as_dict(), "peak_memory": output.peak_memory()})
-        return
-    if quiet:
-        return
+def _print(report: Report, out: str) -> None:
     facts = report.facts
     for source in facts.get("sources", [{"path": facts["source"], "layout": facts["from"]}]):
         weight = f"  × {source['weight']:g}" if "weight" in source else ""
@@ -144,10 +71,4 @@ def _tell(report: Report, out: str, as_json: bool, quiet: bool) -> None:
     for note in report.notes:
         output.note(note.code, note.where, note.text)
     output.rows(report.rows)
-    written = "wrote" if report.outputs else "dry run: would write"
-    parts = [
-        report.verdict,
-        f"{written} {output.size(facts['bytes'])} to {output.printable(out)}",
-        *output.peak(),
-    ]
-    click.echo(output.paint(" · ".join(parts), "green" if report.outputs else "yellow"))
+    output.verdict(report, output.written(report, out))

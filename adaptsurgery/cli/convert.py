@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 import click
 
 from adaptsurgery.cli import options, output
+from adaptsurgery.jobs.options import TARGETS
+from adaptsurgery.jobs.options.adapters import ConvertOptions
 
 if TYPE_CHECKING:
     from adaptsurgery.adapters.report import Report
@@ -15,48 +17,12 @@ if TYPE_CHECKING:
 @click.command()
 @click.argument("sources", metavar="SRC...", nargs=-1, required=True)
 @options.OUT
-@click.option(
-    "--to", required=True, type=click.Choice(options.TARGETS), help="The layout to write."
-)
-@click.option(
-    "--from",
-    "layout",
-    type=click.Choice(options.LAYOUTS),
-    help="The source's layout, if detection errs.",
-)
-@options.BASE
-@click.option(
-    "--as", "algorithm", type=click.Choice(["lora"]), help="Change the algorithm; exact where it can be."
-)  # fmt: skip
-@click.option("--rank", type=click.IntRange(min=1), help="With --as lora: the highest rank.")
-@click.option("--allow-lossy", is_flag=True, help="Accept approximations; their errors are told.")
-@options.ALLOW_NONFINITE
-@click.option(
-    "--prefix",
-    default="",
-    help="Before kohya's or LyCORIS's names, for models of no bundled table.",
-)
-@options.OVERWRITE
-@options.NO_HASHES
-@options.DRY_RUN
+@click.option("--to", required=True, type=click.Choice(TARGETS), help="The layout to write.")
+@options.of(ConvertOptions)
 @options.QUIET
 @output.json_option
 def command(
-    sources: tuple[str, ...],
-    out: str,
-    to: str,
-    layout: str | None,
-    base: str | None,
-    algorithm: str | None,
-    rank: int | None,
-    allow_lossy: bool,
-    allow_nonfinite: bool,
-    prefix: str,
-    overwrite: bool,
-    no_hashes: bool,
-    dry_run: bool,
-    quiet: bool,
-    as_json: bool,
+    sources: tuple[str, ...], out: str, to: str, quiet: bool, as_json: bool, **given: Any
 ) -> None:
     """Write the adapter SRC in another layout, with the same ΔW.
 
@@ -70,31 +36,13 @@ def command(
     The source's layout is detected. What the target cannot hold exactly is refused; the output is
     there in full or not at all.
     """
-    if rank is not None and algorithm is None:
+    if given["rank"] is not None and given["algorithm"] is None:
         raise click.UsageError("--rank goes with --as lora")
     from adaptsurgery.jobs.convert import convert
 
     with output.progress(quiet) as tell:
-        report = convert(
-            sources,
-            out,
-            to,
-            layout=layout,
-            base=base,
-            algorithm=algorithm,
-            rank=rank,
-            allow_lossy=allow_lossy,
-            allow_nonfinite=allow_nonfinite,
-            prefix=prefix,
-            overwrite=overwrite,
-            dry_run=dry_run,
-            hashes=not no_hashes,
-            progress=tell,
-        )
-    if as_json:
-        output.print_json({"ok": True, **report.as_dict(), "peak_memory": output.peak_memory()})
-    elif not quiet:
-        _print(report, out)
+        report = convert(sources, out, to, progress=tell, **given)
+    output.finish(report, as_json, quiet, lambda: _print(report, out))
 
 
 def _print(report: Report, out: str) -> None:
@@ -107,7 +55,8 @@ def _print(report: Report, out: str) -> None:
     for note in report.notes:
         output.note(note.code, note.where, note.text)
     output.rows(report.rows)
-    click.echo(_verdict(report, out))
+    unused = "0 unused keys"  # a key that no module takes is an error
+    output.verdict(report, unused, output.written(report, out))
 
 
 def _by_component(report: Report) -> list[tuple[str, int]]:
@@ -119,14 +68,3 @@ def _by_component(report: Report) -> list[tuple[str, int]]:
         if owner is not None:
             counts[owner] += 1
     return [(component, count) for component, count in counts.items() if count]
-
-
-def _verdict(report: Report, out: str) -> str:
-    written = "wrote" if report.outputs else "dry run: would write"
-    parts = [
-        report.verdict,
-        "0 unused keys",  # a key that no module takes is an error
-        f"{written} {output.size(report.facts['bytes'])} to {output.printable(out)}",
-        *output.peak(),
-    ]
-    return output.paint(" · ".join(parts), "green" if report.outputs else "yellow")

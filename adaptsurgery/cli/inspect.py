@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
+from itertools import chain, repeat
 from typing import TYPE_CHECKING, Any
 
 import click
@@ -34,7 +35,7 @@ def command(path: str, base: str | None, hashes: bool, as_json: bool) -> None:
     adaptsurgery inspect adapter/ --base model/ --json
 
     Layout, algorithms, ranks, alphas and the scales that follow from them, targets, dtypes,
-    metadata, hashes, and where it can be converted to.
+    metadata, hashes, where it can be converted to, and who reads it as it is.
     """
     from adaptsurgery.jobs.inspect import inspect
 
@@ -68,6 +69,8 @@ def _print(found: Inspection) -> None:
     _print_hashes(found.hashes)
     for target, answer in found.convertible.items():
         output.line(f"to {target}", _convertible(answer))
+    for label, verdict in zip(_labels("read by"), found.readers.values()):
+        output.line(label, _reader(verdict))
     for key, value in found.metadata.items():
         output.line("metadata", f"{key} = {_shortened(value)}")
     for note in found.notes:
@@ -141,6 +144,29 @@ def _convertible(answer: Mapping[str, Any]) -> str:
     if answer["how"] == "rewritten":
         return f"exact up to one rounding: {', '.join(answer['steps'])}"
     return "exact"
+
+
+def _labels(first: str) -> Iterator[str]:
+    """The label of the first of several lines, and none for the others."""
+    return chain((first,), repeat(""))
+
+
+def _reader(verdict: Mapping[str, Any]) -> str:
+    """``LyCORIS, 3 of 4 modules: leaves out a bias difference beside another adapter (1)``."""
+    if verdict["how"] == "whole":
+        return f"{verdict['title']}, whole"
+    reasons = "; ".join(_reason(reason, verdict["modules"]) for reason in verdict["reasons"])
+    if verdict["how"] == "nothing":
+        return f"{verdict['title']}: no, {reasons}"
+    return f"{verdict['title']}, {verdict['read']} of {verdict['modules']} modules: {reasons}"
+
+
+_FATES = {"fails": "fails at ", "drops": "leaves out ", "misreads": "reads without ", "refuses": ""}
+
+
+def _reason(reason: Mapping[str, Any], modules: int) -> str:
+    count = f" ({reason['modules']})" if reason["modules"] < modules else ""
+    return f"{_FATES[reason['fate']]}{reason['what']}{count}"
 
 
 def _shortened(value: str) -> str:

@@ -2,93 +2,41 @@
 
 from __future__ import annotations
 
-import re
 from collections.abc import Callable
-from fractions import Fraction
 from typing import TYPE_CHECKING, Any, TypeVar
 
 import click
 
 from adaptsurgery.cli import options, output
+from adaptsurgery.jobs.options.checkpoints import MergeOptions, UnmergeOptions
 
 if TYPE_CHECKING:
     from adaptsurgery.adapters.report import Report
 
-INTERRUPTED = 130
 _F = TypeVar("_F", bound=Callable[..., Any])
 
 
-def _size(ctx: click.Context, param: click.Parameter, value: str | None) -> int | None:
-    """A number of bytes: 5GB, 500MB, 2GiB; a part of a byte is dropped, and less than one refused."""
-    if value is None:
-        return None
-    parts = re.fullmatch(
-        r"([0-9]{1,20}(?:\.[0-9]{1,20})?)\s*(?:([KMGT])(i?))?B?", value.strip(), re.I
+def _takes(kind: type) -> Callable[[_F], _F]:
+    """BASE, the adapters, OUT and a job's options."""
+    decorators = (
+        click.argument("base", metavar="BASE"),
+        click.argument("adapters", metavar="ADAPTER[=WEIGHT]...", nargs=-1, required=True),
+        options.out("What BASE is: a file or a folder."),
+        options.of(kind),
+        options.QUIET,
+        output.json_option,
     )
-    size = 0
-    if parts:
-        power = "KMGT".find(parts[2].upper()) + 1 if parts[2] else 0
-        size = int(Fraction(parts[1]) * (1024 if parts[3] else 1000) ** power)
-    if not size:
-        raise click.BadParameter(f"{value!r} is no size; 5GB, 500MB, 2GiB", ctx, param)
-    return size
 
+    def decorate(command: _F) -> _F:
+        for each in reversed(decorators):
+            command = each(command)
+        return command
 
-def _options(command: _F) -> _F:
-    """What merge and unmerge have in common."""
-    for option in reversed(_COMMON):
-        command = option(command)
-    return output.json_option(command)
-
-
-_COMMON = (
-    click.argument("base", metavar="BASE"),
-    click.argument("adapters", metavar="ADAPTER[=WEIGHT]...", nargs=-1, required=True),
-    click.option(
-        "-o", "--output", "out", required=True, metavar="OUT", help="What BASE is: a file or a folder."
-    ),
-    click.option(
-        "--dtype", default="auto", show_default=True,
-        type=click.Choice(["auto", "fp32", "bf16", "fp16"]), help="What OUT stores; auto: as BASE.",
-    ),
-    click.option(
-        "--compute", default="fp32", show_default=True, type=click.Choice(["fp32", "fp64"]),
-        help="What weights are folded in, before the one rounding.",
-    ),
-    click.option("--device", default="cpu", show_default=True, help="Where to fold."),
-    click.option("--max-shard-size", callback=_size, metavar="SIZE", help="Deal the shards anew: 5GB."),
-    click.option("--allow-unmatched", is_flag=True, help="Leave out modules that BASE lacks."),
-    options.ALLOW_NONFINITE,
-    click.option(
-        "--skip-links", is_flag=True,
-        help="Leave out files of BASE that are links to places outside of it.",
-    ),
-    click.option("--overwrite", is_flag=True, help="Replace OUT if it is there."),
-    click.option("--dry-run", is_flag=True, help="Plan and tell, from headers alone."),
-    click.option(
-        "--workers", type=click.IntRange(min=1), default=2, show_default=True,
-        help="Threads that read, fold and write.",
-    ),
-    click.option(
-        "--shard-index", type=click.IntRange(min=0), default=0, metavar="I",
-        help="With --num-shards: do part I, from 0.",
-    ),
-    click.option(
-        "--num-shards", type=click.IntRange(min=1), default=1, metavar="N",
-        help="Cut the work into N parts; the last one done completes OUT.",
-    ),
-    click.option(
-        "--norms/--no-norms", default=True, help="Record each layer's norms in the manifest."
-    ),
-    click.option("-q", "--quiet", is_flag=True, help="Print nothing but errors."),
-)  # fmt: skip
+    return decorate
 
 
 @click.command()
-@_options
-@click.option(
-    "--dequantize", is_flag=True, help="Take a BASE in fp8 or int8; OUT is in bf16, or --dtype."
-)
+@_takes(MergeOptions)
 def command(as_json: bool, quiet: bool, **given: Any) -> None:
     """Write BASE with adapters merged into its weights.
 
@@ -107,8 +55,7 @@ def command(as_json: bool, quiet: bool, **given: Any) -> None:
 
 
 @click.command()
-@_options
-@click.option("--against", metavar="ORIGINAL", help="Measure the distance from the original base.")
+@_takes(UnmergeOptions)
 def unmerge_command(as_json: bool, quiet: bool, **given: Any) -> None:
     """Take adapters out of a merged checkpoint again.
 
@@ -124,20 +71,11 @@ def unmerge_command(as_json: bool, quiet: bool, **given: Any) -> None:
 
 
 def _run(job: Callable[..., Report], as_json: bool, quiet: bool, given: dict[str, Any]) -> None:
-    index, count = given["shard_index"], given["num_shards"]
-    if index >= count:
-        raise click.UsageError(f"--shard-index {index} with --num-shards {count}")
+    options.check_part(given["shard_index"], given["num_shards"])
     base, adapters, out = given.pop("base"), list(given.pop("adapters")), given.pop("out")
-    with output.progress(quiet) as tell:
-        try:
-            report = job(base, adapters, out, progress=tell, **given)
-        except KeyboardInterrupt:
-            output.interrupted("finished shards are kept: the same command goes on from them")
-            raise SystemExit(INTERRUPTED) from None
-    if as_json:
-        output.print_json({"ok": True, **report.as_dict(), "peak_memory": output.peak_memory()})
-    elif not quiet:
-        _print(report, out)
+    with output.resumable(quiet, "shards") as tell:
+        report = job(base, adapters, out, progress=tell, **given)
+    output.finish(report, as_json, quiet, lambda: _print(report, out))
 
 
 def _print(report: Report, out: str) -> None:
@@ -152,17 +90,5 @@ def _print(report: Report, out: str) -> None:
         output.line("distance", f"{facts['against']['relative']:.2g} of the original, in all")
     for note in report.notes:
         output.note(note.code, note.where, note.text)
-    click.echo(_verdict(report, out))
-
-
-def _verdict(report: Report, out: str) -> str:
-    if report.outputs:
-        did = f"wrote {output.size(report.facts['bytes'])} to {output.printable(out)}"
-    elif "complete" in report.facts:
-        did = "this part is done"
-    else:
-        did = (
-            f"dry run: would write {output.size(report.facts['bytes'])} to {output.printable(out)}"
-        )
-    parts = [report.verdict, did, *output.peak()]
-    return output.paint(" · ".join(parts), "green" if report.outputs else "yellow")
+    done = "complete" in facts and not report.outputs
+    output.verdict(report, "this part is done" if done else output.written(report, out))

@@ -1,45 +1,124 @@
-"""The options that commands which write an adapter have in common."""
+"""A command's options, out of the fields of its job's; and those that are the command's own."""
 
 from __future__ import annotations
 
+import re
+from collections.abc import Callable
+from dataclasses import Field, fields
+from fractions import Fraction
+from typing import Any, TypeVar
+
 import click
 
-# The layouts by name, spelled out so that --help need not load them; a test compares.
-LAYOUTS = ("peft", "lycoris", "kohya", "diffusers", "comfyui")
-TARGETS = ("peft", "lycoris", "kohya")
+from adaptsurgery.jobs.options import Choices
+
+_F = TypeVar("_F", bound=Callable[..., Any])
 
 
-class Extractable(click.Choice[str]):
-    """The algorithms that ``extract`` offers, looked up when they are asked for and no sooner."""
+def of(options: type) -> Callable[[_F], _F]:
+    """The decorator that gives a command an option for every field of a job's options.
 
-    def __init__(self) -> None:
-        self.case_sensitive = True
+    A field that is not made by ``jobs.options.option`` is the call's alone.
+    """
+    made = [_option(each) for each in fields(options) if each.metadata]
+
+    def decorate(command: _F) -> _F:
+        for option in reversed(made):
+            command = option(command)
+        return command
+
+    return decorate
+
+
+def _option(spec: Field[Any]) -> Callable[[_F], _F]:
+    """One field as a click option; its annotation tells the kind of value."""
+    said, kind = spec.metadata, str(spec.type).removesuffix(" | None")
+    given: dict[str, Any] = {"help": said["help"] or None, "default": spec.default}
+    flag = said["flag"] or "--" + spec.name.replace("_", "-")
+    if kind == "bool":
+        negative = flag.startswith("--no-")
+        if spec.default and not negative:
+            flag = f"{flag}/--no-{flag[2:]}"
+        elif negative:
+            given |= {"is_flag": True, "default": False, "callback": _not}
+        else:
+            given["is_flag"] = True
+    else:
+        given |= {"type": _type(kind, said), "metavar": said.get("metavar")}
+        given |= {"show_default": said.get("shown", False), **_FORMS.get(said.get("form", ""), {})}
+    return click.option(flag, spec.name, **given)
+
+
+def _type(kind: str, said: Any) -> Any:
+    """The click type of a field that is no flag."""
+    if "choices" in said:
+        return Choice(said["choices"])
+    if kind == "int" and "least" in said and "form" not in said:
+        return click.IntRange(said["least"], said.get("most"))
+    return {"int": int, "float": float}.get(kind if "form" not in said else "", str)
+
+
+class Choice(click.Choice[str]):
+    """Choices that may be looked up when they are asked for, and no sooner."""
+
+    def __init__(self, known: Choices) -> None:
+        self.known, self.case_sensitive = known, True
 
     @property
     def choices(self) -> tuple[str, ...]:  # type: ignore[override]
-        from adaptsurgery_formats.traits import named
-
-        return (*named(lambda row: row.extracts), "auto")
+        return self.known() if callable(self.known) else self.known
 
 
-OUT = click.option(
-    "-o", "--output", "out", required=True, metavar="OUT", help="A folder for peft, else a file."
-)
-TO = click.option("--to", type=click.Choice(TARGETS), help="The layout to write; the first's.")
-BASE = click.option(
-    "--base",
-    metavar="BASE",
-    help="The model that the adapter is for, as the list of its modules: a safetensors file, a "
-    "folder, a Hub name, or sd15, sd2, sdxl, flux. Needed where no bundled list has the names.",
-)
-OVERWRITE = click.option("--overwrite", is_flag=True, help="Replace OUT if it is there.")
-NO_HASHES = click.option(
-    "--no-hashes", is_flag=True, help="Leave out kohya's sshs hashes (a second reading)."
-)
-DRY_RUN = click.option("--dry-run", is_flag=True, help="Do everything but write.")
-ALLOW_NONFINITE = click.option(
-    "--allow-nonfinite",
-    is_flag=True,
-    help="Write NaN and infinity that are computed; they are told.",
-)
+def _not(ctx: click.Context, param: click.Parameter, value: bool) -> bool:
+    return not value
+
+
+def _size(ctx: click.Context, param: click.Parameter, value: str | None) -> int | None:
+    """A number of bytes: 5GB, 500MB, 2GiB; a part of a byte is dropped, and less than one refused."""
+    if value is None:
+        return None
+    parts = re.fullmatch(
+        r"([0-9]{1,20}(?:\.[0-9]{1,20})?)\s*(?:([KMGT])(i?))?B?", value.strip(), re.I
+    )
+    size = 0
+    if parts:
+        power = "KMGT".find(parts[2].upper()) + 1 if parts[2] else 0
+        size = int(Fraction(parts[1]) * (1024 if parts[3] else 1000) ** power)
+    if not size:
+        raise click.BadParameter(f"{value!r} is no size; 5GB, 500MB, 2GiB", ctx, param)
+    return size
+
+
+def _ranks(ctx: click.Context, param: click.Parameter, value: tuple[str, ...]) -> dict[str, int]:
+    """NAME=N pairs."""
+    ranks = {}
+    for text in value:
+        name, sign, number = text.rpartition("=")
+        if not sign or not name or not number.isdecimal() or not int(number):
+            raise click.BadParameter(f"{text!r} is not NAME=N", ctx, param)
+        ranks[name] = int(number)
+    return ranks
+
+
+# How text becomes a value that is more than a word or a number.
+_FORMS: dict[str, dict[str, Any]] = {
+    "size": {"callback": _size},
+    "ranks": {"callback": _ranks, "multiple": True, "default": ()},
+    "several": {"multiple": True},
+}
+
 QUIET = click.option("-q", "--quiet", is_flag=True, help="Print nothing but errors.")
+
+
+def out(help: str) -> Callable[[_F], _F]:
+    """-o OUT."""
+    return click.option("-o", "--output", "out", required=True, metavar="OUT", help=help)
+
+
+OUT = out("A folder for peft, else a file.")
+
+
+def check_part(index: int, count: int) -> None:
+    """Refuse a part that the work does not have."""
+    if index >= count:
+        raise click.UsageError(f"--shard-index {index} with --num-shards {count}")

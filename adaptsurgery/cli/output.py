@@ -14,10 +14,11 @@ import click
 if TYPE_CHECKING:
     from collections.abc import Iterator
 
-    from adaptsurgery.adapters.report import Row
+    from adaptsurgery.adapters.report import Report, Row
 
 _F = TypeVar("_F", bound=Callable[..., Any])
 _SHOWN = 10  # rows in the text; --json has them all
+INTERRUPTED = 130
 
 
 class Session:
@@ -170,3 +171,34 @@ def progress(quiet: bool) -> Iterator[Callable[[int, int], None] | None]:
             bar.update(done - bar.n)
 
         yield tell
+
+
+@contextmanager
+def resumable(quiet: bool, finished: str) -> Iterator[Callable[[int, int], None] | None]:
+    """``progress`` of work whose ``finished`` parts are kept where it is interrupted."""
+    with progress(quiet) as tell:
+        try:
+            yield tell
+        except KeyboardInterrupt:
+            interrupted(f"finished {finished} are kept: the same command goes on from them")
+            raise SystemExit(INTERRUPTED) from None
+
+
+def finish(report: Report, as_json: bool, quiet: bool, show: Callable[[], object]) -> None:
+    """End a command: its report as JSON, or as ``show`` prints it, or not at all."""
+    if as_json:
+        print_json({"ok": True, **report.as_dict(), "peak_memory": peak_memory()})
+    elif not quiet:
+        show()
+
+
+def verdict(report: Report, *parts: str) -> None:
+    """The last line of a text: what came out of it, green where something was written."""
+    text = " · ".join([report.verdict, *parts, *peak()])
+    click.echo(paint(text, "green" if report.outputs else "yellow"))
+
+
+def written(report: Report, out: str) -> str:
+    """``wrote 45.1 kB to OUT``, or what a dry run would have."""
+    did = "wrote" if report.outputs else "dry run: would write"
+    return f"{did} {size(report.facts['bytes'])} to {printable(out)}"

@@ -66,17 +66,17 @@ class Place:
 
 @dataclass(frozen=True, eq=False)
 class Grid:
-    """What the numbers of a quantised tensor are multiplied by, before anything is added.
+    """The factors of a quantised tensor's numbers, which come before anything is added.
 
-    Number [m, n] of the stored matrix by values[m // a, n // b] with (a, b) = ``block``; where that
-    is 0, as many rows or columns as make ``values`` (p, q) cover all.
+    Number [m, n] of the stored matrix is multiplied by values[m // a, n // b], (a, b) = ``block``;
+    an a or b of 0 stands for as many rows or columns as make ``values`` (p, q) cover all.
     """
 
     values: Tensor
     block: tuple[int, int] = (0, 0)
 
     def step(self, rows: int, columns: int) -> Step:
-        """As the first step of an edit."""
+        """The multiplication as the first step of an edit."""
         p, q = self.values.shape
         a, b = self.block[0] or -(-rows // p), self.block[1] or -(-columns // q)
 
@@ -106,7 +106,7 @@ class _Region(NamedTuple):
 class Step(NamedTuple):
     """One update on one region: ``change(view, n)`` for the region's stored rows from n on.
 
-    ``whole``: all rows of the region at once; else any of them.
+    A ``whole`` step takes all rows of the region at once, any other some of them.
     """
 
     region: _Region
@@ -202,14 +202,14 @@ def edit_of(
     place ("two-renorms"), numbers that are no rotation, and InexactError ("no-inverse",
     "cannot-split") for what cannot be taken out, or cut.
     """
-    found = check_places(places, shape, inverse=inverse)
-    stacked = len(shape) > 1 and any(place.expert is not None for place, _ in found)
+    pairs = check_places(places, shape, inverse=inverse)
+    stacked = len(shape) > 1 and any(place.expert is not None for place, _ in pairs)
     rows = math.prod(shape[: 2 if stacked else 1])
     columns = math.prod(shape[2 if stacked else 1 :])
-    compute = _for_scales(compute, [part for _, part in found], device)
+    compute = _for_scales(compute, [part for _, part in pairs], device)
     ready = _Building(shape, compute, device, inverse)
-    inner = [(place, part.plain) for place, part in found if part.plain is not part]
-    placed = sorted([*found, *inner], key=lambda one: order_of(one[1]))
+    inner = [(place, part.plain) for place, part in pairs if part.plain is not part]
+    placed = sorted([*pairs, *inner], key=lambda one: order_of(one[1]))
     steps = [ready.step(place, part) for place, part in placed]
     if inverse:
         steps.reverse()
@@ -226,9 +226,7 @@ def _for_scales(
 ) -> torch.dtype:
     """``compute``, or float64 where one of the scales needs it."""
     for part in parts:
-        delta = part.inner if isinstance(part, Renorm) else part
-        if isinstance(delta, Delta):
-            compute = wide_for_scale(compute, delta.scale, device)
+        compute = wide_for_scale(compute, getattr(part.plain, "scale", 1.0), device)
     return compute
 
 
@@ -258,11 +256,11 @@ def check_places(
     places: Iterable[Place], shape: tuple[int, ...], *, inverse: bool = False
 ) -> list[tuple[Place, Update]]:
     """The plain updates of places at their weights; raises what ``edit_of`` raises."""
-    found = [(place, part) for place in places for part in _parts(place)]
-    for place, part in found:
+    pairs = [(place, part) for place in places for part in _parts(place)]
+    for place, part in pairs:
         _check_place(place, part, shape, inverse)
-    _refuse_two_renorms(found, shape)
-    return found
+    _refuse_two_renorms(pairs, shape)
+    return pairs
 
 
 def _parts(place: Place) -> Iterator[Update]:
@@ -298,7 +296,7 @@ def _check_scaling(place: Place, scaling: Scaling, shape: tuple[int, ...]) -> No
 
 
 def _check_outputs(place: Place, part: Update, outputs: int, shape: tuple[int, ...]) -> None:
-    """Raise unless those of an update's ``outputs`` that a place takes are as many as lie there."""
+    """Raise ShapeError unless a place takes as many of an update's ``outputs`` as lie there."""
     region = _region(place, shape)
     first, last = place.source or (0, outputs)
     if not 0 <= first <= last <= outputs or last - first != region.shape[0]:
@@ -325,9 +323,9 @@ def _outputs(delta: Delta, place: Place) -> int:
     return delta.extent[0] if vector is None else vector.shape[0]
 
 
-def _refuse_two_renorms(found: Sequence[tuple[Place, Update]], shape: tuple[int, ...]) -> None:
+def _refuse_two_renorms(pairs: Sequence[tuple[Place, Update]], shape: tuple[int, ...]) -> None:
     taken: list[_Region] = []
-    for place, part in found:
+    for place, part in pairs:
         if order_of(part) is Order.RENEW:
             region = _region(place, shape)
             if any(region.meets(other) for other in taken):
@@ -356,7 +354,7 @@ def _region(place: Place, shape: tuple[int, ...]) -> _Region:
 
 @dataclass(frozen=True)
 class _Building:
-    """Updates made into steps: cast, flat, transposed where the storage is."""
+    """Makes updates into steps: cast, flat, and transposed where the storage is."""
 
     shape: tuple[int, ...]
     compute: torch.dtype
@@ -387,7 +385,7 @@ class _Building:
         return Step(region, False, add)
 
     def _strided(self, region: _Region, delta: Delta, first: int, factor: float) -> Step:
-        """Canonical rows added to columns of the storage, for what cannot be transposed."""
+        """A step that adds canonical rows to stored columns, for a Delta with no transpose."""
         ready = delta.prepared(self.compute, self.device)
 
         def add(view: Tensor, start: int) -> None:
@@ -513,7 +511,7 @@ class Norms:
         self.measured += new.numel()
 
     def as_dict(self) -> dict[str, float]:
-        """The norms themselves, of all numbers; the share of these that was measured; 1 if moved."""
+        """The norms of all numbers, the share that was measured, and 1 if anything moved."""
         share = self.measured / max(self.numbers, 1)
         squares = {"before": self.before, "after": self.after, "change": self.change}
         norms = {name: math.sqrt(square / (share or 1.0)) for name, square in squares.items()}
@@ -533,7 +531,7 @@ def change_rows(
 ) -> int:
     """Rows [start, start + n) from ``source`` (n, columns) edited into ``target``, rounded once.
 
-    For edits that are not ``whole``; None only rounds. Both may be the same memory. ``scratch``
+    The edit is not ``whole``; None only rounds. Both tensors may be the same memory. ``scratch``
     (at least ``edit.stride``, columns) has the compute dtype, and what it holds stays in cache.
     ``norms`` (new ones) gets all blocks. Returns how many numbers are not finite, which is a
     ValueRefused "non-finite" unless ``allowed``.
@@ -559,9 +557,9 @@ def change_rows(
 
 
 def settle(block: Tensor, target: Tensor, start: int = 0, *, allowed: bool = False) -> int:
-    """Round ``block`` into ``target``; how many numbers are not finite there.
+    """Round ``block`` into ``target`` and return how many numbers are not finite there.
 
-    Unless that is ``allowed`` they are a ValueRefused "non-finite", edited or only cast.
+    Unless that is ``allowed`` one raises ValueRefused "non-finite", edited or only cast.
     """
     round_into(target, block)
     return check_rows(target, block, start, allowed=allowed)

@@ -163,9 +163,9 @@ class AdapterConfig(ABC, metaclass=_Checked):
         )
 
     def _warn(self) -> None:
-        for names, said in ((self.unknown, "not known"), (self.idle, "without effect here")):
+        for names, reason in ((self.unknown, "not known"), (self.idle, "without effect here")):
             if names:
-                text = f"{type(self).__name__}: kept, but {said}: {', '.join(names)}"
+                text = f"{type(self).__name__}: kept, but {reason}: {', '.join(names)}"
                 warnings.warn(text, stacklevel=5)
 
     @classmethod
@@ -212,13 +212,13 @@ class AdapterConfig(ABC, metaclass=_Checked):
         return {**self.extra, **plain}
 
     @classmethod
-    def from_dict(cls, said: Mapping[str, Any], where: str = FILE) -> Self:
+    def from_dict(cls, options: Mapping[str, Any], where: str = FILE) -> Self:
         """The config of what an adapter_config.json says; of the class of its peft_type.
 
         Unknown fields are kept and warned of by name. Raises LayoutError for a peft_type or value
         that is not carried, ValueRefused for a peft_type of another class than the one called.
         """
-        given = {**said, "peft_type": said.get("peft_type", getattr(cls, "algorithm", None))}
+        given = {**options, "peft_type": options.get("peft_type", getattr(cls, "algorithm", None))}
         peft_config.check_config(given, where)
         kind = AdapterConfig.known[peft_config.algorithm_of(given, where)]
         if not issubclass(kind, cls):
@@ -229,9 +229,9 @@ class AdapterConfig(ABC, metaclass=_Checked):
         own = {f.name for f in fields(kind)} - {"extra"}
         extra = {name: value for name, value in given.items() if name not in own}
         values = {n: v for n, v in given.items() if n in own and n != "peft_type"}
-        found = kind(**values, extra=extra)
-        assert isinstance(found, cls)
-        return found
+        config = kind(**values, extra=extra)
+        assert isinstance(config, cls)
+        return config
 
     @classmethod
     def from_pretrained(cls, path: str | Path) -> Self:
@@ -244,8 +244,8 @@ class AdapterConfig(ABC, metaclass=_Checked):
             text = system.read_file(file, peft_config.MAX_CONFIG)
         except OSError as error:
             raise FileError(f"no config: {error.strerror}", where=str(file)) from None
-        said = peft_config.parsed_config(text, str(file))
-        return cls.from_dict(said, str(file))
+        options = peft_config.parsed_config(text, str(file))
+        return cls.from_dict(options, str(file))
 
     def save_pretrained(self, folder: str | Path) -> None:
         """Write adapter_config.json into ``folder`` as PEFT spells it: sorted, indented by two."""
@@ -268,6 +268,10 @@ class AdapterConfig(ABC, metaclass=_Checked):
         self, tensors: dict[str, Tensor], kind: str, generator: torch.Generator | None
     ) -> None:
         """Give the tensors their initial values, in place. ValueRefused where there are none."""
+
+    def for_module(self, name: str) -> AdapterConfig:
+        """The config as it is for the module ``name``, where its name says more than rank and alpha."""
+        return self
 
     def blank(
         self,
@@ -315,7 +319,7 @@ class AdapterConfig(ABC, metaclass=_Checked):
         return update
 
     def finish(self, update: Update, weight: Tensor | None) -> None:
-        """What an initial value takes from the base's ``weight``."""
+        """Give the update those initial values that come from the base's ``weight``."""
 
     # --- training --------------------------------------------------------------------------------
 
@@ -350,7 +354,7 @@ class PatternConfig(AdapterConfig):
 
 @dataclass(kw_only=True)
 class LycorisConfig(PatternConfig):
-    """What LoHa's and LoKr's configs share.
+    """The fields that LoHa's and LoKr's configs share.
 
     In training ``rank_dropout`` drops rows of Δ and ``module_dropout`` whole updates.
     ``use_effective_conv2d`` gives a convolution with a kernel a Tucker core (FedPara, prop. 3).

@@ -1,7 +1,7 @@
-"""Whether what is computed is traced for export: then only operations that every exporter has.
+"""A switch for formulas that are traced for export, and must use what every exporter has.
 
 A formula may have two forms, one that is fast and one of plain products; both stand in its
-algorithm's file, and this says which is wanted.
+algorithm's file, and this module says which is wanted.
 """
 
 from __future__ import annotations
@@ -16,7 +16,7 @@ _PLAIN: ContextVar[bool] = ContextVar("plain", default=False)
 
 
 def plain_operations() -> bool:
-    """True within ``exporting`` and under torch.export."""
+    """Whether formulas take their plain form, as within ``exporting`` and torch.export."""
     if torch.compiler.is_dynamo_compiling():  # which cannot read a context variable
         return bool(torch.compiler.is_exporting())
     return _PLAIN.get() or torch.compiler.is_exporting()
@@ -24,7 +24,7 @@ def plain_operations() -> bool:
 
 @contextmanager
 def exporting() -> Iterator[None]:
-    """Have formulas take their plain form."""
+    """Make formulas take their plain form within the block."""
     token = _PLAIN.set(True)
     try:
         yield

@@ -94,7 +94,7 @@ class Layer:
 
     @property
     def shape(self) -> tuple[int, ...]:
-        """(o, i, *k)."""
+        """The shape (o, i, *k) of the canonical weight."""
         return tuple(self.canonical().shape)
 
     def canonical(self, weight: Tensor | None = None) -> Tensor:
@@ -109,12 +109,12 @@ class Layer:
     def sample(self, x: Tensor) -> Tensor:
         """A tensor of the dtype and device that the layer computes in.
 
-        That is ``x``; the weight for an embedding's indices, and for an fx.Proxy, which has neither.
+        It is ``x``, or the weight where ``x`` is indices or an fx.Proxy, which has neither.
         """
         return x if isinstance(x, Tensor) and self.kind != "embedding" else self.weight
 
     def batched(self, x: Tensor) -> bool:
-        """Whether ``x`` has a batch dim that a convolution could go without; a proxy is taken to."""
+        """Whether ``x`` has a batch dim, which a convolution could go without; a proxy counts as so."""
         return not (self.dims and isinstance(x, Tensor) and x.dim() == self.dims + 1)
 
     def forward(
@@ -130,8 +130,8 @@ class Layer:
         if self.kind == "linear":
             return F.linear(x, weight, bias)
         if self.kind == "embedding":
-            found = F.embedding(x, weight.t(), self.padding_idx)
-            return found if bias is None else found + bias
+            rows = F.embedding(x, weight.t(), self.padding_idx)
+            return rows if bias is None else rows + bias
         padding: Any = self.padding
         if self.padding_mode != "zeros":
             x, padding = F.pad(x, self.pads(), mode=self.padding_mode), (0,) * self.dims
@@ -146,7 +146,7 @@ class Layer:
     def low_rank(self, x: Tensor, up: Tensor, down: Tensor, mid: Tensor | None = None) -> Tensor:
         """``layer(x)`` with the weight up·down, without building it: up (o, r), down (r, i, *k).
 
-        With ``mid`` (p, q, *k) three steps, down (q, i) pointwise first. Needs groups = 1.
+        With ``mid`` (p, q, *k) it is three steps, down (q, i) pointwise first. It needs groups = 1.
         """
         if mid is not None:
             return self.pointwise(self.forward(self.pointwise(x, down), mid, None), up)
@@ -157,7 +157,7 @@ class Layer:
         return values.reshape(-1, *(1,) * self.dims)
 
     def pads(self) -> list[int]:
-        """What F.pad wants: (before, after) a kernel dim, last dim first.
+        """The padding as F.pad wants it: (before, after) a kernel dim, last dim first.
 
         "same" pads d·(k − 1) in all, the odd one behind, as torch's convolutions do.
         """
@@ -203,7 +203,7 @@ def kind_of(module: nn.Module) -> str:
 
 
 def _is_conv1d(module: nn.Module) -> bool:
-    """transformers' Conv1D: y = x·W + b with W (in, out). Told by name: it is not imported here."""
+    """transformers' Conv1D: y = x·W + b with W (in, out). It is known by name, and not imported."""
     return type(module).__name__ == "Conv1D" and hasattr(module, "nf")
 
 

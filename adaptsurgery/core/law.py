@@ -18,7 +18,7 @@ T = TypeVar("T")
 
 
 class Order(IntEnum):
-    """When an update comes, of all that are on one weight; updates of one place keep their order."""
+    """The place of an update among all on one weight; updates of one place keep their order."""
 
     TURN = 0  # W·R
     SCALE = 1  # W ∘ l

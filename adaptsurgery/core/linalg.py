@@ -1,6 +1,6 @@
 """The nearest matrix of a rank to a product of factors: Eckart–Young without dense detours.
 
-That of a dense matrix is core/lanczos.py's.
+The nearest to a dense matrix is nearest/lanczos.py's work.
 """
 
 from __future__ import annotations

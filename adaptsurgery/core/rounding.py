@@ -19,7 +19,7 @@ def round_into(target: Tensor, wide: Tensor) -> None:
 
 
 def rounded(wide: Tensor, dtype: torch.dtype) -> Tensor:
-    """``wide`` in ``dtype``, rounded once; itself where that is its own."""
+    """``wide`` in ``dtype``, rounded once; ``wide`` itself where that is its dtype."""
     if wide.dtype == dtype:
         return wide
     target = torch.empty_like(wide, dtype=dtype)

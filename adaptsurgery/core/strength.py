@@ -10,7 +10,7 @@ from adaptsurgery_formats.errors import ValueRefused
 def times(weight: float, scale: float) -> float:
     """weight·scale; ValueRefused "out-of-range" where float64 has no such number.
 
-    A product that rounds to 0, or that keeps a part of its digits only, is none either: the update
+    A product that rounds to 0, or keeps only a part of its digits, is refused as well: the update
     would be left out, or be another one, without a word.
     """
     strength = weight * scale

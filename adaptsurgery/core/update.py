@@ -40,7 +40,7 @@ LINE = 32  # rows at least, so that a block of a transposed weight still fills c
 class Update(ABC):
     """Something that turns a weight W into W'.
 
-    ``order`` is its place among several on one weight, and whoever says none is refused there;
+    ``order`` is its place among several on one weight, and an update that says none is refused there;
     ``weighs`` says whether it has a meaning at other strengths than 1, and ``reversible`` whether it
     can be taken out of a weight again. ``takes`` is what its class takes beside tensors and options.
     """
@@ -53,7 +53,7 @@ class Update(ABC):
 
     @property
     def plain(self) -> Update:
-        """What it goes around; itself where it goes around nothing."""
+        """The update that this one goes around; itself where it goes around none."""
         return self
 
     @property
@@ -168,8 +168,8 @@ class Delta(Update):
 
     @property
     def extent(self) -> tuple[int, int]:
-        """Δ as a matrix: (o, i·∏k)."""
-        return traits_of(self.name).extent(self._shapes())
+        """The shape (o, i·∏k) of Δ as a matrix."""
+        return traits_of(self.name).extent(self._shapes(), {})
 
     @property
     def kernel(self) -> tuple[int, ...] | None:
@@ -205,7 +205,7 @@ class Delta(Update):
     def transposed(self) -> Delta | None:
         """Δᵀ (i, o) as a Delta of the same scale, for weights stored so; None where it has no form.
 
-        Of a Δ without a kernel; a bias difference stays behind.
+        It is for a Δ without a kernel; a bias difference stays behind.
         """
         return None
 
@@ -406,7 +406,7 @@ class Rotation(Update):
     @property
     @abstractmethod
     def size(self) -> int:
-        """i·∏k."""
+        """The length i·∏k of the rows that R turns."""
 
     def folded(self, weight: Tensor, gate: Tensor | None = None) -> Tensor:
         self.check_fits(weight.shape)
@@ -489,7 +489,7 @@ class Rotation(Update):
 class Scaling(Update):
     """W' = W ∘ l: a factor l an output, which the bias takes as well, or a factor an input.
 
-    Part of the way, at ``scale`` s, it is W + s·(W ∘ l − W): the factors are 1 + s·(l − 1).
+    At ``scale`` s it goes part of the way, W + s·(W ∘ l − W): the factors are 1 + s·(l − 1).
     """
 
     scale: float = 1.0
@@ -517,7 +517,7 @@ class Scaling(Update):
         return 1 + self.scale * self.less_one().to(device, dtype)
 
     def divisors(self, dtype: torch.dtype, device: torch.device | None = None) -> Tensor:
-        """What a weight is multiplied by to take the factors out: their inverse."""
+        """The inverse of the factors, which takes them out of a weight again."""
         self.check_reversible()
         return self.factors(dtype, device).reciprocal()
 
@@ -678,7 +678,7 @@ class Composition(Update):
 
     @property
     def exact(self) -> bool:
-        """Whether the sum has to be: some part does not add."""
+        """Whether the sum has to be exact, since some part does not add."""
         return any(order_of(part) is not Order.ADD for part in self.parts)
 
     def check_fits(self, shape: Iterable[int]) -> None:
@@ -757,7 +757,7 @@ class Composition(Update):
         return out
 
     def _each(self, given: Gates) -> Sequence[Tensor | None]:
-        """One gate, or one input, a part."""
+        """The gates, or inputs, as one for each part."""
         count = len(self.parts)
         each = list(given) if isinstance(given, (list, tuple)) else [only_one(given)] * count
         if len(each) != count:
@@ -800,7 +800,7 @@ def tracked(*tensors: Tensor) -> bool:
 
 
 def is_finite(tensor: Tensor) -> bool:
-    """Whether all numbers are; True of a tensor that has none, on the meta device or a fake one."""
+    """Whether all numbers are finite; True of a tensor without any, on the meta device or fake."""
     held = tensor.detach()
     return held.is_meta or isinstance(held, FakeTensor) or bool(widened(held).isfinite().all())
 
@@ -871,7 +871,7 @@ def only_whole(update: U, weight: float) -> U:
 def compute_dtype(
     weight: Tensor, compute: torch.dtype | None = None, *, exact: bool = False
 ) -> torch.dtype:
-    """What a weight is folded in: float32 at least. ValueRefused for a weight that is not floating."""
+    """The dtype that a weight is folded in, float32 at least. ValueRefused unless it is floating."""
     if not weight.is_floating_point():
         raise ValueRefused(
             f"a weight of {weight.dtype} cannot take an update",
@@ -884,9 +884,9 @@ def compute_dtype(
 def wide_for(
     stored: torch.dtype, compute: torch.dtype | None = None, *, exact: bool = False
 ) -> torch.dtype:
-    """What numbers stored so are computed in: float32, or ``compute`` where that is wider.
+    """The dtype that ``stored`` numbers are computed in: float32, or ``compute`` if it is wider.
 
-    float64 for float64, and for float16 that has to be ``exact``: with float32's 13 spare bits, the
+    It is float64 for float64, and for float16 that has to be ``exact``: with float32's 13 spare bits, the
     rounding of a sum of a few terms puts up to 1e-3 of the elements on the wrong side.
     """
     double = stored == torch.float64 or (exact and stored == torch.float16)

@@ -29,7 +29,7 @@ from adaptsurgery.graph.plan import Plan, planned
 from adaptsurgery.graph.record import Attached, count, described
 from adaptsurgery.graph.sites import Site, one_each
 from adaptsurgery.graph.splice import Splicer, joined
-from adaptsurgery.graph.strip import Found, adapters_of, bare, strip
+from adaptsurgery.graph.strip import AdaptersBySite, adapters_of, bare, strip
 from adaptsurgery.graph.template import Place, Template, key, recorded, replay
 from adaptsurgery.graph.workspace import Workspace
 from adaptsurgery_formats.errors import NameLookupError, ShapeError, ValueRefused, nearest
@@ -45,7 +45,7 @@ class Session:
     """A graph being changed: the copy, what is on it, and what shall be."""
 
     work: Workspace
-    found: Found
+    present: AdaptersBySite
     wanted: dict[str, list[Attached]]
     training: bool
     _sites: list[Site] | None = None
@@ -53,12 +53,12 @@ class Session:
     @classmethod
     def of(cls, g: Any) -> Session:
         work = Workspace(g)
-        found = adapters_of(g)
-        wanted = {site: list(adapters) for site, adapters in found.items()}
-        training = is_training(work) if found else False
-        if found:
-            strip(work, found)
-        return cls(work, found, wanted, training)
+        by_site = adapters_of(g)
+        wanted = {site: list(adapters) for site, adapters in by_site.items()}
+        training = is_training(work) if by_site else False
+        if by_site:
+            strip(work, by_site)
+        return cls(work, by_site, wanted, training)
 
     @property
     def names(self) -> list[str]:
@@ -67,7 +67,7 @@ class Session:
 
     def base(self) -> Any:
         """The graph without adapters, as it stands now."""
-        return self.work.source if not self.found else bare(self.work, self.found)
+        return self.work.source if not self.present else bare(self.work, self.present)
 
     def sites(self) -> list[Site]:
         """The sites of the base; looked for once, unless ``changed``."""
@@ -76,7 +76,7 @@ class Session:
         return self._sites
 
     def changed(self) -> None:
-        """Have the sites looked for again, since the base is another now."""
+        """Forget the sites, which are looked for again, since the base is another now."""
         self._sites = None
 
     def check_name(self, name: str) -> None:
@@ -91,7 +91,7 @@ class Session:
             )
 
     def remove(self, name: str) -> list[str]:
-        """Have an adapter out of what is wanted; the names of its tensors."""
+        """Take an adapter out of ``wanted`` and return the names of its tensors."""
         self.check_name(name)
         gone = [t for on in self.wanted.values() for a in on if a.name == name for t in a.names]
         self.wanted = {
@@ -127,7 +127,7 @@ class Session:
         return self.work.finish()
 
     def _note_counts(self, counts: dict[str, int]) -> None:
-        """On all operations: one within no_grad bears what its caller bore once torch traced it anew."""
+        """Note them on all operations: once traced anew, those within no_grad bear their caller's."""
         for _, module in self.work.modules():
             for node in module.graph.nodes:
                 if node.op in ("call_function", "call_method", "call_module"):
@@ -142,9 +142,9 @@ class Session:
 def put(
     work: Workspace, site: Site, adapters: list[Attached], templates: dict[object, Template]
 ) -> None:
-    """All adapters of one site, composed, at each of its calls; as at one like it, where that is known.
+    """Put all adapters of one site, composed, at each of its calls; sites that are alike get copies.
 
-    ``templates`` are what sites got, by what others have in common, and gets this one's.
+    ``templates`` holds the nodes of earlier sites by the key of those alike, and gets this one's.
     """
     before = _known_replacements(work)
     place = Place(work, site, site.calls[0], tuple(adapters))
@@ -167,7 +167,7 @@ def put(
 def _spliced(
     work: Workspace, site: Site, adapters: list[Attached]
 ) -> tuple[list[Node], dict[str, Node]]:
-    """The update itself at each call; the nodes of the last, and those that stand in for its values."""
+    """Run the update at each call; give the last one's nodes, and those in its values' place."""
     held = {name: work.tensor(name) for a in adapters for name in a.names}
     updates: list[Update] = []
     names: dict[int, str] = {}
@@ -334,9 +334,9 @@ def _chosen(
             warnings.warn(f"{note.where}: {note.text} [{note.code}]", stacklevel=4)
     _check_base_kept(made)
     config = made.config
-    found: dict[str, tuple[Update, AdapterConfig | None]] = {}
+    updates: dict[str, tuple[Update, AdapterConfig | None]] = {}
     for site, target in made.placed:
-        update = config.fresh(
+        update = config.for_module(target.name).fresh(
             site.shape,
             rank=target.rank,
             alpha=target.alpha,
@@ -345,12 +345,12 @@ def _chosen(
             generator=generator,
             weight=_weight(session.work, site),
         )
-        found[site.path] = (update, config)
-    return found
+        updates[site.path] = (update, config)
+    return updates
 
 
 def _check_base_kept(made: Plan) -> None:
-    """An adapter here is tensors of its own: a config that trains the base's is refused."""
+    """Refuse a config that trains the base's tensors: a graph's adapter holds only its own."""
     config = made.config
     asked = [f"modules_to_save: `{name}`" for name in made.saved]
     if (bias := getattr(config, "bias", "none")) != "none":
@@ -366,7 +366,7 @@ def _check_base_kept(made: Plan) -> None:
 
 
 def _matched(what: Mapping[str, Update], sites: Mapping[str, Site]) -> dict[str, Update]:
-    """Updates by path, every one of which a layer of the graph has."""
+    """The updates by path. NameLookupError unless every path is that of a layer of the graph."""
     lost = [path for path in what if path not in sites]
     if lost or not what:
         raise NameLookupError(

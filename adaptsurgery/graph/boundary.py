@@ -20,7 +20,7 @@ from adaptsurgery.graph.walk import Scope, is_ours, owners
 
 @dataclass(frozen=True)
 class Boundary:
-    """The nodes of a module's call; what crosses into it, and out of it."""
+    """The nodes of a module's call, and the nodes whose values cross into it and out of it."""
 
     nodes: tuple[Node, ...]
     inputs: tuple[Node, ...]
@@ -28,7 +28,7 @@ class Boundary:
 
     @property
     def trouble(self) -> str:
-        """Why it is not one input and one output, or ""."""
+        """Why the boundary is not one input and one output; "" where it is."""
         if len(self.inputs) == len(self.outputs) == 1:
             return ""
         into = ", ".join(f"`{n.name}`" for n in self.inputs) or "none"
@@ -36,7 +36,7 @@ class Boundary:
         return f"its boundary is ambiguous: inputs {into}, outputs {out}"
 
     def is_just(self, form: Form, scope: Scope) -> bool:
-        """Whether all that goes on beside the form are views of its input and output, and a bias."""
+        """Whether all nodes beside the form's are views of its input and output, and a bias."""
         out: Node | None = self.outputs[0]
         while out is not form.node and out is not None and (is_view(out) or _adds(out, scope)):
             out = _argument(out)
@@ -46,7 +46,7 @@ class Boundary:
         return out is form.node and into is self.inputs[0]
 
     def sizes(self) -> tuple[int, int] | None:
-        """(o, i) of a linear map of the last dim; None where the shapes show no such."""
+        """(o, i) of a linear map of the last dim; None where the shapes show no such map."""
         into, out = shape_of(self.inputs[0]), shape_of(self.outputs[0])
         if not into or not out or len(into) != len(out) or str(into[:-1]) != str(out[:-1]):
             return None

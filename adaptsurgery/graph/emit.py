@@ -30,7 +30,7 @@ _SIZES = ("view", "reshape", "permute", "expand")  # their sizes may come one by
 class Emitter(TorchFunctionMode):
     """Runs tensor code and writes each operation into ``graph``, before the node ``point``.
 
-    A tensor is known by ``bind``: to its node, or to what makes it one when it is first needed.
+    ``bind`` gives a tensor its node, or a function that makes the node when it is first needed.
     What is computed from ``constant`` tensors alone is written once and used again.
     """
 
@@ -49,7 +49,7 @@ class Emitter(TorchFunctionMode):
     def bind(
         self, tensor: Tensor, node: Node | Maker, *, weight: bool = False, constant: bool = False
     ) -> Tensor:
-        """Have ``tensor`` stand for a node. What comes of a ``weight`` is told by ``derives``."""
+        """Make ``tensor`` stand for a node. ``derives`` is true of what comes of a ``weight``."""
         self._nodes[id(tensor)] = node
         self._held.append(tensor)
         if weight:
@@ -59,7 +59,7 @@ class Emitter(TorchFunctionMode):
         return tensor
 
     def mark_weight(self, tensor: Tensor) -> None:
-        """Have ``derives`` tell what comes of a tensor; one that is not bound has no node."""
+        """Make ``derives`` true of all that is computed from a tensor, bound to a node or not."""
         self._derived.add(id(tensor))
         self._held.append(tensor)
 
@@ -69,22 +69,22 @@ class Emitter(TorchFunctionMode):
 
     def node(self, tensor: Tensor) -> Node:
         """The node that a tensor stands for."""
-        found = self._nodes.get(id(tensor))
-        if found is None:
+        entry = self._nodes.get(id(tensor))
+        if entry is None:
             raise ValueRefused(
                 "a tensor is needed that the graph does not show",
                 next="an adapter that needs no weight (no DoRA, no bias, mode factored)",
                 code="weight-not-shown",
             )
-        if not isinstance(found, Node):
-            self._makers[id(tensor)] = found
-            found = self._nodes[id(tensor)] = found()
-        return found
+        if not isinstance(entry, Node):
+            self._makers[id(tensor)] = entry
+            entry = self._nodes[id(tensor)] = entry()
+        return entry
 
     def constant_nodes(self) -> set[Node]:
         """The nodes that hold for every call."""
-        found = ((key, node) for key, node in self._nodes.items() if key in self._constant)
-        return {node for _, node in found if isinstance(node, Node)}
+        pairs = ((key, node) for key, node in self._nodes.items() if key in self._constant)
+        return {node for _, node in pairs if isinstance(node, Node)}
 
     def forget_erased(self) -> None:
         """Tensors whose nodes were erased are computed anew when they are needed again."""
@@ -184,12 +184,12 @@ class Emitter(TorchFunctionMode):
         start, stop, step = part.indices(size) if isinstance(size, int) else (0, 0, 1)
         if not isinstance(size, int) or step != 1:
             raise ValueRefused(f"a slice {part} of a size that is left open", code="specialised")
-        found: Tensor = tensor.narrow(axis, start, stop - start)
-        return found
+        view: Tensor = tensor.narrow(axis, start, stop - start)
+        return view
 
 
 def _linear(x: Tensor, weight: Tensor, bias: Tensor | None = None) -> Tensor:
-    """What F.linear gives, without the views of open sizes that its own shape function goes through."""
+    """The result of F.linear, without the views of open sizes that its own shape function goes through."""
     if x.dim() < 3 or x.dtype != weight.dtype or x.shape[-1] != weight.shape[1]:
         return torch.nn.functional.linear(x, weight, bias)  # which tells what is wrong
     return x.new_empty((*x.shape[:-1], weight.shape[0]))
@@ -205,14 +205,14 @@ def overload(name: str, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
 
 
 def retarget(nodes: Iterable[Node], old: Node, new: Node) -> None:
-    """Have ``nodes`` read ``new`` where they read ``old``."""
+    """Make ``nodes`` read ``new`` where they read ``old``."""
     if old is not new:
         for node in nodes:
             node.replace_input_with(old, new)
 
 
 def _key(name: str, args: tuple[Any, ...], kwargs: dict[str, Any]) -> object:
-    """What tells two equal calls; None where an argument cannot be compared."""
+    """The key that two equal calls share; None where an argument cannot be compared."""
 
     def of(value: Any) -> Any:
         if isinstance(value, Tensor):

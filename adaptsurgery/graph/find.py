@@ -33,7 +33,7 @@ _THREADED = (
 
 
 @dataclass(frozen=True)
-class _Found:
+class _LayerCall:
     """One call of a layer, before calls are put together to sites."""
 
     site: Site
@@ -45,8 +45,8 @@ class _Found:
 def find_sites(g: Graph, view: View | None = None) -> list[Site]:
     """The layers of ``g`` (an ExportedProgram, its .module(), a symbolic trace), in order of calls.
 
-    What is no place for an adapter is there too, and its ``reason`` says why. ``view`` may be one of
-    ``g`` that there is already. Raises ValueRefused for what is no graph.
+    A layer that no adapter can be put on is listed too, and its ``reason`` says why. ``view`` may
+    be a View of ``g`` that was made before. Raises ValueRefused for what is no graph.
     """
     return _Finder(view or View(g)).sites()
 
@@ -60,10 +60,10 @@ class _Finder:
 
     def sites(self) -> list[Site]:
         forms = list(self._forms())
-        found = list(self._by_nodes(forms))
-        found += self._by_module({key for f in found for key in f.keys})
-        found.sort(key=lambda f: f.place)
-        sites = _together(found, self.view, self.names)
+        calls = list(self._by_nodes(forms))
+        calls += self._by_module({key for f in calls for key in f.keys})
+        calls.sort(key=lambda f: f.place)
+        sites = _together(calls, self.view, self.names)
         return _with_shares(_told_apart(sites), self.view, self.names)
 
     def _forms(self) -> Iterator[tuple[Scope, int, Form]]:
@@ -73,7 +73,7 @@ class _Finder:
                 if form is not None:
                     yield scope, position, form
 
-    def _by_nodes(self, forms: list[tuple[Scope, int, Form]]) -> Iterator[_Found]:
+    def _by_nodes(self, forms: list[tuple[Scope, int, Form]]) -> Iterator[_LayerCall]:
         computed = []
         for scope, position, form in forms:
             base, turned, passed = weight_of(scope, form)
@@ -105,7 +105,7 @@ class _Finder:
         base: Node,
         turned: bool,
         passed: list[Node],
-    ) -> _Found:
+    ) -> _LayerCall:
         weight = scope.names[base]
         path = self.names.path(form.node, weight)
         shape = tuple(self.view.tensors[weight].shape)
@@ -123,11 +123,13 @@ class _Finder:
             reason=self._unreachable(scope),
             **form.geometry,
         )
-        return _Found(site, (*scope.place, position), _identity(form.node, path), _keys(form.node))
+        return _LayerCall(
+            site, (*scope.place, position), _identity(form.node, path), _keys(form.node)
+        )
 
     def _computed(
         self, scope: Scope, position: int, form: Form, base: Node, turned: bool, alone: bool
-    ) -> _Found:
+    ) -> _LayerCall:
         """A product whose weight is made of parameters on the way."""
         root = self._roots(scope, base)[0]
         stack = owners(form.node)
@@ -156,17 +158,19 @@ class _Finder:
             reason=reason,
             **form.geometry,
         )
-        return _Found(site, (*scope.place, position), _identity(form.node, path), _keys(form.node))
+        return _LayerCall(
+            site, (*scope.place, position), _identity(form.node, path), _keys(form.node)
+        )
 
-    def _whole(self, scope: Scope, position: int, node: Node) -> Iterator[_Found]:
-        """What a node does by itself: a module that the trace left whole, a fused encoder layer."""
+    def _whole(self, scope: Scope, position: int, node: Node) -> Iterator[_LayerCall]:
+        """The layers in one node: a module that the trace left whole, or a fused encoder layer."""
         place = (*scope.place, position)
         if node.op == "call_module":
             target = str(node.target)
             module = scope.module.get_submodule(target)
             if not isinstance(module, GraphModule):
                 for site in _of_module(scope, node, target, module, self._unreachable(scope)):
-                    yield _Found(site, place, str(id(module)))
+                    yield _LayerCall(site, place, str(id(module)))
         elif op_name(node) in FUSED:
             reason = f"fused into `{op_name(node)}` (node `{node.name}`): {FAST_PATH}"
             for weight in dict.fromkeys(scope.names.get(n, "") for n in node.all_input_nodes):
@@ -174,11 +178,11 @@ class _Finder:
                     shape = tuple(self.view.tensors[weight].shape)
                     call = Call(node.name, node.name, (node.name,), "", "", scope.path, scope.hops)
                     path = module_of(weight)
-                    yield _Found(
+                    yield _LayerCall(
                         Site(path, "linear", shape, (call,), weight=weight, reason=reason), place
                     )
 
-    def _formless(self, scope: Scope, position: int, node: Node) -> Iterator[_Found]:
+    def _formless(self, scope: Scope, position: int, node: Node) -> Iterator[_LayerCall]:
         """A product with a parameter that has no form of a layer: by groups of rows, an einsum."""
         if is_ours(node) or not any(part in op_name(node) for part in _FORMLESS):
             return
@@ -194,9 +198,9 @@ class _Finder:
                     reason = f"`{root}` goes into `{op_name(node)}`, which is no linear's form"
                 kind = self.names.type(path)
                 site = Site(path, "linear", shape, (call,), weight=root, type=kind, reason=reason)
-                yield _Found(site, (*scope.place, position), "", _keys(node))
+                yield _LayerCall(site, (*scope.place, position), "", _keys(node))
 
-    def _by_module(self, done: set[str]) -> Iterator[_Found]:
+    def _by_module(self, done: set[str]) -> Iterator[_LayerCall]:
         """Modules that are layers by their class, and in which no product was found."""
         for scope in self.view.scopes:
             seen = set(done)
@@ -207,7 +211,7 @@ class _Finder:
                             yield from self._bounded(scope, position, owner.key, owner.path)
                         seen.add(owner.key)
 
-    def _bounded(self, scope: Scope, position: int, key: str, path: str) -> Iterator[_Found]:
+    def _bounded(self, scope: Scope, position: int, key: str, path: str) -> Iterator[_LayerCall]:
         around = boundary(scope, key)
         kind = self.names.type(path)
         if not around.outputs or not any(n in scope.names for n in _given(around)):
@@ -220,21 +224,21 @@ class _Finder:
             reason = "no node in it is a product that is known, and its shapes are not a linear's"
         call = _around(scope, around) if not around.trouble else _nowhere(scope, around)
         site = Site(path, "linear", sizes or (), (call,), type=kind, reason=reason)
-        yield _Found(site, (*scope.place, position), "", frozenset([key]))
+        yield _LayerCall(site, (*scope.place, position), "", frozenset([key]))
 
     def _roots(self, scope: Scope, base: Node) -> list[str]:
         """The parameters and buffers of two dims or more that a node is computed from."""
-        found: dict[str, None] = {}
+        roots: dict[str, None] = {}
         seen, waiting = {base}, [base]
         while waiting:
             node = waiting.pop()
             name = scope.names.get(node, "")
             if name and self.view.tensors[name].dim() >= 2:
-                found[name] = None
+                roots[name] = None
             fresh = [n for n in node.all_input_nodes if n not in seen]
             seen.update(fresh)
             waiting += fresh
-        return sorted(found, key=lambda name: -self.view.tensors[name].numel())
+        return sorted(roots, key=lambda name: -self.view.tensors[name].numel())
 
     def _bias_of(self, scope: Scope, form: Form, path: str, weight: str) -> str:
         """The bias that a form adds; where it takes none, what stands beside the module's weight."""
@@ -247,11 +251,11 @@ class _Finder:
     def _bias(self, weight: str) -> str:
         """The bias beside a weight, where the node adds none: a decomposed graph adds it apart.
 
-        By the name of it that the graph reads, where it has several.
+        Where the bias has several names, it is the one that the graph reads.
         """
-        head, found, _ = weight.rpartition("weight")
+        head, ending, _ = weight.rpartition("weight")
         name = f"{head}bias"
-        if not found or name not in self.view.tensors:
+        if not ending or name not in self.view.tensors:
             return ""
         return next((n for n in (name, *self.view.same(name)) if n in self.read), name)
 
@@ -291,7 +295,7 @@ def _around(scope: Scope, around: Boundary) -> Call:
 
 
 def _nowhere(scope: Scope, around: Boundary) -> Call:
-    """What there is of a boundary that is ambiguous: its nodes."""
+    """The call of an ambiguous boundary: its nodes are known, its input is not."""
     names = tuple(n.name for n in around.nodes)
     return Call("", around.outputs[-1].name, names, "", "", scope.path, scope.hops)
 
@@ -343,10 +347,10 @@ def _of_layer(path: str, module: nn.Module, call: Call) -> Site:
     )
 
 
-def _together(found: list[_Found], view: View, names: Names) -> list[Site]:
-    """One site of all calls of one module: of one weight and bias, unless the trace knew better."""
-    sites: dict[object, list[_Found]] = {}
-    for one in found:
+def _together(calls: list[_LayerCall], view: View, names: Names) -> list[Site]:
+    """One site for the calls of one module: of one weight and bias, unless the trace noted more."""
+    sites: dict[object, list[_LayerCall]] = {}
+    for one in calls:
         sites.setdefault(_module_key(one.site, view), []).append(one)
     groups = [group for whole in sites.values() for group in _objects(whole)]
     return [_joined(group, view, names) for group in groups]
@@ -360,18 +364,18 @@ def _module_key(site: Site, view: View) -> object:
     return weight, bias, site.kind, site.transposed
 
 
-def _objects(calls: list[_Found]) -> list[list[_Found]]:
-    """Calls of one weight and bias by module object, where a strict trace told objects apart."""
+def _objects(calls: list[_LayerCall]) -> list[list[_LayerCall]]:
+    """Calls of one weight and bias by module object, where a strict trace kept objects apart."""
     if len({one.identity for one in calls} - {""}) < 2:
         return [calls]
     paths = {one.site.path: one.identity for one in calls if one.identity}
-    groups: dict[str, list[_Found]] = {}
+    groups: dict[str, list[_LayerCall]] = {}
     for one in calls:
         groups.setdefault(one.identity or paths.get(one.site.path, ""), []).append(one)
     return list(groups.values())
 
 
-def _joined(group: list[_Found], view: View, names: Names) -> Site:
+def _joined(group: list[_LayerCall], view: View, names: Names) -> Site:
     """One site of several calls, under the first of the module's names in the model's order."""
     sites = [one.site for one in group]
     first = sites[0]

@@ -58,14 +58,14 @@ def form_of(node: Node) -> Form | None:
     if overload is None:
         return None
     arguments = _arguments(node, overload)
-    found = _READERS[overload](node, arguments)
-    if found is None or not (isinstance(found.x, Node) and isinstance(found.weight, Node)):
+    form = _READERS[overload](node, arguments)
+    if form is None or not (isinstance(form.x, Node) and isinstance(form.weight, Node)):
         return None
-    return found
+    return form
 
 
 def op_name(node: Node) -> str:
-    """``view`` of aten.view.default, torch's view, or a tensor's method."""
+    """The bare name of a node's operation: ``view`` for aten.view.default or a tensor's view."""
     if isinstance(node.target, torch._ops.OpOverload):
         return str(node.target._schema.name).partition("::")[2]
     return str(getattr(node.target, "__name__", node.target))
@@ -80,7 +80,7 @@ def weight_of(scope: Scope, form: Form) -> tuple[Node, bool, list[Node]]:
     """The node that the weight operand is a turn, a cast or a view of, whether it reads (i, o), and
     the way.
 
-    Stops at the first node that is a parameter or no such view of one.
+    The way stops at the first node that is a parameter or no such view of one.
     """
     node, turned, passed = form.weight, form.turned, []
     while node not in scope.names and node.op in ("call_function", "call_method"):
@@ -121,7 +121,7 @@ def _turns(node: Node) -> bool:
 
 
 def _ends_alike(before: Node, after: Node) -> bool:
-    """Whether the last two dims are the same: an expand to a batch of one matrix."""
+    """Whether a node keeps the last two dims, as an expand of one matrix to a batch does."""
     left, right = shape_of(before), shape_of(after)
     return left is not None and right is not None and left[-2:] == right[-2:]
 
@@ -169,7 +169,7 @@ def _kernel_dims(given: Mapping[str, Any]) -> int | None:
 
 
 def _spread(value: Any, dims: int) -> Any:
-    """One number a kernel dim; "same" and "valid" as they are."""
+    """An option as one number a kernel dim; "same" and "valid" stay as they are."""
     if isinstance(value, str):
         return value
     numbers = (value,) if isinstance(value, int) else tuple(value)

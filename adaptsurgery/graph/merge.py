@@ -59,7 +59,7 @@ def merge(g: G, name: str | None = None) -> G:
 
 @dataclass
 class _Merger:
-    """One site. ``view`` is of the base, ``nodes`` are the copy's by graph and name, as far as asked for."""
+    """Folds adapters into one site. ``view`` is the base's, ``nodes`` the copy's by graph and name."""
 
     work: Workspace
     view: View
@@ -93,10 +93,10 @@ class _Merger:
             self._replace("bias", named, folded.detach().clone())
 
     def _is_apart(self) -> bool:
-        """Whether the bias is none that can be replaced: a node adds it that is not the layer's alone,
-        or something reads the layer's output without it.
+        """Whether the bias cannot be replaced: others use it too, or a node reads the layer's output
+        without it.
 
-        What an update adds to it is then a bias of its own.
+        The layer then gets a second bias, for what an update adds.
         """
         site = self.site
         if not site.bias or self._module() is not None or any(call.bias for call in site.calls):
@@ -104,7 +104,7 @@ class _Merger:
         return self._used_elsewhere(site.bias) or not all(map(self._is_biased, site.calls))
 
     def _is_biased(self, call: Call) -> bool:
-        """Whether all that reads a call's output, seen as it may be, adds the bias to it."""
+        """Whether every node that reads a call's output, or a view of it, adds the bias to it."""
         for scope in self.view.scopes:
             if scope.path != call.graph:
                 continue
@@ -167,7 +167,7 @@ class _Merger:
         return False
 
     def _is_behind(self, scope: Scope, node: Node) -> bool:
-        """Whether a node adds something to a linear's output, seen as it may be: along its last axis."""
+        """Whether a node adds something to a linear's output, or its view, along the last axis."""
         if self.site.kind != "linear" or op_name(node) != "add" or node.kwargs:
             return False
         if len(node.all_input_nodes) != 2:
@@ -184,7 +184,7 @@ class _Merger:
         return any(name in scope.names.values() for scope in self.view.scopes)
 
     def _read(self, call: Call, slot: str, name: str, value: Tensor) -> None:
-        """Have one call read the parameter ``name``."""
+        """Make one call read the parameter ``name``."""
         nodes = self._nodes(call)
         group = [nodes[n] for n in call.nodes]
         shown = any("val" in node.meta for node in nodes.values())
@@ -218,7 +218,7 @@ class _Merger:
 
 
 def _viewed(node: Node) -> Node:
-    """What a node is a view of."""
+    """The node that a node is a view of."""
     while is_view(node) and isinstance(node.args[0], Node):
         node = node.args[0]
     return node
@@ -229,7 +229,7 @@ def _trained(tensor: Tensor | None) -> bool:
 
 
 def _check_order(path: str, update: Update, staying: list[Update]) -> None:
-    """What goes into W must come first in the law (core/law.py) of all that is on the layer."""
+    """Raise ValueRefused unless ``update`` comes, by core/law.py, before all that stays."""
     going = [order_of(part) for part in parts_of(update)]
     later = [order_of(part) for each in staying for part in parts_of(each)]
     if not going or not later or (max(going) <= min(later) and max(going) is not Order.RENEW):

@@ -58,12 +58,12 @@ class Names:
         order = {module_of(name): n for n, name in enumerate(reversed(self._view.tensors))}
         called = [*layers, *(path for path in self.types if not _STRANGE.search(path))]
         called.sort(key=lambda path: -order.get(path, 0))
-        found: dict[str, None] = {}
+        paths: dict[str, None] = {}
         for path in called:
             for end in [i for i, c in enumerate(path) if c == "."] + [len(path)]:
-                found[path[:end]] = None
-        found.pop("", None)
-        return list(found)
+                paths[path[:end]] = None
+        paths.pop("", None)
+        return list(paths)
 
 
 def module_of(name: str) -> str:

@@ -28,7 +28,7 @@ def export_onnx(
     dynamic_shapes: Any = None,
     overwrite: bool = False,
 ) -> list[str]:
-    """Write ``g`` as ONNX; the names of the initialisers that hold adapters.
+    """Write ``g`` as ONNX and return the names of the initialisers that hold adapters.
 
     An adapter's tensors stay initialisers of their own names in the state_dict (no optimiser runs,
     which would fold them away), and are inputs too, with those numbers for their defaults: a session
@@ -66,7 +66,7 @@ def export_onnx(
 
 
 def files_of(program: ExportedProgram, path: str | os.PathLike[str]) -> list[Path]:
-    """The files that a program becomes as ONNX at ``path``: it, and one of weights where they are many."""
+    """The files that a program becomes as ONNX at ``path``: one, and one of large weights."""
     target = Path(path)
     size = sum(t.numel() * t.element_size() for t in program.state_dict.values())
     return [target, target.with_name(f"{target.name}.data")] if size > EXTERNAL else [target]
@@ -99,7 +99,7 @@ def _exported(
 
 
 def _write(program: Any, target: Path, external: bool) -> None:
-    """Beside its place first, then renamed into it, the weights' file before the other."""
+    """Write beside the place first, then rename into it, the weights' file before the other."""
     with tempfile.TemporaryDirectory(dir=target.parent, prefix=f".{target.name}.") as folder:
         made = Path(folder) / target.name
         program.save(made, external_data=external)

@@ -19,9 +19,8 @@ from adaptsurgery.graph.strip import base_of
 from adaptsurgery.graph.walk import Graph, View
 from adaptsurgery.targeting import ALL_LINEAR, Target, find_targets
 from adaptsurgery_formats.errors import NameLookupError, ValueRefused
+from adaptsurgery_formats.names.heads import OUTPUTS
 from adaptsurgery_formats.state import Note
-
-_HEADS = ("lm_head", "embed_out", "output_layer")
 
 
 @dataclass(frozen=True)
@@ -45,7 +44,7 @@ class Plan:
 
     def check(self, g: Graph) -> None:
         """Raise ValueRefused unless ``g`` is the graph of this plan, whatever adapters are on it, and
-        all its targets can be had."""
+        all its targets can be adapted."""
         if fingerprint(View(base_of(g))) != self.fingerprint:
             raise ValueRefused(
                 "the plan is one for another graph",
@@ -106,14 +105,14 @@ def plan(
 def planned(
     g: Graph,
     config: AdapterConfig,
-    found: Sequence[Site],
+    candidates: Sequence[Site],
     *,
     model_type: str | None = None,
     outputs: Collection[str] | None = None,
 ) -> Plan:
-    """``plan`` of a graph without adapters, with the sites as they were found."""
+    """``plan`` of a graph without adapters, whose sites are known already."""
     view = View(g)
-    sites = {site.path: site for site in reversed(found)}
+    sites = {site.path: site for site in reversed(candidates)}
     if not any(site.adaptable for site in sites.values()):
         raise _nothing(list(sites.values()))
     kinds = _kinds(view, sites, config)
@@ -148,13 +147,13 @@ def _placed(chosen: Sequence[Target], sites: dict[str, Site]) -> Iterator[tuple[
 
 
 def fingerprint(view: View) -> str:
-    """What tells one graph from another: its nodes, nested ones too, by name and target."""
-    found = hashlib.sha256()
+    """A hash that tells graphs apart: of all nodes, nested ones too, by name and target."""
+    digest = hashlib.sha256()
     for scope in view.scopes:
-        found.update(repr(scope.path).encode())
+        digest.update(repr(scope.path).encode())
         for node in scope.nodes:
-            found.update(f"{node.op} {node.name} {node.target}\n".encode())
-    return found.hexdigest()[:16]
+            digest.update(f"{node.op} {node.name} {node.target}\n".encode())
+    return digest.hexdigest()[:16]
 
 
 def _kinds(view: View, sites: dict[str, Site], config: AdapterConfig) -> dict[str, str]:
@@ -164,8 +163,8 @@ def _kinds(view: View, sites: dict[str, Site], config: AdapterConfig) -> dict[st
     in_proj) is a layer where it is named; "all-linear" means modules that are linear.
     """
     names = Names(view)
-    said = config.target_modules
-    by_class = isinstance(said, str) and said.lower() == ALL_LINEAR
+    targets = config.target_modules
+    by_class = isinstance(targets, str) and targets.lower() == ALL_LINEAR
     paths = [name for site in sites.values() for name in (site.names or (site.path,))]
     kinds = dict.fromkeys(names.modules(paths), "")
     for path, site in sites.items():
@@ -182,15 +181,15 @@ def _heads(sites: dict[str, Site]) -> tuple[str, ...]:
     return tuple(
         path
         for path, site in sites.items()
-        if path.rpartition(".")[2] in _HEADS or any("embed" in p for p in site.shares)
+        if path.rpartition(".")[2] in OUTPUTS or any("embed" in p for p in site.shares)
     )
 
 
 def _noted(
     heads: tuple[str, ...], config: AdapterConfig, outputs: Collection[str] | None
 ) -> list[Note]:
-    said = config.target_modules
-    if outputs is not None or not (isinstance(said, str) and said.lower() == ALL_LINEAR):
+    targets = config.target_modules
+    if outputs is not None or not (isinstance(targets, str) and targets.lower() == ALL_LINEAR):
         return []
     text = "taken for an output embedding and left out; outputs=() takes it in"
     return [Note("left-out", head, text) for head in heads]
@@ -212,7 +211,7 @@ def _nothing(sites: list[Site]) -> NameLookupError:
 
 
 def _aligned(rows: Sequence[tuple[str, ...]]) -> list[str]:
-    """Lines of columns; the last column is as long as it is."""
+    """Rows as lines of text in aligned columns; the last column is not padded."""
     widths = [max(map(len, column)) for column in list(zip(*rows))[:-1]]
     cells = [[*(c.ljust(w) for c, w in zip(row, widths)), row[-1]] for row in rows]
     return ["  ".join(row).rstrip() for row in cells]

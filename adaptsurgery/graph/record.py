@@ -6,7 +6,7 @@ the site); ``role`` which of the layer's values it stands in for, "x", "weight",
 ``adapters`` what is on the site, in order.
 
 Within no_grad and autocast torch drops the notes after all, when it exports or decomposes a program
-again. So every adapter's number of places is noted apart, and what is lost is told.
+again. So every adapter's number of places is noted apart, so that lost notes are noticed.
 """
 
 from __future__ import annotations
@@ -60,12 +60,12 @@ class Attached:
 
     @property
     def names(self) -> list[str]:
-        """Every tensor of it, by its name in the state_dict."""
+        """The names of all of its tensors in the state_dict."""
         return [name for part in self.parts for name in part.slots.values()]
 
     @property
     def config(self) -> AdapterConfig | None:
-        """A config that drops as the adapter's own does."""
+        """A config with the dropouts of the adapter's own."""
         return (
             AdapterConfig.known[self.parts[0].algorithm](**self.dropout) if self.dropout else None
         )
@@ -100,11 +100,11 @@ class Tag:
 
     @property
     def text(self) -> str:
-        """The note as it stands on the node."""
-        said = {f.name: value for f in fields(self) if (value := getattr(self, f.name))}
+        """The note as JSON, as it stands on the node."""
+        record = {f.name: value for f in fields(self) if (value := getattr(self, f.name))}
         if self.adapters:
-            said["adapters"] = [asdict(a) for a in self.adapters]
-        return json.dumps(said)
+            record["adapters"] = [asdict(a) for a in self.adapters]
+        return json.dumps(record)
 
 
 def tag_of(node: Node) -> Tag | None:
@@ -177,11 +177,11 @@ def _options(update: Update) -> dict[str, Any]:
 
 
 def _free(name: str, used: set[str]) -> str:
-    number, found = 1, name
-    while found in used:
+    number, candidate = 1, name
+    while candidate in used:
         number += 1
-        found = f"{name}_{number}"
-    return found
+        candidate = f"{name}_{number}"
+    return candidate
 
 
 def mapped(update: U, change: Callable[[Tensor], Tensor]) -> U:

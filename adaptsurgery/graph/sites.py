@@ -104,20 +104,20 @@ class Site:
 
     def untold(self) -> str:
         """Why an adapter for some of the ``names`` cannot be put on those alone."""
-        said = ", ".join(f"`{name}`" for name in self.names)
-        return f"the trace does not tell whether {said} are one module or several of one weight"
+        names = ", ".join(f"`{name}`" for name in self.names)
+        return f"the trace does not tell whether {names} are one module or several of one weight"
 
 
 def one_each(given: Mapping[str, T], sites: Mapping[str, Site]) -> dict[str, T]:
-    """``given`` by the paths of its sites; ``sites`` has each under all of its paths.
+    """The values ``given``, one for each site's ``path``; ``sites`` has a site under all its paths.
 
     Raises ValueRefused ("untold-modules") where a site gets two different values, or where some
     of its ``names`` are left out.
     """
-    found: dict[str, T] = {}
+    by_site: dict[str, T] = {}
     for path, value in given.items():
         site = sites[path]
-        if found.setdefault(site.path, value) is not value or set(site.names) - set(given):
+        if by_site.setdefault(site.path, value) is not value or set(site.names) - set(given):
             raise ValueRefused(
                 f"`{path}`: {site.untold() if site.names else 'two names of one layer are given'}",
                 seen=f"an adapter for {', '.join(p for p in given if sites[p] is site)}",
@@ -126,4 +126,4 @@ def one_each(given: Mapping[str, T], sites: Mapping[str, Site]) -> dict[str, T]:
                 else f"name `{site.path}` alone",
                 code="untold-modules",
             )
-    return found
+    return by_site

@@ -62,7 +62,7 @@ class Traced(Layer):
 
 
 def stand_in(*values: Any) -> Any:
-    """What a node calls while its place is still open. No graph that is given back has one."""
+    """The target of a node whose place is still open. No graph that is given back has one."""
     raise AssertionError("a graph was left unfinished")
 
 
@@ -91,10 +91,10 @@ class Splicer:
     def _fake(self, tensor: Tensor) -> Tensor:
         """An adapter's tensor without its numbers, known by its parameter's node."""
         name = self.tensors[id(tensor)]
-        found = self.work.fake.from_tensor(tensor.detach(), static_shapes=True)
-        value = found if self.has_values else None
+        fake = self.work.fake.from_tensor(tensor.detach(), static_shapes=True)
+        value = fake if self.has_values else None
         return self.emitter.bind(
-            found, lambda: self.work.node_of(name, self.path, value), constant=True
+            fake, lambda: self.work.node_of(name, self.path, value), constant=True
         )
 
     # --- one call --------------------------------------------------------------------------------
@@ -102,7 +102,7 @@ class Splicer:
     def splice(self, call: Call, number: int) -> tuple[list[Node], dict[str, Node]]:
         """Put the adapters at ``call``, the ``number``-th of the site.
 
-        What was made, and the nodes that stand in for the layer's own values.
+        Returns the nodes that were made, and those that stand in for the layer's own values.
         """
         emit = self.emitter
         group = [self.nodes[name] for name in call.nodes]
@@ -148,7 +148,7 @@ class Splicer:
         return emit.bind(x, x_node), Traced(**settings)
 
     def _input(self, call: Call) -> Node:
-        """What the layer reads now: the adapted output of the layer before, where that is one."""
+        """The node that the layer reads now: the adapted output of the layer before, where that is one."""
         return self.work.adapted.get((self.path, call.input)) or self.nodes[call.input]
 
     def _of_module(self, node: Node, slot: str, tensor: Tensor) -> Tensor:
@@ -164,7 +164,7 @@ class Splicer:
         return self.own[key]
 
     def _of_node(self, name: str, weight: bool = False) -> Tensor:
-        """A tensor for the node that holds the weight; one that no node shows has a shape alone."""
+        """A tensor for the node ``name``; a weight that no node shows has a shape alone."""
         if name not in self.own:
             self.own[name] = self._of_no_node() if not name else self._named(name, weight)
         return self.own[name]
@@ -197,7 +197,7 @@ class Splicer:
         return lambda: self.emitter.add("get_attr", node.target, (), {})
 
     def _new(self, value: Tensor) -> Tensor:
-        """Another fake tensor like one: each stands for one node."""
+        """A new fake tensor like ``value``, since each stands for one node only."""
         with self.work.fake, torch.no_grad():
             return torch.empty_strided(
                 value.shape, value.stride(), dtype=value.dtype, device=value.device
@@ -235,7 +235,7 @@ class Splicer:
         return note
 
     def _is_own(self, tensor: Tensor, layer: Layer) -> bool:
-        """Whether a tensor is the layer's own bias or weight as it is, seen either way."""
+        """Whether a tensor is the layer's own bias, or its own weight, turned or not."""
         emit = self.emitter
         if tensor is layer.weight or tensor is layer.bias:
             return True
@@ -304,7 +304,7 @@ class Splicer:
         self.module.graph.erase_node(forward.node)
 
     def _values(self, forward: Forward, layer: Layer) -> dict[str, Tensor | None]:
-        """What the base's forward is given instead of its own."""
+        """The values that the base's forward reads instead of its own."""
         values: dict[str, Tensor | None] = {"x": forward.x}
         if forward.weight is not None and not self._is_own(forward.weight, layer):
             values["weight"] = forward.weight
@@ -320,7 +320,7 @@ class Splicer:
         layer: Traced,
         values: dict[str, Tensor | None],
     ) -> dict[str, Node]:
-        """Have the base's nodes read them; each by the role that it plays."""
+        """Make the base's nodes read ``values``, and return the nodes of these by role."""
         emit, roles = self.emitter, {}
         emit.point = forward.node
         x, own = emit.node(forward.x), self._input(call)
@@ -381,7 +381,7 @@ class Splicer:
         replaced: Node | None,
         ends: Iterable[Node],
     ) -> None:
-        """Tags and metadata of every new node; those that nothing uses go."""
+        """Give every new node its tag and metadata; erase those that nothing uses."""
         emit = self.emitter
         for forward in [n for n in emit.made if n.target is stand_in]:
             emit.made.remove(forward)

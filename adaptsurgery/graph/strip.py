@@ -19,33 +19,33 @@ from adaptsurgery.graph.walk import Graph, View
 from adaptsurgery.graph.workspace import Workspace, remove_operand
 from adaptsurgery_formats.errors import ValueRefused
 
-Found = dict[str, tuple[Attached, ...]]
+AdaptersBySite = dict[str, tuple[Attached, ...]]
 
 
-def adapters_of(g: Graph) -> Found:
+def adapters_of(g: Graph) -> AdaptersBySite:
     """Site path → the adapters on it, in order, as the graph's own notes have them.
 
     Raises ValueRefused where some of the notes are gone.
     """
-    found: Found = {}
+    by_site: AdaptersBySite = {}
     places: dict[tuple[str, tuple[str, ...]], tuple[Attached, ...]] = {}
-    said: dict[str, int] = {}
+    counts: dict[str, int] = {}
     for scope in View(g).scopes:
         for node in scope.module.graph.nodes:
-            said |= counts_of(node)
+            counts |= counts_of(node)
             tag = tag_of(node)
             if tag is not None and tag.adapters:
-                found.setdefault(tag.site, tag.adapters)
+                by_site.setdefault(tag.site, tag.adapters)
                 places[tag.site, scope.path] = tag.adapters
-    _check_whole(list(places.values()), said)
-    return found
+    _check_whole(list(places.values()), counts)
+    return by_site
 
 
-def _check_whole(places: list[tuple[Attached, ...]], said: dict[str, int]) -> None:
-    """``said`` counts the places of adapters whose notes may be lost altogether."""
+def _check_whole(places: list[tuple[Attached, ...]], counts: dict[str, int]) -> None:
+    """``counts`` has the places of adapters whose notes may be lost altogether."""
     seen = Counter(a.name for adapters in places for a in adapters)
-    said = said | {a.name: a.places for adapters in places for a in adapters}
-    for name, wanted in said.items():
+    counts = counts | {a.name: a.places for adapters in places for a in adapters}
+    for name, wanted in counts.items():
         if seen[name] != wanted:
             raise ValueRefused(
                 f"the notes of the adapter `{name}` are not whole: torch drops those within no_grad "
@@ -56,9 +56,9 @@ def _check_whole(places: list[tuple[Attached, ...]], said: dict[str, int]) -> No
             )
 
 
-def strip(work: Workspace, found: Found) -> None:
+def strip(work: Workspace, by_site: AdaptersBySite) -> None:
     """Take every adapter out of the copy; their tensors stay in its state."""
-    names = {name for adapters in found.values() for a in adapters for name in a.names}
+    names = {name for adapters in by_site.values() for a in adapters for name in a.names}
     parameters = _parameter_nodes(work, names)
     for path, module in work.modules():
         _Stripper(module, parameters.get(path, set())).run()
@@ -70,9 +70,9 @@ def strip(work: Workspace, found: Found) -> None:
         _forget_names(module)
 
 
-def bare(work: Workspace, found: Found) -> Graph:
+def bare(work: Workspace, by_site: AdaptersBySite) -> Graph:
     """The stripped copy as a graph by itself, to look for sites in."""
-    names = {t for on in found.values() for a in on for t in a.names}
+    names = {t for on in by_site.values() for a in on for t in a.names}
     held = {name: work.state.pop(name) for name in names & work.state.keys()}
     graph = work.finish()
     work.state = {**work.state, **held}
@@ -81,12 +81,12 @@ def bare(work: Workspace, found: Found) -> Graph:
 
 def base_of(g: Graph) -> Graph:
     """A graph without its adapters; itself where it has none."""
-    found = adapters_of(g)
-    if not found:
+    by_site = adapters_of(g)
+    if not by_site:
         return g
     work = Workspace(g)
-    strip(work, found)
-    return bare(work, found)
+    strip(work, by_site)
+    return bare(work, by_site)
 
 
 def _forget_names(module: GraphModule) -> None:
@@ -121,7 +121,7 @@ def _erase_parameter(work: Workspace, path: tuple[str, ...], node: Node) -> None
 
 
 class _Stripper:
-    """One graph."""
+    """Takes the adapters out of one graph."""
 
     def __init__(self, module: GraphModule, parameters: set[Node]) -> None:
         self.module, self.parameters = module, parameters
@@ -140,22 +140,22 @@ class _Stripper:
             self.module.graph.erase_node(node)
 
     def _stands_for(self, node: Node) -> Node:
-        """What was there before a node of an adapter's; any other node is itself."""
+        """The base's node whose place an adapter's node took; any other node is itself."""
         tag = self.tags.get(node)
         if tag is None:
             return node
         if node not in self.original:
-            self.original[node] = self._found(node, tag)
+            self.original[node] = self._original_of(node, tag)
         return self.original[node]
 
-    def _found(self, node: Node, tag: Tag) -> Node:
+    def _original_of(self, node: Node, tag: Tag) -> Node:
         if tag.module:
             return self._called_again(node, tag)
         return self._stands_for(max(self._entries(node, tag), key=self.place.__getitem__))
 
     def _entries(self, node: Node, tag: Tag) -> list[Node]:
-        """What the adapter's nodes before ``node`` read that is not the adapter's."""
-        seen, queue, found = {node}, [node], []
+        """The nodes that are not the adapter's, and that its nodes read on the way to ``node``."""
+        seen, queue, entries = {node}, [node], []
         while queue:
             for source in queue.pop().all_input_nodes:
                 if source in seen:
@@ -165,11 +165,11 @@ class _Stripper:
                 if other and other.site == tag.site and other.call in (tag.call, SHARED):
                     queue.append(source)
                 elif source not in self.parameters:
-                    found.append(source)
-        return found
+                    entries.append(source)
+        return entries
 
     def _called_again(self, node: Node, tag: Tag) -> Node:
-        """The call of a module that a node took the place of."""
+        """A new call of the module whose call a node took the place of."""
         x = max(
             (n for n in self._entries(node, tag) if n.op != "get_attr"), key=self.place.__getitem__
         )

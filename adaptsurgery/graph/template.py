@@ -27,7 +27,7 @@ BASE = ("nn_module_stack", "stack_trace")  # what a node of an adapter has of it
 
 @dataclass(frozen=True)
 class Ref:
-    """What stands at one place: a step by its number, a value of the layer, a parameter by its order."""
+    """An operand: a step by number, a value of the layer by role, a parameter by order."""
 
     kind: str
     number: int = 0
@@ -35,7 +35,7 @@ class Ref:
 
 @dataclass(frozen=True)
 class Step:
-    """One node. ``after``: behind the layer, not before it."""
+    """One node to make; one that is ``after`` stands behind the layer, not before it."""
 
     target: Any
     args: Any
@@ -70,7 +70,7 @@ class Place:
 
     @property
     def input(self) -> Node:
-        """What the layer reads now: the adapted output of the layer before, where that is one."""
+        """The node that the layer reads now: the adapted output of the layer before, where that is one."""
         adapted = self.work.adapted.get((self.call.graph, self.call.input))
         return adapted or self.nodes[self.call.input]
 
@@ -80,14 +80,14 @@ class Place:
         return [name for a in self.adapters for name in a.names]
 
     def parameter(self, name: str) -> Node:
-        """The node of one."""
+        """The node of one parameter."""
         value = None
         if self.has_values and not self.work.is_led((self.call.graph, name)):
             value = self.work.fake.from_tensor(self.work.tensor(name).detach(), static_shapes=True)
         return self.work.node_of(name, self.call.graph, value)
 
     def own(self) -> dict[str, Node]:
-        """The layer's values by what they are."""
+        """The nodes of the layer's values by role: x, out, weight and bias."""
         held = {"x": self.input, "out": self.output}
         for slot in ("weight", "bias"):
             if name := getattr(self.call, slot):
@@ -95,7 +95,7 @@ class Place:
         return held
 
     def lead_out(self, end: Node, ours: Iterable[Node]) -> None:
-        """Have all who read the layer's output read ``end``."""
+        """Make all nodes that read the layer's output read ``end``."""
         own, made = self.output, set(ours)
         self.work.adapted[self.call.graph, own.name] = end
         for user in list(own.users):
@@ -104,7 +104,7 @@ class Place:
 
 
 def key(place: Place) -> object:
-    """What two calls have in common that get the same nodes; None where copies are not made."""
+    """The key that calls which get the same nodes share; None where copies are not made."""
     site = place.site
     if len(site.calls) > 1 or place.group[0].op != "call_function":
         return None
@@ -131,7 +131,7 @@ def _value(place: Place, slot: str, node: Node) -> Any:
 
 
 def _look(value: Any) -> object:
-    """A tensor without its numbers; open sizes by their expressions."""
+    """All of a tensor but its numbers, as a key; open sizes by their expressions."""
     if not isinstance(value, Tensor):
         return None
     sizes = (*value.shape, *value.stride())
@@ -154,7 +154,7 @@ def _adapter_key(work: Workspace, attached: Attached) -> object:
 def recorded(
     place: Place, made: list[Node], roles: Mapping[str, Node], own: dict[str, Node]
 ) -> Template | None:
-    """What a call got, to be copied; None where it holds more than a copy could.
+    """The nodes that a call got, to be copied; None where a copy could not hold all of it.
 
     ``own`` are the layer's values as they were before.
     """
@@ -193,12 +193,12 @@ def _call_of(node: Node) -> int:
 
 
 def replay(place: Place, template: Template) -> None:
-    """Give a call what another like it got."""
+    """Give a call copies of the nodes that another like it got."""
     graph, own = place.output.graph, place.own()
     names, made = place.names, list[Node]()
     behind = place.output.next
 
-    def found(value: Any) -> Any:
+    def actual(value: Any) -> Any:
         if not isinstance(value, Ref):
             return value
         if value.kind == "step":
@@ -208,10 +208,10 @@ def replay(place: Place, template: Template) -> None:
         )
 
     for step in template.steps:
-        args, kwargs = map_aggregate(step.args, found), map_aggregate(step.kwargs, found)
+        args, kwargs = map_aggregate(step.args, actual), map_aggregate(step.kwargs, actual)
         with graph.inserting_before(behind if step.after else place.group[0]):
             made.append(graph.create_node("call_function", step.target, args, kwargs))
-    ends = {role: found(ref) for role, ref in template.roles.items()}
+    ends = {role: actual(ref) for role, ref in template.roles.items()}
     for role, end in ends.items():
         if role != "out":
             retarget(place.group, own[role], end)
@@ -229,7 +229,7 @@ def replay(place: Place, template: Template) -> None:
 
 
 def note(node: Node, base: Node, text: str) -> None:
-    """The metadata of a new node: its layer's, and the surgery's note."""
+    """Give a new node its metadata: its layer's, and the surgery's note."""
     node.meta = {name: dict(kept) if isinstance(kept := base.meta[name], dict) else kept
                  for name in BASE if name in base.meta}  # fmt: skip
     node.meta["custom"] = {RECORD: text}

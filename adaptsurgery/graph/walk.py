@@ -192,20 +192,20 @@ def _inside(
 def _graph_of(scope: Scope, node: Node) -> GraphModule | None:
     if node.op != "get_attr":
         return None
-    found: Any = scope.module
+    attribute: Any = scope.module
     for part in str(node.target).split("."):
-        found = getattr(found, part, None)
-    return found if isinstance(found, GraphModule) else None
+        attribute = getattr(attribute, part, None)
+    return attribute if isinstance(attribute, GraphModule) else None
 
 
 def _name_of(node: Node) -> str:
-    """What a higher-order node is called: ``cond``."""
+    """The name of a higher-order node's operation, such as ``cond``."""
     name = getattr(node.target, "_name", None) or getattr(node.target, "__name__", node.target)
     return str(name)
 
 
 def _class_name(kind: Any) -> str:
-    """``Linear`` of a class, or of the dotted name of one."""
+    """The bare name (``Linear``) of a class, or of the dotted name of one."""
     return kind.__name__ if isinstance(kind, type) else str(kind).rpartition(".")[2]
 
 
@@ -213,9 +213,9 @@ def _tensors(g: Graph) -> dict[str, Tensor]:
     if isinstance(g, ExportedProgram):
         constants = {k: v for k, v in g.constants.items() if isinstance(v, Tensor)}
         return {**g.state_dict, **constants}
-    found: dict[str, Tensor] = dict(g.named_parameters(remove_duplicate=False))
-    found.update(g.named_buffers(remove_duplicate=False))
-    return found
+    tensors: dict[str, Tensor] = dict(g.named_parameters(remove_duplicate=False))
+    tensors.update(g.named_buffers(remove_duplicate=False))
+    return tensors
 
 
 def _lifted(g: Graph) -> dict[str, str]:
@@ -231,7 +231,7 @@ def _lifted(g: Graph) -> dict[str, str]:
 
 
 def _identity(tensor: Tensor) -> object:
-    """The same for two names of one tensor, also after a program was loaded."""
+    """A key that two names of one tensor share, also after a program was loaded."""
     try:
         place = tensor.untyped_storage().data_ptr()
     except (RuntimeError, NotImplementedError):  # a fake or wrapped tensor has no memory

@@ -43,11 +43,11 @@ class Workspace:
 
     def module(self, path: tuple[str, ...] = ()) -> GraphModule:
         """The graph module at a path of get_attr targets."""
-        found: Any = self.top
+        module: Any = self.top
         for step in path:
-            found = found.get_submodule(step)
-        assert isinstance(found, GraphModule)
-        return found
+            module = module.get_submodule(step)
+        assert isinstance(module, GraphModule)
+        return module
 
     def modules(self) -> Iterator[tuple[tuple[str, ...], GraphModule]]:
         """Every graph once, the outermost first."""
@@ -81,11 +81,11 @@ class Workspace:
     def callers(self, path: tuple[str, ...]) -> list[Node]:
         """The higher-order nodes that call the graph at ``path``."""
         module, outer = self.module(path), self.module(path[:-1])
-        found = []
+        callers = []
         for node in outer.graph.nodes:
             if node.op == "get_attr" and _attribute(outer, node) is module:
-                found += [user for user in node.users if user.op == "call_function"]
-        return list(dict.fromkeys(found))
+                callers += [user for user in node.users if user.op == "call_function"]
+        return list(dict.fromkeys(callers))
 
     # --- tensors ---------------------------------------------------------------------------------
 
@@ -168,7 +168,7 @@ class Workspace:
         return node
 
     def _led_in(self, name: str, path: tuple[str, ...], value: Tensor | None) -> Node:
-        """One more operand of every call of the graph, and so of every branch beside it."""
+        """Add the parameter to the operands of every call of the graph, and so to every branch."""
         outer = self.node_of(name, path[:-1], value)
         for caller in self.callers(path):
             append_operand(caller, outer)
@@ -181,13 +181,13 @@ class Workspace:
     def branches(self, path: tuple[str, ...], caller: Node) -> list[tuple[str, GraphModule]]:
         """The graphs that a higher-order node of the graph at ``path`` calls, by name."""
         outer = self.module(path)
-        found = []
+        branches = []
         for leaf in flat([caller.args, caller.kwargs]):
             if isinstance(leaf, Node) and leaf.op == "get_attr":
                 held = _attribute(outer, leaf)
                 if isinstance(held, GraphModule):
-                    found.append((str(leaf.target), held))
-        return found
+                    branches.append((str(leaf.target), held))
+        return branches
 
     def _first_input(self) -> Node:
         """Where a parameter goes: before the first placeholder that is neither token nor parameter."""
@@ -245,20 +245,20 @@ class Workspace:
         )
 
     def _input_specs(self, old: list[InputSpec]) -> list[InputSpec]:
-        """One spec a placeholder, in the graph's order; those of parameters gone are gone."""
+        """One spec a placeholder, in the graph's order; a parameter that was dropped has none."""
         known = {getattr(spec.arg, "name", ""): spec for spec in old}
-        found = []
+        specs = []
         for node in self.top.graph.nodes:
             if node.op == "placeholder" and node.name in self._added:
                 argument = TensorArgument(name=node.name)
                 name = self._added[node.name]
-                found.append(InputSpec(InputKind.PARAMETER, argument, target=name))
+                specs.append(InputSpec(InputKind.PARAMETER, argument, target=name))
             elif node.op == "placeholder":
-                found.append(known[node.name])
-        return found
+                specs.append(known[node.name])
+        return specs
 
     def _renamed_outputs(self) -> dict[str, str]:
-        """What stands in the output now, by what stood there."""
+        """The names that the output has now, by those that it had before."""
         assert isinstance(self.source, ExportedProgram)
         before, after = self.source.graph.output_node(), self.top.graph.output_node()
         pairs = zip(flat(before.args), flat(after.args))
@@ -266,7 +266,7 @@ class Workspace:
 
 
 def append_operand(caller: Node, operand: Node) -> None:
-    """One more operand at the end of a higher-order node's."""
+    """Give a higher-order node one more operand, at the end."""
     *rest, last = caller.args
     if isinstance(last, tuple | list):
         caller.args = (*rest, type(last)([*last, operand]))
@@ -275,7 +275,7 @@ def append_operand(caller: Node, operand: Node) -> None:
 
 
 def remove_operand(caller: Node, operand: Node) -> int:
-    """Take an operand out; its place, counted from the end (-1 is the last)."""
+    """Take an operand out and return its place, counted from the end (-1 is the last)."""
     *rest, last = caller.args
     if isinstance(last, tuple | list):
         place = list(last).index(operand)

@@ -17,7 +17,7 @@ from typing import cast
 import torch
 from torch import Tensor, nn
 
-from adaptsurgery.adapters.adapter import Adapter, load
+from adaptsurgery.adapters.adapter import Adapter, load, shapes_of
 from adaptsurgery.adapters.report import Report, Row
 from adaptsurgery.algorithms.full import Norm
 from adaptsurgery.checkpoint.bridge import to_torch
@@ -160,6 +160,7 @@ class _Work:
 
     def take(self, adapter: Mapping[str, Update], weight: float, component: str | None) -> None:
         """Every update of an adapter, to the tensors of its module."""
+        adapter = self._on_own_modules(adapter)
         names = _named(adapter, component)
         saved = _saved(adapter, component)
         missing = [name for name in names if name not in self.modules]
@@ -179,6 +180,17 @@ class _Work:
                 self._place(name, adapter[key], weight)
         if saved:
             self._take_saved(saved, weight)
+
+    def _on_own_modules(self, adapter: Mapping[str, Update]) -> Mapping[str, Update]:
+        """A file's adapter on the model's modules, where its family has other names for them."""
+        if not isinstance(adapter, Adapter) or len(adapter.components) > 1:
+            return adapter
+        if all(name in self.modules for name in adapter):
+            return adapter
+        try:
+            return adapter.on(shapes_of(self.model))
+        except NameLookupError:
+            return adapter  # the names that are missing are told with the adapter's own
 
     def _place(self, name: str, update: Update, weight: float) -> None:
         module, scaled = self.modules[name], update.scaled(weight)

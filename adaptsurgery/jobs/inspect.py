@@ -16,6 +16,7 @@ from adaptsurgery_formats import FORMATS, WRITABLE, AdapterFile, AdapterState, F
 from adaptsurgery_formats.errors import SurgeryError
 from adaptsurgery_formats.metadata import HASH_KEYS, sshs_hashes
 from adaptsurgery_formats.names import Names
+from adaptsurgery_formats.readers import readers_of
 from adaptsurgery_formats.state import magnitude_axis
 
 Data = dict[str, Any]
@@ -29,7 +30,9 @@ class Inspection:
     Counts are of modules unless they say otherwise. ``scales`` has one entry for every alpha, rank
     and rule that occurs. ``convertible`` says for each layout that can be written whether this
     adapter can be put into it: "exact", "rewritten" (exact up to one rounding, ``steps`` says by
-    what), or "refused" with the error's code and reason.
+    what), or "refused" with the error's code and reason. ``readers`` says for each program that
+    loads adapters what it makes of this file as it is: "whole", "part" or "nothing", how many of
+    the modules it ``read``s rightly, and for what reasons it does not read the others.
     """
 
     path: str
@@ -51,6 +54,7 @@ class Inspection:
     metadata: dict[str, str]
     hashes: Data
     convertible: dict[str, Data]
+    readers: dict[str, Data]
     notes: list[dict[str, str]]
     modules: list[Data] = field(default_factory=list)
 
@@ -102,6 +106,7 @@ def _inspection(loaded: Loaded, layout: str | None, hashes: bool) -> Inspection:
         metadata=_metadata(loaded.files),
         hashes=_hashes(loaded.files, hashes),
         convertible=_convertible(loaded),
+        readers=_readers(loaded),
         notes=[vars(note) for note in loaded.state.notes],
         modules=[_row(m) for m in modules],
     )
@@ -143,7 +148,7 @@ def _scales(modules: list[ModuleState]) -> list[Data]:
 def _targets(modules: list[ModuleState]) -> dict[str, int]:
     """The modules' last names; of flat names, which cannot be cut, the shape with * for numbers."""
     found = Counter(
-        _NUMBER.sub("*", m.path) if m.naming == "flat" else last_name(m.path) for m in modules
+        _NUMBER.sub("*", m.path) if m.naming == "flat" else last_name(m.written) for m in modules
     )
     return dict(found.most_common())
 
@@ -179,7 +184,7 @@ def _metadata(files: list[AdapterFile]) -> dict[str, str]:
 def _row(module: ModuleState) -> Data:
     axis = magnitude_axis(module) if "magnitude" in module.tensors else None
     return {
-        "path": module.path,
+        "path": module.written,
         "component": module.component,
         "naming": module.naming,
         "algorithm": module.algorithm,
@@ -280,3 +285,21 @@ _EXACT: Data = {"how": "exact", "steps": []}
 
 def _refused(code: str, why: str) -> Data:
     return {"how": "refused", "steps": [], "code": code, "why": why}
+
+
+# --- who reads it as it is -----------------------------------------------------------------------
+
+
+def _readers(loaded: Loaded) -> dict[str, Data]:
+    """What each reader makes of the file as it is."""
+    return {
+        name: {
+            "title": verdict.reader.title,
+            "checked": verdict.reader.checked,
+            "how": verdict.how,
+            "modules": verdict.modules,
+            "read": verdict.read,
+            "reasons": [vars(reason) for reason in verdict.reasons],
+        }
+        for name, verdict in readers_of(loaded.state, loaded.files, loaded.names).items()
+    }

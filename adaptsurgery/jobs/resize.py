@@ -74,9 +74,15 @@ def resize(
     _note_changes(loaded, cuts)
     result = replace(loaded, state=replace(state, modules=[cut.written for cut in cuts]))
     report = write_adapter(
-        result, Path(out), target.name,
-        allow_nonfinite=allow_nonfinite, overwrite=overwrite, dry_run=dry_run, hashes=hashes, progress=progress,
-    )  # fmt: skip
+        result,
+        Path(out),
+        target.name,
+        allow_nonfinite=allow_nonfinite,
+        overwrite=overwrite,
+        dry_run=dry_run,
+        hashes=hashes,
+        progress=progress,
+    )
     return _told(report, cuts)
 
 

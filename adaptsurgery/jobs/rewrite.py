@@ -20,10 +20,12 @@ from adaptsurgery.checkpoint.apart import keep_apart
 from adaptsurgery.checkpoint.failures import as_file_error
 from adaptsurgery.checkpoint.programs import check_program
 from adaptsurgery.checkpoint.watched import check_watched, current, watching
-from adaptsurgery.jobs.values import SEEDS, is_whole
+from adaptsurgery.jobs.options import SEEDS, collected, default_of
+from adaptsurgery.jobs.options.programs import RewriteOptions
+from adaptsurgery.jobs.values import is_whole
 from adaptsurgery_formats import Note
-from adaptsurgery_formats.errors import FileError, LayoutError, nearest
-from adaptsurgery_formats.names import names_of_base
+from adaptsurgery_formats.errors import FileError, LayoutError, NameLookupError, nearest
+from adaptsurgery_formats.names import names_of_modules
 
 if TYPE_CHECKING:
     from torch.export import ExportedProgram
@@ -84,20 +86,19 @@ def rewrite(
             next="-o OUT.pt2, --onnx OUT.onnx, or both; --table to see the layers, --dry-run to try it",
             code="nothing-to-write",
         )
-    _check_effect(config, listing, {"merge": merge, "mode": mode != "auto", "base": base is not None,
-                                    "name": name != "default", "seed": seed is not None})  # fmt: skip
+    options = collected(RewriteOptions, locals())
+    _check_effect(options, listing)
     _check_seed(seed)
     _check_outputs((source, config, adapter, base), out, onnx, overwrite)
     with _torch_to_itself(), watching():
-        return _rewritten(
-            source, out, listing, config, adapter, name, mode, merge, onnx, base, seed, overwrite, dry_run, trust
-        )  # fmt: skip
+        return _rewritten(source, out, options, listing)
 
 
-def _check_effect(config: AnyPath | None, listing: bool, said: Mapping[str, bool]) -> None:
+def _check_effect(options: RewriteOptions, listing: bool) -> None:
     """No option is passed over: without an adapter none has an effect, some with one kind alone."""
-    idle = set(said) if listing else {"base"} if config is not None else {"seed"}
-    lost = [option for option in said if said[option] and option in idle]
+    said = ("merge", "mode", "base", "name", "seed")
+    idle = said if listing else ("base",) if options.config is not None else ("seed",)
+    lost = [name for name in idle if getattr(options, name) != default_of(options, name)]
     if lost:
         raise LayoutError(
             f"without effect: {', '.join(lost)}",
@@ -135,34 +136,21 @@ def _torch_to_itself() -> Iterator[None]:
 
 
 def _rewritten(
-    source: AnyPath,
-    out: AnyPath | None,
-    listing: bool,
-    config: AnyPath | None,
-    adapter: AnyPath | None,
-    name: str,
-    mode: str,
-    merge: bool,
-    onnx: AnyPath | None,
-    base: AnyPath | None,
-    seed: int | None,
-    overwrite: bool,
-    dry_run: bool,
-    trust: bool,
+    source: AnyPath, out: AnyPath | None, options: RewriteOptions, listing: bool
 ) -> Report:
-    program = read_program(source, trust=trust)
-    chosen = _chosen(program, source, config, adapter, base)
+    program = read_program(source, trust=options.trust)
+    chosen = _chosen(program, source, options)
     report = _report(source, chosen)
-    if trust:
+    if options.trust:
         report.notes.insert(0, Note("trusted", os.fspath(source), TRUSTED))
     if listing:
         return report
-    changed = _changed(program, chosen, name, mode, merge, seed)
+    changed = _changed(program, chosen, options)
     check_watched(current())  # all that is read has been
-    report.facts["parameters"] = _parameters(program, changed, name, merge)
-    if not dry_run:
-        inputs = _inputs(source, config, adapter, base)
-        report.outputs = _write(changed, out, onnx, overwrite, inputs)
+    report.facts["parameters"] = _parameters(program, changed, options.name, options.merge)
+    if not options.dry_run:
+        inputs = _inputs(source, options.config, options.adapter, options.base)
+        report.outputs = _write(changed, out, options.onnx, options.overwrite, inputs)
         report.facts["bytes"] = sum(os.path.getsize(path) for path in report.outputs)
     return report
 
@@ -252,17 +240,11 @@ def _here(spec: AnyPath | None) -> AnyPath | None:
     return cached_path(os.fspath(spec))
 
 
-def _chosen(
-    program: ExportedProgram,
-    source: AnyPath,
-    config: AnyPath | None,
-    adapter: AnyPath | None,
-    base: AnyPath | None,
-) -> _Chosen:
+def _chosen(program: ExportedProgram, source: AnyPath, options: RewriteOptions) -> _Chosen:
     from adaptsurgery.core.config import AdapterConfig
     from adaptsurgery.graph import find_sites, plan
 
-    if config is not None:
+    if (config := options.config) is not None:
         with warnings.catch_warnings():
             warnings.simplefilter("ignore", UserWarning)  # of the fields that the notes name
             read = AdapterConfig.from_pretrained(os.fspath(config))
@@ -271,9 +253,9 @@ def _chosen(
         notes = [*_strange(read, config), *made.notes, *(_left(name) for name in made.saved)]
         return _Chosen(list(made.sites), plan=made, notes=tuple(notes))
     sites = find_sites(program)
-    if adapter is None:
+    if options.adapter is None:
         return _Chosen(sites)
-    found = _adapter_for(sites, source, adapter, base)
+    found = _adapter_for(sites, source, options.adapter, options.base)
     named = {path: site for site in sites for path in (*site.aliases, site.path)}
     on = [named[path] for path in found if path in named]
     notes = [*found.notes, *(_left(name) for held in found.saved.values() for name in held)]
@@ -300,25 +282,32 @@ def _left(name: str) -> Note:
 def _adapter_for(
     sites: list[Site], source: AnyPath, adapter: AnyPath, base: AnyPath | None
 ) -> Adapter:
-    """The adapter, its flat names looked up in the program's own modules."""
-    if base is not None:
-        return Adapter(load_state(adapter, base=base))
+    """The adapter, its names looked up in the program's own modules."""
     shapes = {s.path: s.shape[::-1] if s.transposed else s.shape for s in sites if s.shape}
-    names = names_of_base({"": shapes}, os.fspath(source))
-    return Adapter(load_state(adapter, names=names))
+    if base is None:
+        names = names_of_modules(shapes, os.fspath(source))
+        read = Adapter(load_state(adapter, names=names))
+    else:
+        read = Adapter(load_state(adapter, base=base))
+    known = {path for site in sites for path in (*site.aliases, site.path)}
+    if len(read.components) > 1 or all(path in known for path in read):
+        return read
+    try:
+        return read.on(shapes)
+    except NameLookupError:
+        return read  # what the program has of it is told where it is attached
 
 
-def _changed(
-    program: ExportedProgram, chosen: _Chosen, name: str, mode: str, fold: bool, seed: int | None
-) -> ExportedProgram:
+def _changed(program: ExportedProgram, chosen: _Chosen, options: RewriteOptions) -> ExportedProgram:
     import torch
 
     from adaptsurgery.graph import attach, merge
 
+    name, mode, seed = options.name, options.mode, options.seed
     generator = None if seed is None else torch.Generator().manual_seed(seed)
     what: Any = chosen.plan if chosen.plan is not None else dict(chosen.updates or {})
     changed = attach(program, what, name, mode, generator=generator)  # type: ignore[arg-type]
-    return merge(changed, name) if fold else changed
+    return merge(changed, name) if options.merge else changed
 
 
 def _parameters(

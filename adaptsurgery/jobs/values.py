@@ -7,8 +7,6 @@ from numbers import Integral
 from adaptsurgery.core.strength import is_lost
 from adaptsurgery_formats.errors import ValueRefused
 
-SEEDS = (-(1 << 63), (1 << 64) - 1)  # what torch's generators take
-
 
 def check_whole(
     option: str, value: object, least: int | None = 1, most: int | None = None, code: str = ""

@@ -17,7 +17,7 @@ from pathlib import Path
 import torch
 from torch import Tensor, nn
 
-from adaptsurgery.adapters.adapter import load, parts
+from adaptsurgery.adapters.adapter import load, parts, shapes_of
 from adaptsurgery.adapters.report import Report
 from adaptsurgery.checkpoint import system
 from adaptsurgery.checkpoint.atomic import output
@@ -33,8 +33,15 @@ from adaptsurgery.modules import slots
 from adaptsurgery.modules.layer import AdaptedLayer
 from adaptsurgery.modules.model import AdaptedModel
 from adaptsurgery_formats import Tensor as LazyTensor
-from adaptsurgery_formats.errors import FileError, KeyRefused, ShapeError, ValueRefused
-from adaptsurgery_formats.peft import PREFIX
+from adaptsurgery_formats.errors import (
+    FileError,
+    InexactError,
+    KeyRefused,
+    ShapeError,
+    SurgeryError,
+    ValueRefused,
+)
+from adaptsurgery_formats.peft import PREFIX, SUFFIXES
 from adaptsurgery_formats.tensors import Tensor as FileTensor
 
 WEIGHTS = "adapter_model.safetensors"
@@ -141,13 +148,40 @@ def read_adapter(
     A flat name is looked up in ``base``, by default in the live model's own modules.
     """
     place = resolve(str(path), kind="adapter")
-    if place.is_dir() and system.is_there(place / FILE):
-        return AdapterConfig.from_pretrained(place), _tensors(place)
+    if place.is_dir() and (place / FILE).is_file():
+        return _read_folder(place, model)
     _check_one_model(place)
     with tempfile.TemporaryDirectory() as folder:
         made = Path(folder) / "peft"
         load(place, base=base or shapes_of(model)).save(made, "peft")
+        return _read_folder(made, model)
+
+
+def _read_folder(folder: Path, model: nn.Module) -> tuple[AdapterConfig, dict[str, Tensor]]:
+    """A PEFT folder, its modules those of the model where its family has other names for them."""
+    config, tensors = AdapterConfig.from_pretrained(folder), _tensors(folder)
+    known = {name for name, _ in model.named_modules()}
+    if all(_module_of(key) in known for key in tensors if _suffix(key)):
+        return config, tensors
+    with tempfile.TemporaryDirectory() as place:
+        made = Path(place) / "peft"
+        try:
+            load(folder).on(shapes_of(model)).save(made, "peft")
+        except InexactError:
+            raise  # parts of a fused layer that are no change of the whole
+        except SurgeryError:
+            return config, tensors  # of another model, in part: loading says which keys
         return AdapterConfig.from_pretrained(made), _tensors(made)
+
+
+def _module_of(key: str) -> str:
+    """The path of the module that a key of PEFT's is for."""
+    return key.removeprefix(PREFIX).removesuffix(f".{_suffix(key)}")
+
+
+def _suffix(key: str) -> str:
+    """The end of an adapter's key that says which of its tensors it is; "" for any other key."""
+    return next((s for s in SUFFIXES if key.endswith(f".{s}")), "")
 
 
 def _check_one_model(place: Path) -> None:
@@ -179,18 +213,6 @@ def _read(folder: Path) -> Mapping[str, LazyTensor]:
     if system.is_there(folder / "adapter_model.bin"):
         return read_pickle(folder / "adapter_model.bin")
     raise FileError(f"there is no {WEIGHTS} in it", where=str(folder), code="no-such-file")
-
-
-def shapes_of(model: nn.Module) -> dict[str, tuple[int, ...]]:
-    """The shape of every module's weight by the module's name, as the base was built."""
-    found = {}
-    for name, parameter in model.named_parameters(remove_duplicate=False):
-        path, _, leaf = (
-            name.replace(".base_layer.", ".").replace(".original_module.", ".").rpartition(".")
-        )
-        if leaf == "weight" and path:
-            found[path] = tuple(parameter.shape)
-    return found
 
 
 def load_state(

@@ -154,7 +154,7 @@ def _new_update(
     layer: AdaptedLayer, target: Target, config: AdapterConfig, empty: bool, wide: bool
 ) -> Update:
     """New tensors for a layer, beside its weight."""
-    base = layer.layer()
+    base, config = layer.layer(), config.for_module(target.name)
     if base.kind not in config.kinds:
         raise ValueRefused(
             f"{config.algorithm} is not for a {type(layer.base_layer).__name__}",

@@ -20,13 +20,14 @@ from adaptsurgery.modules.model import AdaptedModel, model_of
 from adaptsurgery.modules.undo import Before
 from adaptsurgery.modules.walk import Walk
 from adaptsurgery_formats.errors import ValueRefused
+from adaptsurgery_formats.names.heads import ANSWER_HEADS, TASK_HEADS
 
 AnyPath = str | os.PathLike[str]
 # The heads that a task trains whole, as PEFT adds them to modules_to_save.
 _HEADS = {
-    "SEQ_CLS": ("classifier", "score"),
-    "TOKEN_CLS": ("classifier", "score"),
-    "QUESTION_ANS": ("qa_outputs",),
+    "SEQ_CLS": TASK_HEADS,
+    "TOKEN_CLS": TASK_HEADS,
+    "QUESTION_ANS": ANSWER_HEADS,
 }
 
 

@@ -101,27 +101,27 @@ def difference(base: Tensor, tuned: Tensor) -> Tensor:
             seen=f"base {list(base.shape)}, tuned {list(tuned.shape)}",
         )
     with torch.no_grad():
-        found = widened(tuned) - widened(base)
-        if not all(map(math.isfinite, map(float, torch.aminmax(found)))):
+        delta = widened(tuned) - widened(base)
+        if not all(map(math.isfinite, map(float, torch.aminmax(delta)))):
             raise ValueRefused(
                 "a weight, or the difference of the two, is not finite", code="non-finite"
             )
-    return found
+    return delta
 
 
-def norm_of(found: Tensor) -> float:
+def norm_of(tensor: Tensor) -> float:
     """‖D‖, whatever its scale."""
-    return float(torch.linalg.vector_norm(found, dtype=torch.float64))
+    return float(torch.linalg.vector_norm(tensor, dtype=torch.float64))
 
 
 @torch.no_grad()
-def error_of(delta: Delta, found: Tensor) -> float:
+def error_of(delta: Delta, target: Tensor) -> float:
     """‖D − s·Δ‖/‖D‖ of an update as it is, measured on D, some rows at a time; 0 where D is 0."""
-    total = norm_of(found)
-    ready, missing = delta.prepared(found.dtype, found.device), 0.0
-    step = max(1, CHUNK // max(found[0].numel(), 1))
-    for start in range(0, found.shape[0], step):
-        block = found[start : start + step].flatten(1).clone()
+    total = norm_of(target)
+    ready, missing = delta.prepared(target.dtype, target.device), 0.0
+    step = max(1, CHUNK // max(target[0].numel(), 1))
+    for start in range(0, target.shape[0], step):
+        block = target[start : start + step].flatten(1).clone()
         ready.add_rows_(block, start, start + block.shape[0], -delta.scale)
         missing = math.hypot(missing, norm_of(block))
     return missing / total if total else 0.0
@@ -138,7 +138,7 @@ def rank_for(
     """The rank that a goal asks for: a multiple of ``step``, between ``step`` and ``most``.
 
     A ``rank`` is cut down to ``most`` (and to no multiple: the caller knows what to make of it).
-    Of a ``budget`` it is the largest rank with ``parameters(rank)`` within it; of ``energy`` and
+    For a ``budget`` it is the largest rank with ``parameters(rank)`` within it; for ``energy`` and
     ``max_error`` the least at which ``error_at(rank)`` meets it, found by doubling and bisection:
     ``parameters`` grows with the rank and ``error_at`` falls; give one that remembers. Raises
     ValueRefused where the budget is below the least update ("budget-too-small"), or not even

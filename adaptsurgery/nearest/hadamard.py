@@ -51,8 +51,8 @@ BLOCK = 1 << 20  # numbers of D that are looked at together
 
 
 class Product(NamedTuple):
-    """Sides (2, m, r) and (2, n, r) in float64; D's leading singular values; what became of the
-    search, if not as usual."""
+    """Sides (2, m, r) and (2, n, r) in float64; D's leading singular values; and notes on a
+    search that did not go as usual."""
 
     rows: Tensor
     columns: Tensor
@@ -72,7 +72,7 @@ def product(rows: Tensor, columns: Tensor) -> Tensor:
 
 
 class Target(ABC):
-    """D, as far as a sweep sees it."""
+    """D as a sweep sees it: its products with columns, and its transpose."""
 
     square: float  # ‖D‖²
     ridge: float  # what is added to a diagonal, of its mean
@@ -83,11 +83,11 @@ class Target(ABC):
 
     @abstractmethod
     def flipped(self) -> Target:
-        """Dᵀ."""
+        """The same view of Dᵀ."""
 
 
 class Dense(Target):
-    """D itself."""
+    """D as it is, a dense matrix."""
 
     def __init__(self, matrix: Tensor, square: float | None = None) -> None:
         self.matrix = matrix
@@ -138,7 +138,7 @@ class _Rows:
         return rows.reshape(*rows.shape[:-1], self.rank, self.rank)
 
     def value(self, own: Tensor) -> Tensor:
-        """Of every row, less its part of ‖D‖²."""
+        """The least squares of every row, less its part of ‖D‖²."""
         f = khatri_rao(own)
         return ((f @ self.q - 2 * self.p) * f).sum(-1)
 
@@ -258,7 +258,7 @@ def refine(
 ) -> tuple[Tensor, Tensor, Tensor]:
     """The best sides of some sweeps from a start, and their ‖D − D̂‖²/‖D‖².
 
-    Of several starts at once (s, 2, …) where there are, until one is good ``enough`` or all stall.
+    Several starts (s, 2, …) run at once, until one is good ``enough`` or all stall.
     The first ``lifted`` sweeps and every eighth lift.
     """
     flipped, best = target.flipped(), (rows, columns)
@@ -292,16 +292,16 @@ def nearest_product(delta: Tensor, rank: int, seed: int = 0) -> Product:
     """
     matrix = delta.double() if delta.numel() <= FINE else delta
     wanted = rank * rank + 2 if _may_fall_off(matrix, rank) else rank
-    found = leading(matrix, wanted, seed=seed, tol=1e-4)
-    lora = _from_svd(found.cut(rank))
+    svd = leading(matrix, wanted, seed=seed, tol=1e-4)
+    lora = _from_svd(svd.cut(rank))
     if rank == 1:  # a product of rank 1 too
-        return Product(*lora, found.s)
-    if not found.norm or rank > MOST:
+        return Product(*lora, svd.s)
+    if not svd.norm or rank > MOST:
         much = f"rank {rank} is above {MOST}: written as the LoRA of that rank, times ones"
-        return Product(*lora, found.s, (much,) if found.norm else ())
+        return Product(*lora, svd.s, (much,) if svd.norm else ())
     generator = torch.Generator().manual_seed(seed)
     tried, target = [], Dense(matrix)
-    inside = _inside(matrix, found, rank, generator) if wanted > rank else None
+    inside = _inside(matrix, svd, rank, generator) if wanted > rank else None
     if inside is not None:
         tried.append(inside.sides)
         if inside.outside > ROUNDING:
@@ -310,7 +310,7 @@ def nearest_product(delta: Tensor, rank: int, seed: int = 0) -> Product:
         tried.append(refine(target, *_stirred(*lora, generator), SWEEPS)[:2])
     best = _judged(delta, tried, lora)
     alike = "no product is nearer than the LoRA of its rank, times ones"
-    return Product(*best, found.s, (alike,) if best is lora else ())
+    return Product(*best, svd.s, (alike,) if best is lora else ())
 
 
 def _may_fall_off(matrix: Tensor, rank: int) -> bool:
@@ -319,11 +319,11 @@ def _may_fall_off(matrix: Tensor, rank: int) -> bool:
     return rank * rank < short and (short <= 1024 or 8 * (rank * rank + 1) <= short)
 
 
-def _from_svd(found: Leading) -> tuple[Tensor, Tensor]:
+def _from_svd(svd: Leading) -> tuple[Tensor, Tensor]:
     """The truncated SVD times ones: the second half is one column of ones, and zeros."""
-    root = found.s.sqrt()
+    root = svd.s.sqrt()
     sides = []
-    for basis in (found.u, found.vt.t()):
+    for basis in (svd.u, svd.vt.t()):
         ones = torch.zeros_like(basis)
         ones[:, 0] = 1
         sides.append(torch.stack([basis * root, ones]))
@@ -331,7 +331,7 @@ def _from_svd(found: Leading) -> tuple[Tensor, Tensor]:
 
 
 def _stirred(rows: Tensor, columns: Tensor, generator: torch.Generator) -> tuple[Tensor, Tensor]:
-    """The same product with numbers where it was 0·0, so that there is a way on from it."""
+    """The same product, with random numbers in one factor where both were 0, and no way led on."""
     noise = torch.randn(columns.shape[1:], generator=generator, dtype=torch.float64)
     stirred = columns.clone()
     stirred[1, :, 1:] = noise[:, 1:].to(columns)
@@ -339,9 +339,11 @@ def _stirred(rows: Tensor, columns: Tensor, generator: torch.Generator) -> tuple
 
 
 class _Inside(NamedTuple):
-    """The best of some starts in D's leading space of r², and what it leaves of D there; what lies
-    outside; and what a product with noise all around would leave: then nothing else need be tried.
-    Parts of ‖D‖²."""
+    """The best ``sides`` of some starts in D's leading space of r².
+
+    As parts of ‖D‖²: ``left`` is what they miss of D there, ``outside`` is what lies outside that
+    space, and ``enough`` what a product with noise all around would miss: no more is tried then.
+    """
 
     sides: tuple[Tensor, Tensor]
     left: float
@@ -349,19 +351,20 @@ class _Inside(NamedTuple):
     enough: float
 
 
-def _inside(
-    matrix: Tensor, found: Leading, rank: int, generator: torch.Generator
-) -> _Inside | None:
-    """None where D has no cliff after r²; one round of starts where the next step is more than half
-    as steep: the values behind a product's own are noise's, which are much alike."""
+def _inside(matrix: Tensor, svd: Leading, rank: int, generator: torch.Generator) -> _Inside | None:
+    """The best product in D's leading space of r²; None where D has no cliff after r².
+
+    Where the next step is more than half as steep the search makes one round of starts only: the
+    values behind a product's own would be noise's, which are much alike.
+    """
     k = rank * rank
-    ends = [float(found.s[at]) if at < len(found.s) else 0.0 for at in (0, k - 1, k, k + 1)]
+    ends = [float(svd.s[at]) if at < len(svd.s) else 0.0 for at in (0, k - 1, k, k + 1)]
     noisy = ends[2] > 1e-6 * ends[0]
     if noisy and ends[2] * CLIFF > ends[1]:
         return None
     falling = noisy and ends[3] > 0 and ends[2] ** 3 > ends[1] * ends[3] ** 2
     wide = matrix.double()
-    left: Tensor = torch.linalg.qr(wide @ found.vt[:k].t()).Q
+    left: Tensor = torch.linalg.qr(wide @ svd.vt[:k].t()).Q
     target = Factored(left, wide.t() @ left)
     outside = 1 - target.square / float(wide.square().sum())
     m, n = matrix.shape
@@ -413,7 +416,7 @@ def _mixed(side: Tensor, fresh: Tensor, generator: torch.Generator) -> Tensor:
 def _judged(
     delta: Tensor, tried: list[tuple[Tensor, Tensor]], lora: tuple[Tensor, Tensor]
 ) -> tuple[Tensor, Tensor]:
-    """The nearest to D of those in D's dtype whose terms do not cancel; the LoRA where that is it."""
+    """The sides nearest to D, in D's dtype, of those whose terms do not cancel; else the LoRA's."""
     best, least = lora, _measured(delta, *lora)[0]
     for sides in tried:
         rows, columns = balanced(*sides)

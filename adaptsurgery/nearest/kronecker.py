@@ -67,7 +67,7 @@ def outer_error(matrix: Tensor, left: Tensor, norm: float) -> float:
 
 
 def _top(matrix: Tensor) -> Tensor:
-    """By the Gram matrix (p, p), for few rows."""
+    """The leading vector by the Gram matrix (p, p), for few rows."""
     gram = torch.zeros(len(matrix), len(matrix), dtype=torch.float64, device=matrix.device)
     for part in torch.split(matrix, CHUNK, 1):
         gram += part @ part.t()
@@ -104,7 +104,7 @@ def _unit(vector: Tensor) -> Tensor:
 
 
 class Cut(ABC):
-    """The set that a factor is taken from; it remembers its last answer, which is where it goes on."""
+    """The set that a factor is taken from; each search starts from the answer of the last."""
 
     @abstractmethod
     def nearest(self, factor: Tensor) -> Tensor:
@@ -116,7 +116,7 @@ class Cut(ABC):
 
 
 class Whole(Cut):
-    """Every matrix; one tensor."""
+    """The set of all matrices; a member is one tensor."""
 
     def nearest(self, factor: Tensor) -> Tensor:
         return factor
@@ -127,7 +127,7 @@ class Whole(Cut):
 
 @dataclass
 class LowRank(Cut):
-    """Matrices (m, n[·k]) of rank ``rank``; two tensors (m, r), (r, n·k), with zeros past m or n."""
+    """The matrices (m, n[·k]) of rank ``rank``; a member is (m, r), (r, n·k), zero past m or n."""
 
     rank: int
     space: Tensor | None = None
@@ -148,10 +148,10 @@ class LowRank(Cut):
 
 @dataclass
 class Tucker(Cut):
-    """Tensors (m, n, k) of multilinear rank (r, r, k), by higher-order orthogonal iteration.
+    """The tensors (m, n, k) of multilinear rank (r, r, k), by higher-order orthogonal iteration.
 
-    De Lathauwer, De Moor and Vandewalle, SIAM J. Matrix Anal. Appl. 21 (2000). Three tensors as
-    LyCORIS stores them: (r, m), (r, n) and the core (r, r, k).
+    De Lathauwer, De Moor and Vandewalle, SIAM J. Matrix Anal. Appl. 21 (2000). A member is three
+    tensors as LyCORIS stores them: (r, m), (r, n) and the core (r, r, k).
     """
 
     rank: int

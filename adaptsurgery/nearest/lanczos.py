@@ -51,10 +51,10 @@ class Leading(NamedTuple):
 
 def truncate(matrix: Tensor, rank: int, *, seed: int = 0) -> Approximation:
     """The best rank-``rank`` approximation of a dense (o, i) matrix, its error measured on it."""
-    found = leading(matrix, rank, seed=seed)
-    up, down, _ = split(found.u, found.s, found.vt, 0.0)
+    triples = leading(matrix, rank, seed=seed)
+    up, down, _ = split(triples.u, triples.s, triples.vt, 0.0)
     missing = float(torch.linalg.vector_norm(torch.addmm(matrix.double(), up, down, alpha=-1)))
-    return Approximation(up, down, missing / found.norm if found.norm else 0.0)
+    return Approximation(up, down, missing / triples.norm if triples.norm else 0.0)
 
 
 @torch.no_grad()
@@ -88,14 +88,14 @@ def leading_until(
 ) -> Leading:
     """The fewest leading triples whose truncation has an ``enough`` relative error.
 
-    All of them where none has. Doubles the number that is asked of ``leading``.
+    They are all where no truncation has. The number asked of ``leading`` doubles each time.
     """
     most, probe = min(matrix.shape), 16
     while True:
-        found = leading(matrix, probe, seed=seed, tol=tol)
-        good = [k for k, error in enumerate(found.errors()) if k and enough(error)]
+        triples = leading(matrix, probe, seed=seed, tol=tol)
+        good = [k for k, error in enumerate(triples.errors()) if k and enough(error)]
         if good or probe >= most:
-            return found.cut(good[0]) if good else found
+            return triples.cut(good[0]) if good else triples
         probe *= 2
 
 
@@ -108,9 +108,9 @@ def _in_range(matrix: Tensor) -> tuple[Tensor, int]:
 
 
 def _by_gram(wide: Tensor, rank: int) -> Leading:
-    """By the leading eigenvectors of D·Dᵀ and one pass through D itself.
+    """The leading triples by the eigenvectors of D·Dᵀ and one pass through D itself.
 
-    So squaring D costs nothing down to 1e-8 of its largest singular value.
+    Thanks to that pass squaring D costs no accuracy down to 1e-8 of its largest singular value.
     """
     wide = wide.double()
     spare = min(wide.shape[0], rank + 8)
@@ -153,9 +153,9 @@ def _by_lanczos(wide: Tensor, rank: int, seed: int, tol: float) -> Leading:
             if gained <= 2 * least * max(norm**2 - captured, 0.0):
                 break
         ahead = torch.linalg.qr(image).Q
-    found = _ritz(basis[:, :held], images[:, :held], gram, rank, norm)
-    clean = found.errors()[-1] < CLEAN and wide.dtype != torch.float64
-    return _through(wide, images[:, :held], rank) if clean else found
+    triples = _ritz(basis[:, :held], images[:, :held], gram, rank, norm)
+    clean = triples.errors()[-1] < CLEAN and wide.dtype != torch.float64
+    return _through(wide, images[:, :held], rank) if clean else triples
 
 
 def _grown(gram: Tensor, images: Tensor) -> Tensor:

@@ -75,7 +75,7 @@ class Procrustes:
         return math.sqrt(max(0.0, 1 - gain / self.norm**2)) if self.norm else 0.0
 
     def best(self, rank: int, seed: int = 0, whole: bool = False) -> Turn:
-        """The best turn in ``rank`` dimensions that a climb finds; exact where there is such a one.
+        """The best turn in ``rank`` dimensions that a climb finds; exact where an exact one exists.
 
         Its determinant is that of ``rank`` reflections, where that costs next to nothing, and in
         any case where all, the ``whole`` of the rank, have to be there.
@@ -83,11 +83,11 @@ class Procrustes:
         if rank >= self.size:
             everything = self.within(torch.eye(self.size, dtype=self.moment.dtype))
             return self._of_parity(everything, rank, whole)
-        found = self.within(self._plane(self.change, rank, seed))
-        if self.norm and self.error(found.gain) > EXACT:
+        best = self.within(self._plane(self.change, rank, seed))
+        if self.norm and self.error(best.gain) > EXACT:
             starts = [self.within(plane) for plane in self._starts(rank, seed)]
-            found = max(found, *starts, key=lambda turn: turn.gain)
-        return self._of_parity(self._climb(found) if self.norm else found, rank, whole)
+            best = max(best, *starts, key=lambda turn: turn.gain)
+        return self._of_parity(self._climb(best) if self.norm else best, rank, whole)
 
     def _of_parity(self, turn: Turn, rank: int, whole: bool) -> Turn:
         """The turn with the determinant (−1)^rank, by way of the least singular value of A; where
@@ -109,7 +109,7 @@ class Procrustes:
         return _orthonormal(torch.cat([rows, self.base[: rank - len(rows)]]))
 
     def within(self, plane: Tensor, sign: int = 0) -> Turn:
-        """The best turn of the span of V; of those of one determinant where that is ±1."""
+        """The best turn in the span of V; where ``sign`` is ±1, the best of that determinant."""
         turned = self.moment.t() @ plane
         inner = turned.t() @ plane
         left, s, right = torch.linalg.svd(inner)
@@ -119,7 +119,7 @@ class Procrustes:
         return Turn(plane, left @ right, 2 * float(s.sum() - inner.trace()), turned)
 
     def _starts(self, rank: int, seed: int) -> list[Tensor]:
-        """Where the small rotation e^S ≈ I + S that best gives D turns most, and moves most."""
+        """Two planes, where the small rotation e^S ≈ I + S nearest to D turns most and moves W0 most."""
         if self._skew is None:
             self._skew = self._small_rotation()
         seen = (self._skew, self.base @ self._skew)
@@ -128,7 +128,7 @@ class Procrustes:
     def _small_rotation(self) -> Tensor:
         """The skew S that minimises ‖D − W0·S‖: W0ᵀW0·S + S·W0ᵀW0 = W0ᵀD − DᵀW0 (Lyapunov).
 
-        For more than LARGE columns the right side alone, the steepest way.
+        For more than LARGE columns it is the right side alone, the steepest direction.
         """
         slope = self.moment - self.moment.t()
         if self.size > LARGE:
@@ -172,7 +172,7 @@ def reflections(inner: Tensor) -> Tensor:
     """Unit columns (r, c), c ≤ r, with R = H1·H2·…·Hc: one column of R after the other is turned
     onto its axis; one that lies there already costs nothing.
     """
-    left, found = inner.clone(), []
+    left, mirrors = inner.clone(), []
     axes = torch.eye(inner.shape[0], dtype=inner.dtype)
     for column, axis in enumerate(axes):
         mirror = left[:, column] - axis
@@ -180,8 +180,8 @@ def reflections(inner: Tensor) -> Tensor:
         if size > LYING:
             mirror = mirror / size
             left = left - 2 * torch.outer(mirror, mirror @ left)
-            found.append(mirror)
-    return torch.stack(found, dim=1) if found else inner[:, :0]
+            mirrors.append(mirror)
+    return torch.stack(mirrors, dim=1) if mirrors else inner[:, :0]
 
 
 def _orthonormal(rows: Tensor) -> Tensor:

@@ -28,6 +28,6 @@ def powers(exponent: int, count: int) -> list[float]:
 
 
 def full_norm(scaled: Tensor, exponent: int) -> float:
-    """‖D‖ of a D·2⁻ᵉ."""
+    """‖D‖, from D·2⁻ᵉ and e."""
     low, high = powers(exponent, 2)
     return norm_of(scaled) * low * high

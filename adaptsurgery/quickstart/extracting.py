@@ -22,8 +22,8 @@ TOLD = 1e-3  # relative, to which a merge has the error that an extraction tells
 def merged(student: Student, made: Made, base: Path, adapter: Path) -> dict[str, float]:
     """One adapter merged into the checkpoint and out again: how far outputs and weights are off.
 
-    ``output``: the merged checkpoint's outputs from those with the adapter in memory, of the
-    adapter's own effect. ``back``: the restored weights from the base's, of the base's norm.
+    ``output`` is how far the merged checkpoint's outputs are from those with the adapter in memory,
+    as a share of its effect; ``back`` how far the restored weights are, as one of the base's norm.
     """
     inside, outside = (adapter.with_name(f"{adapter.name}-{w}.safetensors") for w in ("in", "out"))
     merge(base, adapter, inside)
@@ -57,7 +57,7 @@ def extracted(
 
 
 def _remove(checkpoint: Path) -> None:
-    """A merged file and its manifest: of a real model several are much."""
+    """Remove a merged file and its manifest: several of a real model take much room."""
     checkpoint.unlink()
     manifest_path(checkpoint, folder=False).unlink()
 

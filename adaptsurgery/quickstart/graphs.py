@@ -22,7 +22,7 @@ def exported(
 ) -> dict[str, float]:
     """File → how far its outputs are from the live model's, of the adapter's own effect on them.
 
-    At another batch size than the program was exported with.
+    They are compared at another batch size than the program was exported with.
     """
     inputs = student.example(3)
     sizes = tuple({0: torch.export.Dim.AUTO} for _ in inputs)

@@ -169,12 +169,12 @@ def _set_apart(
     if isinstance(update, HRA):
         return HRA(_turned(update.u, generator))
     assert isinstance(update, Delta)
-    found: dict[str, Any] = {
+    slots: dict[str, Any] = {
         recipe.zero: torch.randn(factors(update)[recipe.zero].shape, generator=generator)
     }
-    size = float(update.scale * replace(update, **found).dense().norm())
-    found[recipe.zero] *= STRENGTH * float(weight.norm()) / size
-    return replace(update, **found)
+    size = float(update.scale * replace(update, **slots).dense().norm())
+    slots[recipe.zero] *= STRENGTH * float(weight.norm()) / size
+    return replace(update, **slots)
 
 
 def _turned(u: Tensor, generator: torch.Generator) -> Tensor:
@@ -213,7 +213,7 @@ def chosen(shapes: Mapping[str, Shape], count: int = 6) -> list[str]:
 
 
 def _fits(shape: Shape) -> bool:
-    """A Linear or Conv2d whose sides LoKr can cut, and not so large as to take much memory."""
+    """Whether a shape is a Linear's or Conv2d's that LoKr can cut, and that takes little memory."""
     square = len(shape) == 2 or (len(shape) == 4 and shape[2] == shape[3])
     sides = all(n >= 16 * FACTOR and n % FACTOR == 0 for n in shape[:2])
     return square and sides and math.prod(shape) <= 1 << 24

@@ -153,7 +153,7 @@ class Student(students.Student):
         return cls(model.requires_grad_(False).eval(), beside)
 
     def parameters(self) -> list[nn.Parameter]:
-        """Those of the six blocks; the embeddings stay."""
+        """The parameters of the six blocks; the embeddings stay."""
         return list(self.module.get_submodule("encoder").parameters())
 
     def layers(self) -> dict[str, Layer]:
@@ -174,12 +174,12 @@ class Student(students.Student):
     def _confusion(self, texts: tuple[tuple[str, str], ...], numbers: Tensor) -> Tensor:
         """Bits that the model needs to tell which body, of all these, a docstring belongs to."""
         drawn = [texts[int(n) % len(texts)] for n in numbers]
-        said, done = (self.module(*tokens(side)) for side in zip(*drawn))
-        cosines = SHARPNESS * said @ done.T
+        docstrings, bodies = (self.module(*tokens(side)) for side in zip(*drawn))
+        cosines = SHARPNESS * docstrings @ bodies.T
         return F.cross_entropy(cosines, torch.arange(len(drawn))) / math.log(2)
 
     def example(self, count: int) -> tuple[Tensor, ...]:
-        return tokens(tuple(said for said, _ in pairs(taught=False)[:count]))
+        return tokens(tuple(docstring for docstring, _ in pairs(taught=False)[:count]))
 
 
 # -- Text ------------------------------------------------------------------------------------------
@@ -189,18 +189,18 @@ class Student(students.Student):
 def pairs(taught: bool) -> tuple[tuple[str, str], ...]:
     """Docstrings' first paragraphs and bodies of functions of the standard library."""
     modules = _TAUGHT if taught else _MEASURED
-    found = tuple(pair for name in modules for pair in _pairs(students.source(name)))
-    if len(found) < MEASURED:
+    texts = tuple(pair for name in modules for pair in _pairs(students.source(name)))
+    if len(texts) < MEASURED:
         raise students.no_text()
-    return found
+    return texts
 
 
 def _pairs(text: str) -> Iterator[tuple[str, str]]:
     for node in ast.walk(ast.parse(text)):
         if isinstance(node, (ast.FunctionDef, ast.AsyncFunctionDef)) and len(node.body) > 1:
-            said = (ast.get_docstring(node) or "").strip().split("\n\n")[0].replace("\n", " ")
-            if len(said) >= 20:
-                yield said, "\n".join(map(ast.unparse, node.body[1:]))
+            docstring = (ast.get_docstring(node) or "").strip().split("\n\n")[0].replace("\n", " ")
+            if len(docstring) >= 20:
+                yield docstring, "\n".join(map(ast.unparse, node.body[1:]))
 
 
 @cache

@@ -1,7 +1,7 @@
 """The main job, end to end: a model, four adapters of it, around the layouts and back, compared.
 
 The work is the list STEPS; what comes later joins it there. Every conversion is the public
-function's, and is told as the command that would do the same.
+function's, and is shown as the command that would do the same.
 """
 
 from __future__ import annotations
@@ -79,7 +79,7 @@ class Work:
         return self.path(MODEL) if self.base is None else self.base
 
     def convert(self, source: str, to: str, out: str, *, as_lora: bool = False) -> Report:
-        """``adaptsurgery.convert``, told as the command."""
+        """Call ``adaptsurgery.convert``, and show it as the command."""
         shown = MODEL if self.base is None else "MODEL"
         words = ["convert", source, "--to", to, "-o", out, "--base", shown]
         words += ["--as", "lora"] if as_lora else []
@@ -127,7 +127,7 @@ def quickstart(
 
 @contextmanager
 def _one_thread() -> Iterator[None]:
-    """Small products: more threads only wait for each other."""
+    """Run the block on one thread: for its small products more only wait for each other."""
     before = torch.get_num_threads()
     torch.set_num_threads(1)
     try:
@@ -171,7 +171,7 @@ def _place(folder: str | os.PathLike[str] | None) -> Iterator[Path]:
 
 
 def adapters(work: Work) -> None:
-    """A model and four adapters of it, written as PEFT folders."""
+    """Write a model and four adapters of it, as PEFT folders."""
     if work.base is None:
         _adapters_of_student(work)
     else:
@@ -234,16 +234,16 @@ def _small(work: Work) -> Student:
 
 def _adapters_of_given(work: Work, base: str) -> None:
     work.title(f"Look at MODEL, {base}")
-    found = given.look_at(base)
-    work.tell(f"  {len(found.weights)} of its {found.layers} layers: {', '.join(found.weights)}")
-    work.facts["model"] = {"where": found.where, "layers": list(found.weights)}
+    model = given.look_at(base)
+    work.tell(f"  {len(model.weights)} of its {model.layers} layers: {', '.join(model.weights)}")
+    work.facts["model"] = {"where": model.where, "layers": list(model.weights)}
     work.title("Make adapters for them: random directions, not trained, of a few per cent of ‖W‖")
     for number, recipe in enumerate(making.RECIPES):
-        work.adapters.append(making.make(recipe, found.weights, work.seed + number))
+        work.adapters.append(making.make(recipe, model.weights, work.seed + number))
 
 
 def around(work: Work) -> None:
-    """PEFT → kohya → LyCORIS → PEFT, for every adapter that kohya's layout can hold."""
+    """Convert PEFT → kohya → LyCORIS → PEFT, for every adapter that kohya's layout can hold."""
     for made in work.adapters:
         if made.name != "hra":
             work.title(f"{_title(made)}: PEFT → kohya → LyCORIS → PEFT")
@@ -251,7 +251,7 @@ def around(work: Work) -> None:
 
 
 def refusal(work: Work) -> None:
-    """What cannot be said is refused, and leaves nothing behind."""
+    """Show that what a layout has no place for is refused, and leaves nothing behind."""
     work.title("HRA turns W and adds nothing: no other layout has a place for it")
     out = "hra-kohya.safetensors"
     try:
@@ -265,7 +265,7 @@ def refusal(work: Work) -> None:
 
 
 def as_lora(work: Work) -> None:
-    """LoHa, LoKr and HRA as a LoRA each, exactly; HRA's then goes around."""
+    """Write LoHa, LoKr and HRA as a LoRA each, exactly; HRA's then goes around the layouts."""
     work.title("Each as a LoRA, for whatever loads nothing else")
     for made in work.adapters:
         if made.name == "lora":
@@ -283,7 +283,7 @@ def as_lora(work: Work) -> None:
 
 
 def merging(work: Work) -> None:
-    """Every adapter into the checkpoint, and out of it again."""
+    """Merge every adapter into the checkpoint, and take it out again."""
     student = work.student
     if student is None:
         return
@@ -303,7 +303,7 @@ def merging(work: Work) -> None:
 
 
 def extraction(work: Work) -> None:
-    """The same task taught to the model's own weights; each kind of adapter out of the two."""
+    """Teach the model's own weights the same, and extract each kind of adapter from the two."""
     before = work.student
     if before is None:
         return
@@ -338,14 +338,14 @@ def _extracted(result: dict[str, Any], unit: str) -> str:
 
 
 def exported(work: Work) -> None:
-    """An adapter put into the exported model, which then needs no source."""
+    """Put an adapter into the exported model, which then needs no source."""
     if work.student is None:
         return
     work.title("Export the model by torch.export, and put the LoKr into the program")
     made = next(made for made in work.adapters if made.name == "lokr")
-    found = graphs.exported(work.student, made, work.files, work.tell)
-    work.facts["programs"] = found
-    for name, off in found.items():
+    differences = graphs.exported(work.student, made, work.files, work.tell)
+    work.facts["programs"] = differences
+    for name, off in differences.items():
         work.expect(off <= AGREE, f"{name}: its outputs are off by {off:.2g}")
         work.tell(f"  {name}: outputs differ by {off:.1g} of the adapter's effect")
 
@@ -359,7 +359,7 @@ STEPS: tuple[Callable[[Work], None], ...] = (
 
 
 def _around(work: Work, made: Made, source: str) -> None:
-    """An adapter around the layouts, verified at each hop, with its bytes and its outputs."""
+    """Take an adapter around the layouts, and verify each hop, its bytes and its outputs."""
     result = work.results[made.name]
     hops = [
         ("kohya", f"{source}-kohya.safetensors"),
@@ -397,15 +397,15 @@ def _same_files(first: Path, second: Path) -> bool:
 def _compare_outputs(work: Work, made: Made, name: str) -> float:
     """How far outputs with a converted adapter are from those with the one in memory.
 
-    Of the difference that the adapter makes at all.
+    It is a share of the difference that the adapter makes at all.
     """
     adapter = load(work.path(name), base=work.model)
     updates = {m.label: adapter[path] for path in adapter for m in adapter.modules(path)}
-    found = made.probe({label: updates[label] for label in made.updates})
+    outputs = made.probe({label: updates[label] for label in made.updates})
     wanted = made.probe(made.updates)
     plain = made.probe(_no_updates(made))
     effect = max(float((w - p).abs().max()) for w, p in zip(wanted, plain))
-    off = max(float((f - w).abs().max()) for f, w in zip(found, wanted)) / effect
+    off = max(float((f - w).abs().max()) for f, w in zip(outputs, wanted)) / effect
     work.expect(off <= AGREE, f"{name}: its outputs are off by {off:.2g}")
     return off
 

@@ -65,7 +65,7 @@ class Student(ABC):
         """Inputs of the module: so many texts."""
 
     def parameters(self) -> list[nn.Parameter]:
-        """What a full fine-tune trains."""
+        """The parameters that a full fine-tune trains."""
         return list(self.module.parameters())
 
     def write(self, path: Path) -> None:
@@ -75,8 +75,8 @@ class Student(ABC):
     @torch.no_grad()
     def outputs(self, updates: Mapping[str, Update]) -> Tensor:
         with adapted(self.module, updates):
-            found: Tensor = self.module(*self.example(8))
-        return found
+            outputs: Tensor = self.module(*self.example(8))
+        return outputs
 
     def teach(
         self,

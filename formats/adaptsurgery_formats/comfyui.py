@@ -54,7 +54,7 @@ def parse(files: Sequence[AdapterFile]) -> AdapterState:
 def _holds(module: ModuleState, shape: tuple[int, ...] | None) -> Unheld | None:
     """ComfyUI reads what LyCORIS writes, under other names."""
     known = any(algorithm == module.algorithm for algorithm, _ in dotted.SUFFIXES.values())
-    return None if known else no_such(module.algorithm, "ComfyUI")
+    return None if known else no_such(module.algorithm, "ComfyUI has")
 
 
 FORMAT = Format(

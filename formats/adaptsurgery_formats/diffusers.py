@@ -101,7 +101,7 @@ def _holds(module: ModuleState, shape: tuple[int, ...] | None) -> Unheld | None:
     if module.algorithm == "lora":
         return None
     what = "diffusers' own layout holds LoRA and DoRA only"
-    return replace(no_such(module.algorithm, "diffusers"), what=what)
+    return replace(no_such(module.algorithm, "diffusers has"), what=what)
 
 
 FORMAT = Format(

@@ -105,15 +105,15 @@ class Unheld:
         )
 
 
-def no_such(algorithm: str, where: str) -> Unheld:
-    """What says that a layout (``where``) has no key for an algorithm."""
+def no_such(algorithm: str, they_have: str) -> Unheld:
+    """What says that a layout ("LyCORIS has") has no key for an algorithm."""
     row = traits_of(algorithm)
-    remedy = "merge it into the base instead"
-    if not row.adds:
-        remedy = "--as lora --base BASE" if row.extracts else remedy
-    elif row.low_rank:
-        remedy = "--as lora is exact"
-    return Unheld(f"no-{algorithm}", f"{where} has no {row.title}", remedy)
+    what = f"{they_have} no {row.title}"
+    if row.turns:
+        exact = "--as lora --base BASE"
+        return Unheld(f"no-{algorithm}", f"{what}; `{exact}` is exact", exact)
+    remedy = "--as lora is exact" if row.low_rank else "merge it into the base instead"
+    return Unheld(f"no-{algorithm}", what, remedy)
 
 
 @dataclass(frozen=True, eq=False, repr=False)

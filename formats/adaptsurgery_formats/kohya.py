@@ -97,7 +97,7 @@ def spell(state: AdapterState, names: Names | None) -> list[AdapterFile]:
     for module in state.modules:
         component = known.get(module.component) or others[module.component]
         prefix = state.prefix or _prefix(module, component, module.component in known)
-        name = f"{prefix}_{flatten(module.path)}"
+        name = f"{prefix}_{flatten(module.written)}"
         spelled = lycoris_keys.spell_module(module, name, keep)
         for key, tensor in spelled.items():
             if key in tensors:
@@ -109,6 +109,7 @@ def spell(state: AdapterState, names: Names | None) -> list[AdapterFile]:
                     code="colliding-names",
                 )
             tensors[key] = tensor
+    lycoris_keys.note_loader(state)
     metadata = describe_network(state, state.metadata)
     if state.prefix:
         metadata[META_PREFIX] = state.prefix

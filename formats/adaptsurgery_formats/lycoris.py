@@ -32,8 +32,10 @@ from adaptsurgery_formats.files import (
 from adaptsurgery_formats.lokr_cuts import lycoris_loads
 from adaptsurgery_formats.metadata import HASH_KEYS, describe_network
 from adaptsurgery_formats.names import Names, flatten
-from adaptsurgery_formats.state import AdapterState, ModuleState, lokr_shapes, may_be_transposed
+from adaptsurgery_formats.names.orientation import may_be_transposed
+from adaptsurgery_formats.state import AdapterState, ModuleState, lokr_shapes
 from adaptsurgery_formats.tensors import Tensor
+from adaptsurgery_formats.traits import traits_of
 
 PREFIX = "lycoris_"
 
@@ -87,7 +89,7 @@ def spell(state: AdapterState, names: Names | None) -> list[AdapterFile]:
     """One file with the prefix lycoris_."""
     tensors: dict[str, Tensor] = {}
     for module in state.modules:
-        name = (f"{state.prefix}_" if state.prefix else PREFIX) + flatten(module.path)
+        name = (f"{state.prefix}_" if state.prefix else PREFIX) + flatten(module.written)
         spelled = lycoris_keys.spell_module(module, name, keep=state.layout == "lycoris")
         if spelled.keys() & tensors.keys():
             raise LayoutError(
@@ -110,16 +112,13 @@ def spell(state: AdapterState, names: Names | None) -> list[AdapterFile]:
 
 def _note_loader(state: AdapterState, names: Names | None) -> None:
     """Name the right files that LyCORIS's own loader cannot rebuild."""
-    turned = [m for m in state.modules if _turned(m, names)]
+    lycoris_keys.note_loader(state)
+    turned = [m for m in state.modules if is_turned(m, names)]
     if turned:
         text = f"{len(turned)} modules are transformers' Conv1D, which LyCORIS's own loader refuses"
         state.note("lycoris-loader", turned[0].label, f"right by its definition, but {text}")
     for module in state.modules:
-        if module.algorithm != "lokr" or _turned(module, names):
-            continue
-        shapes = {s: t.shape for s, t in module.tensors.items() if s != "magnitude"}
-        out, into = _layer(module, names)
-        if not lycoris_loads(shapes, out, into):
+        if not (is_turned(module, names) or is_rebuilt(module, names)):
             (a, b), (c, d), _ = lokr_shapes(module)
             state.note(
                 "lycoris-loader",
@@ -129,9 +128,17 @@ def _note_loader(state: AdapterState, names: Names | None) -> None:
             )
 
 
-def _turned(module: ModuleState, names: Names | None) -> bool:
+def is_rebuilt(module: ModuleState, names: Names | None) -> bool:
+    """Whether LyCORIS's own loader cuts a module's factors as the file does; only a LoKr's can differ."""
+    if module.algorithm != "lokr":
+        return True
+    shapes = {s: t.shape for s, t in module.tensors.items() if s != "magnitude"}
+    return lycoris_loads(shapes, *_layer(module, names))
+
+
+def is_turned(module: ModuleState, names: Names | None) -> bool:
     """Whether the weight is transformers' Conv1D's, (i, o), as its options or the base's shape say."""
-    if module.kind == "embedding" or module.algorithm == "norm":
+    if module.kind == "embedding" or traits_of(module.algorithm).vector:
         return False
     if module.options.get("fan_in_fan_out"):
         return True

@@ -6,6 +6,7 @@
     <module>.alpha                                                    0-d; absent or 0 means r
     <module>.dora_scale                                               DoRA around any of them
     <module>.diff  .diff_b   .w_norm  .b_norm                         dense and norm differences
+    <module>.weight  .on_input                                        (IA)³; on_input is a 0-d flag
 
 Scale: alpha/r, whatever rsLoRA did in training (LyCORIS folds it into the saved alpha); 1 where
 both Kronecker factors are stored full, whatever alpha says. Source: lycoris-lora 4.1.3, read and
@@ -16,6 +17,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Container, Mapping, Sequence
+from typing import Any
 
 from adaptsurgery_formats.errors import (
     KeyRefused,
@@ -55,9 +57,12 @@ SUFFIXES: dict[str, tuple[str, str]] = {
     "diff_b": ("full", "diff_b"),
     "w_norm": ("norm", "w_norm"),
     "b_norm": ("norm", "b_norm"),
+    "on_input": ("ia3", "on_input"),
     "alpha": ("", "alpha"),
     "dora_scale": ("", "magnitude"),
 }
+# What is (IA)³'s where an on_input stands beside it, and a checkpoint's own parameter elsewhere.
+BESIDE_ON_INPUT = {"weight": ("ia3", "w")}
 # Suffixes that are known and not carried: the reason is told.
 _OFT = "Diag-OFT and BOFT rotate the output side; no layout here but LyCORIS's own holds that"
 REFUSED: dict[str, str] = {
@@ -67,7 +72,6 @@ REFUSED: dict[str, str] = {
     **dict.fromkeys(
         ("a1.weight", "a2.weight", "b1.weight", "b2.weight"), "GLoRA is not carried yet"
     ),
-    "on_input": "(IA)³ is not carried yet",
     **dict.fromkeys(
         ("q_layer.weight", "p_layer.weight", "lambda_layer"),
         "T-LoRA's base part is not saved, so its ΔW needs the weights it was trained on",
@@ -100,7 +104,7 @@ def parse_group(
     by_algorithm: dict[str, dict[str, Tensor]] = {}
     shared: dict[str, Tensor] = {}
     for suffix, tensor in tensors.items():
-        algorithm, slot = suffixes[suffix]
+        algorithm, slot = suffixes.get(suffix) or BESIDE_ON_INPUT[suffix]
         slots = by_algorithm.setdefault(algorithm, {}) if algorithm else shared
         if slot in slots:
             raise KeyRefused(
@@ -149,12 +153,27 @@ def _module(
     alpha = read_alpha(alpha_tensor, f"{name}.alpha", where) if alpha_tensor else None
     if "magnitude" in shared:
         slots = {**slots, "magnitude": shared["magnitude"]}
-    module = ModuleState(name, algorithm, slots, alpha, keys=keys, naming="flat")
+    slots, options = _without_flags(slots, name, where)
+    module = ModuleState(name, algorithm, slots, alpha, keys=keys, naming="flat", options=options)
     check_complete(module, where)
     check_shapes(module, where)
     rule = scale_rule(module)
-    options = {"alpha_tensor": alpha_tensor} if alpha_tensor else {}
+    options |= {"alpha_tensor": alpha_tensor} if alpha_tensor else {}
     return module.changed(rank=module_rank(module), rule=rule, options=options)
+
+
+def _without_flags(
+    slots: dict[str, Tensor], name: str, where: str
+) -> tuple[dict[str, Tensor], dict[str, Any]]:
+    """The tensors without (IA)³'s flag, and what it says as an option, beside itself."""
+    flag = slots.get("on_input")
+    if flag is None:
+        return slots, {}
+    side = read_alpha(flag, f"{name}.on_input", where)
+    if side not in (0, 1):
+        raise ValueRefused(f"`{name}.on_input` is {side:g}, neither 0 nor 1", where=where)
+    kept = {slot: tensor for slot, tensor in slots.items() if slot != "on_input"}
+    return kept, {"on_input": bool(side), "on_input_tensor": flag}
 
 
 def scale_rule(module: ModuleState) -> str:
@@ -191,7 +210,7 @@ def parse_names(
     """All modules of a file in this family, in the file's order, names as they stand."""
     groups: dict[str, dict[str, Tensor]] = {}
     for key, tensor in tensors.items():
-        split = split_key(key, suffixes)
+        split = split_key(key, suffixes) or _beside_on_input(key, tensors)
         if split is None:
             raise KeyRefused(
                 f"`{key}` is no adapter tensor that is known",
@@ -208,6 +227,11 @@ def parse_names(
     return [m for name, group in groups.items() for m in parse_group(name, group, where, suffixes)]
 
 
+def _beside_on_input(key: str, tensors: Container[str]) -> tuple[str, str] | None:
+    name, _, last = key.rpartition(".")
+    return (name, last) if last in BESIDE_ON_INPUT and f"{name}.on_input" in tensors else None
+
+
 def add_notes(state: AdapterState) -> None:
     """Say where a scale does not follow from the alpha that the file shows."""
     for rule in (NO_ALPHA, ZERO_ALPHA, BOTH_FULL):
@@ -217,6 +241,16 @@ def add_notes(state: AdapterState) -> None:
         if told:
             more = f" and {len(told) - 1} more" if len(told) > 1 else ""
             state.note("scale-rule", f"{told[0].label}{more}", f"scale {rule}")
+
+
+def note_loader(state: AdapterState) -> None:
+    """Say that LyCORIS's own loader makes no module of what its own (IA)³ writes."""
+    scaled = [m.label for m in state.modules if "w" in m.tensors]
+    if scaled:
+        text = (
+            f"right by its definition, but LyCORIS's own loader raises on (IA)³, {len(scaled)} here"
+        )
+        state.note("lycoris-loader", scaled[0], text)
 
 
 _FLOAT32_MIN, _FLOAT32_MAX = 2.0**-126, 2.0**127  # with all of its digits
@@ -249,7 +283,10 @@ _MERGE = "merge it into the base instead"
 def holds(module: ModuleState, shape: tuple[int, ...] | None = None) -> Unheld | None:
     """Why the family has no place for a module, or None where it has one."""
     if not any(algorithm == module.algorithm for algorithm, _ in SUFFIXES.values()):
-        return no_such(module.algorithm, _FAMILY)
+        return no_such(module.algorithm, f"{_FAMILY} have")
+    if "l" in module.tensors:
+        what = "PEFT's (IA)³ is l and scales the bias, LyCORIS's is l − 1 and leaves it as it is"
+        return Unheld("other-ia3", what, _MERGE)
     if module.kind == "embedding":
         return Unheld("no-embedding", f"{_HELD} for an embedding", _MERGE)
     if "up_bias" in module.tensors:
@@ -269,6 +306,9 @@ def spell_module(module: ModuleState, name: str, keep: bool) -> dict[str, Tensor
     for slot, tensor in module.tensors.items():
         owner = "" if slot == "magnitude" else module.algorithm
         spelled[f"{name}.{_suffix(owner, slot)}"] = tensor
+    if "w" in module.tensors:
+        flag = scalar(float(bool(module.options.get("on_input"))), "I64")
+        spelled[f"{name}.on_input"] = module.options.get("on_input_tensor", flag)
     if (alpha := _spelled_alpha(module, keep)) is not None:
         spelled[f"{name}.alpha"] = alpha
     return spelled
@@ -276,7 +316,7 @@ def spell_module(module: ModuleState, name: str, keep: bool) -> dict[str, Tensor
 
 def _suffix(algorithm: str, slot: str) -> str:
     """The suffix of an algorithm's slot. KeyRefused where the family has none."""
-    for suffix, owned in SUFFIXES.items():
+    for suffix, owned in (*SUFFIXES.items(), *BESIDE_ON_INPUT.items()):
         if owned == (algorithm, slot):
             return suffix
     raise KeyRefused(f"{_FAMILY} have no key for the {slot} of a {algorithm}", code="unknown-slot")

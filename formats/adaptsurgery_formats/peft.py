@@ -7,10 +7,11 @@
     base_model.model.mid.conv.hada_t1                                    (r, r, kh, kw)
     base_model.model.mid.attn.to_q.lokr_w2_b                             (r, d·∏k)
     base_model.model.fc.hra_u                                            (i·∏k, r)
+    base_model.model.fc.ia3_l                                            (o, 1), (1, i), (1, n, 1, …)
     base_model.model.classifier.weight                                   modules_to_save
 
 - Scale: alpha/r from the config, alpha/√r with use_rslora, always, full/full LoKr included. There
-  is no alpha tensor. HRA has no scale.
+  is no alpha tensor. HRA and (IA)³ have no scale.
 - One algorithm a folder, and one value of use_dora, use_effective_conv2d, decompose_both,
   decompose_factor, apply_GS for all of its modules; rank and alpha vary by rank_pattern and
   alpha_pattern. LoKr's shapes are derived again from those on loading.
@@ -51,6 +52,7 @@ from adaptsurgery_formats.files import (
 from adaptsurgery_formats.lokr_cuts import peft_decompose_factor, peft_factorization
 from adaptsurgery_formats.metadata import HASH_KEYS
 from adaptsurgery_formats.names import Component, Names
+from adaptsurgery_formats.names.heads import SAVED_TABLES
 from adaptsurgery_formats.patterns import Matcher
 from adaptsurgery_formats.state import (
     AdapterState,
@@ -78,6 +80,7 @@ SUFFIXES: dict[str, tuple[str, str]] = {
     **{f"hada_{s}": ("loha", s) for s in ("w1_a", "w1_b", "w2_a", "w2_b", "t1", "t2")},
     **{f"lokr_{s}": ("lokr", s) for s in ("w1", "w1_a", "w1_b", "w2", "w2_a", "w2_b", "t2")},
     "hra_u": ("hra", "u"),
+    "ia3_l": ("ia3", "l"),
 }
 _EMBEDDING = "lora_embedding_"
 _OTHERS = ("lora_", "oft_", "boft_", "vera_", "ia3_", "vblora_", "randlora_", "token_adapter")
@@ -157,13 +160,7 @@ def _is_saved(name: str, config: dict[str, Any]) -> bool:
         return True
     if config.get("bias", "none") != "none" and parameter == "bias":
         return True
-    return path.rpartition(".")[2] in (
-        "embed_tokens",
-        "lm_head",
-        "wte",
-        "shared",
-        "word_embeddings",
-    )
+    return path.rpartition(".")[2] in SAVED_TABLES
 
 
 def _unknown(key: str, tensor: Tensor, file: AdapterFile) -> KeyRefused:
@@ -211,7 +208,7 @@ def _module(
         component,
         keys=tuple(f"{PREFIX}{path}.{s}" for s in tensors),
         kind="embedding" if embedding else "",
-        options=_METHODS[algorithm].options(slots, file.config)
+        options=_METHODS[algorithm].options(path, slots, file.config)
         | {"alpha_kind": file.metadata.get(META_ALPHA, "")},
     )
     _check_module(module, file)
@@ -223,22 +220,46 @@ def _canonical_magnitude(magnitude: Tensor) -> Tensor:
     return magnitude.reshape(magnitude.numel, *[1] * max(1, len(magnitude.shape) - 1))
 
 
-def _lora_options(slots: dict[str, Tensor], config: dict[str, Any]) -> dict[str, Any]:
+def _lora_options(path: str, slots: dict[str, Tensor], config: dict[str, Any]) -> dict[str, Any]:
     return {"fan_in_fan_out": True} if config.get("fan_in_fan_out") else {}
 
 
-def _hra_options(slots: dict[str, Tensor], config: dict[str, Any]) -> dict[str, Any]:
+def _hra_options(path: str, slots: dict[str, Tensor], config: dict[str, Any]) -> dict[str, Any]:
     return {"apply_gs": bool(config.get("apply_GS"))}
 
 
-def _loha_options(slots: dict[str, Tensor], config: dict[str, Any]) -> dict[str, Any]:
+def _ia3_options(path: str, slots: dict[str, Tensor], config: dict[str, Any]) -> dict[str, Any]:
+    inward = is_feedforward(path, config.get("feedforward_modules"), "adapter_config.json")
+    return {"on_input": inward, **_lora_options(path, slots, config)}
+
+
+def is_feedforward(path: str, modules: Any, where: str) -> bool:
+    """Whether (IA)³ scales a module's inputs: a regex of the whole name, or ends of names.
+
+    LayoutError ("bad-config") for anything else.
+    """
+    if isinstance(modules, str):
+        return bool(Matcher([path], where).listed(modules))
+    if isinstance(modules, (list, tuple, set, frozenset)) and all(
+        isinstance(m, str) for m in modules
+    ):
+        return any(path.endswith(end) for end in modules)
+    raise LayoutError(
+        f"`feedforward_modules` is {modules!r}",
+        where=where,
+        next="the names of the modules whose inputs are scaled, [] for none",
+        code="bad-config",
+    )
+
+
+def _loha_options(path: str, slots: dict[str, Tensor], config: dict[str, Any]) -> dict[str, Any]:
     core = slots.get("t2")
     ambiguous = core is not None and len(core.shape) == 4 and core.shape[3] == 1
     return {"ambiguous_tucker": True} if ambiguous else {}
 
 
-def _lokr_options(slots: dict[str, Tensor], config: dict[str, Any]) -> dict[str, Any]:
-    options = _loha_options(slots, config)
+def _lokr_options(path: str, slots: dict[str, Tensor], config: dict[str, Any]) -> dict[str, Any]:
+    options = _loha_options(path, slots, config)
     if len(slots["w2"].shape if "w2" in slots else ()) == 3:
         if "w1" not in slots or slots["w1"].shape != (1, 1):
             options["not_kronecker"] = True
@@ -305,6 +326,13 @@ def _lokr_disagreements(module: ModuleState, config: dict[str, Any]) -> list[str
     if any(peft_factorization(m * n, factor) != (m, n) for m, n in cuts):
         wrong.append("decompose_factor")
     return wrong
+
+
+def _ia3_disagreements(module: ModuleState, config: dict[str, Any]) -> list[str]:
+    """A matrix shows its side: (1, i) or (o, 1)."""
+    shape = module.tensors["l"].shape
+    told = len(shape) == 2 and shape != (1, 1)
+    return ["feedforward_modules"] if told and module.options["on_input"] != (shape[0] == 1) else []
 
 
 def _no_disagreements(module: ModuleState, config: dict[str, Any]) -> list[str]:
@@ -383,7 +411,7 @@ def holds(module: ModuleState, shape: tuple[int, ...] | None) -> Unheld | None:
     method, row = _METHODS.get(module.algorithm), traits_of(module.algorithm)
     if method is None:
         if not row.dense:
-            return no_such(module.algorithm, "PEFT")
+            return no_such(module.algorithm, "PEFT has")
         what = f"PEFT has no {row.title}; merge it into the base, or keep --to lycoris"
         return Unheld(f"no-{module.algorithm}", what, _MERGE)
     if module.kind == "embedding" and "embedding" not in method.kinds:
@@ -434,6 +462,22 @@ def _hra_unheld(module: ModuleState, shape: tuple[int, ...] | None) -> Unheld | 
     if shape is not None and len(shape) == 4 and shape[2] != shape[3]:
         return Unheld("no-oblong", "PEFT's HRA takes square kernels only", _MERGE)
     return None
+
+
+def _ia3_unheld(module: ModuleState, shape: tuple[int, ...] | None) -> Unheld | None:
+    if "w" in module.tensors:
+        what = "LyCORIS's (IA)³ is l − 1 and leaves the bias as it is, PEFT's is l and scales it"
+        return Unheld("other-ia3", what, _MERGE)
+    if shape is not None and len(shape) == 3:
+        return Unheld("no-conv1d", "PEFT has no (IA)³ on Conv1d", _MERGE)
+    if shape is not None and "l" in module.tensors and len(shape) > 3:
+        if len(module.tensors["l"].shape) != len(shape):
+            return Unheld("no-such-shape", "PEFT's (IA)³ of a convolution is (1, n, 1, …)", _MERGE)
+    return None
+
+
+def _plan_ia3(modules: Sequence[ModuleState], names: Names | None, where: str) -> list[Step]:
+    return []
 
 
 def _plan_lora(modules: Sequence[ModuleState], names: Names | None, where: str) -> list[Step]:
@@ -599,7 +643,7 @@ def _spell_component(name: str, state: AdapterState, names: Names | None) -> Ada
     tensors: dict[str, Tensor] = {}
     biased = any("up_bias" in m.tensors for m in modules)
     for module in modules:
-        path = component.called(module.path) if component else module.path
+        path = _called(module, component)
         module = _with_bias(module) if biased else module
         for suffix, tensor in _spell_module(module):
             tensors[f"{PREFIX}{path}.{suffix}"] = tensor
@@ -630,6 +674,9 @@ def _spell_module(module: ModuleState) -> list[tuple[str, Tensor]]:
     for slot, tensor in module.tensors.items():
         if slot == "magnitude":
             tensor = _peft_magnitude(tensor)
+        if slot == "l" and len(tensor.shape) == 1:
+            inward = module.options.get("on_input", False)
+            tensor = tensor.reshape(*((1, tensor.numel) if inward else (tensor.numel, 1)))
         if slot in ("t1", "t2") and len(tensor.shape) == 3:
             tensor = tensor.reshape(*tensor.shape, 1)
         if slot == "w2_b":  # (r, d, *k) from LyCORIS's functional API
@@ -664,14 +711,27 @@ def _config(
     where: str,
 ) -> dict[str, Any]:
     algorithm = _one_algorithm(modules, where)
-    called = {m.path: component.called(m.path) if component else m.path for m in modules}
+    called = {m.path: _called(m, component) for m in modules}
     spelled = {called[m.path]: m for m in modules}
     ranks, flags = _METHODS[algorithm].flags(spelled, names, template, where)
     scales = {called[m.path]: m.scale for m in modules}
     alphas = {called[m.path]: _alpha(m, ranks[called[m.path]] or 1) for m in modules}
-    others = _known_modules(component) if component else frozenset()
+    others = _others(modules, component) if component else frozenset()
     wanted = peft_config.Wanted(algorithm, ranks, scales, alphas, flags, others - set(ranks))
     return peft_config.write_config(wanted, template, where)
+
+
+def _called(module: ModuleState, component: Component | None) -> str:
+    """What the model calls a module that the adapter is for: the adapter's own name, or the base's."""
+    return module.own or (component.called(module.path) if component else module.path)
+
+
+def _others(modules: Sequence[ModuleState], component: Component) -> frozenset[str]:
+    """The modules that are not adapted, by every name where the adapter's are not the base's."""
+    if not any(m.own for m in modules):
+        return _known_modules(component)
+    adapted = {component.weights.get(m.path) for m in modules}
+    return frozenset(path for path, weight in component.weights.items() if weight not in adapted)
 
 
 def _known_modules(component: Component) -> frozenset[str]:
@@ -734,6 +794,26 @@ def _lokr_said(
     return None
 
 
+def _ia3_flags(modules: _Spelled, names: Names | None, template: _Template, where: str) -> _Derived:
+    """The template's feedforward_modules where they say of each module what it is, else the names."""
+    inward = {path: bool(m.options.get("on_input")) for path, m in modules.items()}
+    said = (template or {}).get("feedforward_modules")
+    if said is None or any(is_feedforward(p, said, where) != side for p, side in inward.items()):
+        said = sorted(path for path, side in inward.items() if side)
+        if strays := [
+            p for p, side in inward.items() if not side and is_feedforward(p, said, where)
+        ]:
+            raise InexactError(
+                "PEFT tells the modules whose inputs are scaled by the ends of their names",
+                where=where,
+                items=[f"`{p}` has such an end, and its outputs are scaled" for p in strays],
+                next="merge the adapter into the base instead",
+                code="feedforward-names",
+            )
+    transposed = any(m.options.get("fan_in_fan_out") for m in modules.values())
+    return dict.fromkeys(modules), {"feedforward_modules": said, "fan_in_fan_out": transposed}
+
+
 _LOKR_FLAGS = ("decompose_both", "decompose_factor", "use_effective_conv2d")
 
 
@@ -783,7 +863,7 @@ class _Method:
 
     plan: Callable[[Sequence[ModuleState], Names | None, str], list[Step]]
     flags: Callable[[_Spelled, Names | None, _Template, str], _Derived]
-    options: Callable[[dict[str, Tensor], dict[str, Any]], dict[str, Any]]
+    options: Callable[[str, dict[str, Tensor], dict[str, Any]], dict[str, Any]]
     disagreements: Callable[[ModuleState, dict[str, Any]], list[str]] = _no_disagreements
     unheld: Callable[[ModuleState, tuple[int, ...] | None], Unheld | None] = _all_held
     kinds: tuple[str, ...] = ()
@@ -799,6 +879,9 @@ _METHODS: dict[str, _Method] = {
     "loha": _Method(_plan_loha, _loha_flags, _loha_options, _loha_disagreements, _loha_unheld),
     "lokr": _Method(_plan_lokr, _lokr_flags, _lokr_options, _lokr_disagreements, _lokr_unheld),
     "hra": _Method(_plan_hra, _hra_flags, _hra_options, unheld=_hra_unheld),
+    "ia3": _Method(
+        _plan_ia3, _ia3_flags, _ia3_options, _ia3_disagreements, _ia3_unheld, kinds=("Conv1D",)
+    ),
 }  # fmt: skip
 
 

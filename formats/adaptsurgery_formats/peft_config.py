@@ -37,7 +37,8 @@ _COMMON = {
 }  # fmt: skip
 # The fields that are written, with PEFT's defaults.
 FIELDS: Mapping[str, dict[str, Any]] = Column(
-    lambda row: _COMMON | dict(row.peft_fields), lambda row: bool(row.peft_type)
+    lambda row: {n: v for n, v in _COMMON.items() if n not in row.peft_lacks} | {**row.peft_fields},
+    lambda row: bool(row.peft_type),
 )
 # Fields of newer or rarer features: harmless at these values, refused at any other.
 _NEUTRAL: dict[str, tuple[Any, ...]] = {
@@ -232,7 +233,8 @@ def write_config(wanted: Wanted, template: Mapping[str, Any] | None, where: str)
             template["bias"] = "all"  # biases that were trained beside the adapter are in the file
     config = {**FIELDS[algorithm], **template, "peft_type": peft_type, **wanted.flags}
     config["target_modules"] = _targets(wanted)
-    config |= {"exclude_modules": None, "layers_to_transform": None, "layers_pattern": None}
+    narrowing = ("exclude_modules", "layers_to_transform", "layers_pattern")
+    config |= dict.fromkeys(name for name in narrowing if name in FIELDS[algorithm])
     if "r" in FIELDS[algorithm]:
         rank, rank_pattern = _pattern({n: r for n, r in wanted.ranks.items() if r is not None})
         config["r"] = rank

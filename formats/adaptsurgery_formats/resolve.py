@@ -8,7 +8,6 @@ tables are tried: the one that has every name, with fitting shapes, is taken.
 
 from __future__ import annotations
 
-import math
 from collections.abc import Iterable
 from dataclasses import replace
 
@@ -19,29 +18,58 @@ from adaptsurgery_formats.errors import (
     SurgeryError,
     nearest,
 )
-from adaptsurgery_formats.names import TABLES, Component, Names, table
+from adaptsurgery_formats.fitting import fit
+from adaptsurgery_formats.names import TABLES, Component, Names, flatten, table
+from adaptsurgery_formats.names.families import CLIP_TEXT
+from adaptsurgery_formats.other_names import by_other_names
 from adaptsurgery_formats.state import (
     AdapterState,
     ModuleState,
-    delta_shape,
-    kernel_of,
-    may_be_transposed,
-    shapes_of,
 )
 from adaptsurgery_formats.tensors import Tensor
-from adaptsurgery_formats.traits import traits_of
 
 
 def resolve(state: AdapterState, names: Names) -> AdapterState:
     """The state with every module found in ``names``.
 
-    Raises NameLookupError for a name that is unknown, ambiguous, or that two entries stand for,
+    Names that the base has not, but that its family of models has for rows of it, are found too,
+    and so are those that lack its leading segments or have others. Raises NameLookupError for a name
+    that is unknown, ambiguous, or that two entries stand for, LayoutError ("interleaved-weight"),
     and ShapeError where the adapter does not fit the weight.
     """
-    modules = [_resolve_module(m, names, state.where) for m in _stripped(state.modules, names)]
+    modules = _placed(_stripped(state.modules, names), names, state)
     refuse_twice(modules, state.where)
     saved = _resolve_saved(state, names, modules)
     return replace(state, modules=modules, saved=saved, model=names.model)
+
+
+def _placed(modules: list[ModuleState], names: Names, state: AdapterState) -> list[ModuleState]:
+    """Each module at its place: by the base's own names, or all of a component by its family's."""
+    strays = {_home(m) for m in modules if not _places(m, names)}
+    if not strays:
+        return [_resolve_module(m, names, state.where) for m in modules]
+    placed = {
+        number: _resolve_module(m, names, state.where)
+        for number, m in enumerate(modules)
+        if _home(m) not in strays
+    }
+    for home in strays:
+        numbers = [number for number, m in enumerate(modules) if _home(m) == home]
+        group = [modules[number] for number in numbers]
+        known = by_other_names(group, list(_candidates(group[0], names)), state)
+        known = known or [_resolve_module(m, names, state.where) for m in group]
+        placed |= zip(numbers, known)
+    return [placed[number] for number in range(len(modules))]
+
+
+def _in_family(module: ModuleState, names: Names) -> bool:
+    """Whether a flat name is one that the base's family of models has for some of its weights."""
+    return any(module.path in c.dotted for c in _candidates(module, names))
+
+
+def _home(module: ModuleState) -> tuple[str, str]:
+    """What tells which part of a pipeline a module is of: its component, or its prefix."""
+    return module.component, str(module.options.get("prefix", ""))
 
 
 def _stripped(modules: list[ModuleState], names: Names) -> list[ModuleState]:
@@ -54,7 +82,7 @@ def _stripped(modules: list[ModuleState], names: Names) -> list[ModuleState]:
         if not all(m.path.startswith(prefix) for m in modules):
             break
         bare = [m.changed(path=m.path.removeprefix(prefix)) for m in modules]
-        if all(_places(m, names) for m in bare):
+        if all(_places(m, names) or _in_family(m, names) for m in bare):
             return bare
     return modules
 
@@ -184,7 +212,7 @@ def _spellings(module: ModuleState, component: Component) -> list[tuple[str, str
     found = _spelled(module.path, module.naming, component)
     if found or component.naming != "base":
         return found
-    clip = "text_model_" if module.naming == "flat" else "text_model."
+    clip = flatten(f"{CLIP_TEXT}.") if module.naming == "flat" else f"{CLIP_TEXT}."
     other = module.path.removeprefix(clip)
     return _spelled(other if other != module.path else clip + other, module.naming, component)
 
@@ -260,82 +288,6 @@ def _resolve_saved(
             home = components[0]
         moved[home] = dict(tensors)
     return moved
-
-
-def fit(module: ModuleState, shape: tuple[int, ...], where: str) -> ModuleState:
-    """The module with its shapes as the weight (o, i, *k) has them.
-
-    Accepts the transposed weights of transformers' Conv1D (i, o) and of embeddings (vocab, dim).
-    A LoRA for a 1×1 convolution may be stored as a linear's and the reverse: viewed anew.
-    Raises ShapeError where o or i·∏k do not agree.
-    """
-    row = traits_of(module.algorithm)
-    if row.vector or len(shape) == 1:
-        return _fit_norm(module, shape, where)
-    if not shape:
-        raise ShapeError(f"`{module.label}`: the base's weight is one number", where=where)
-    out, columns = delta_shape(module)
-    ways = [(shape[0], math.prod(shape[1:]))]
-    if len(shape) == 2 and may_be_transposed(module):
-        ways.append((shape[1], shape[0]))
-    if not out:
-        fits = columns in [i for _, i in ways]
-    elif not columns:  # of a bias alone
-        fits = out in [o for o, _ in ways]
-    else:
-        fits = (out, columns) in ways
-    if "magnitude" in module.tensors:  # transposed weights have their inputs first
-        fits = fits and module.tensors["magnitude"].numel in (out, *shape[:2])
-    if not fits or not _kernel_fits(module, shape):
-        shapes = ", ".join(f"{s} {list(t.shape)}" for s, t in module.tensors.items())
-        raise ShapeError(
-            f"`{module.label}`: ΔW is ({out}, {columns}), the weight is {list(shape)}",
-            where=where,
-            seen=shapes,
-            next="is the adapter for this base?",
-        )
-    return _reshaped(module, shape)
-
-
-def _fit_norm(module: ModuleState, shape: tuple[int, ...], where: str) -> ModuleState:
-    sizes = {t.shape for t in module.tensors.values()}
-    if traits_of(module.algorithm).dense and sizes == {(shape[0],)}:
-        return module
-    raise ShapeError(
-        f"`{module.label}`: {module.algorithm} of shape {sorted(map(list, sizes))} "
-        f"on a weight of shape {list(shape)}",
-        where=where,
-        next="is the adapter for this base?",
-    )
-
-
-def _kernel_fits(module: ModuleState, shape: tuple[int, ...]) -> bool:
-    kernel = kernel_of(module)
-    if kernel is None:
-        return True
-    if len(kernel) == len(shape) - 2:
-        return kernel == shape[2:]
-    # a linear's factors for a 1×1 convolution, or PEFT's core (r, r, k, 1) for a Conv1d
-    bare = tuple(k for k in kernel if k != 1)
-    return bare == tuple(k for k in shape[2:] if k != 1)
-
-
-def _reshaped(module: ModuleState, shape: tuple[int, ...]) -> ModuleState:
-    """Views that the weight's number of dimensions asks for: nothing is computed."""
-    row, t = traits_of(module.algorithm), module.tensors
-    changes: dict[str, Tensor | None] = {}
-    for slot, last in row.last_dims(shapes_of(module), shape[2:]).items():
-        if len(t[slot].shape) != len(shape):
-            first = t[slot].shape[:2] if len(t[slot].shape) > 1 else shape[:2]
-            changes[slot] = t[slot].reshape(*first, *last)
-    if "magnitude" in t and len(t["magnitude"].shape) != len(shape):
-        ones = (1,) * (len(shape) - 2)
-        changes["magnitude"] = t["magnitude"].reshape(*t["magnitude"].shape[:2], *ones)
-    fitted = module.with_tensors(**changes) if changes else module
-    if "ambiguous_tucker" not in module.options:
-        return fitted
-    options = {k: v for k, v in module.options.items() if k != "ambiguous_tucker"}
-    return fitted.changed(options=options)
 
 
 def kohya_component(state: AdapterState) -> tuple[Names, AdapterState] | None:

@@ -26,7 +26,7 @@ from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, field
 from typing import Any
 
-from adaptsurgery_formats.errors import KeyRefused, ShapeError
+from adaptsurgery_formats.errors import KeyRefused, ShapeError, ValueRefused
 from adaptsurgery_formats.tensors import Tensor
 from adaptsurgery_formats.traits import Column, lokr_cuts, traits_of
 
@@ -40,6 +40,7 @@ NO_ALPHA = "1: no alpha, so alpha = r"
 ZERO_ALPHA = "1: alpha 0 stands for r"
 BOTH_FULL = "1: both Kronecker factors are stored full"
 UNSCALED = "none"
+_ONES = (NO_ALPHA, ZERO_ALPHA, BOTH_FULL, UNSCALED)
 
 
 def scale_of(rule: str, alpha: float | None, rank: int | None) -> float:
@@ -54,7 +55,9 @@ def scale_of(rule: str, alpha: float | None, rank: int | None) -> float:
     if rule == ALPHA_OVER_SQRT_R:
         assert alpha is not None and rank
         return alpha / math.sqrt(rank)
-    return 1.0
+    if rule in _ONES:
+        return 1.0
+    raise ValueRefused(f"no scale follows by the rule {rule!r}", code="unknown-rule")
 
 
 @dataclass(frozen=True)
@@ -78,6 +81,12 @@ class ModuleState:
     kind: str = ""  # "embedding" where the file says so, else unknown
     keys: tuple[str, ...] = ()  # where it came from: the file's own keys
     options: dict[str, Any] = field(default_factory=dict)  # hra: apply_gs
+    own: str = ""  # the adapter's path for it, where the base at hand has another
+
+    @property
+    def written(self) -> str:
+        """The path that files have: the adapter's own."""
+        return self.own or self.path
 
     @property
     def scale(self) -> float:
@@ -153,17 +162,6 @@ class AdapterState:
         self.notes.append(Note(code, where, text))
 
 
-# transformers' Conv1D layers (GPT-2 and its kin) go by these names; their weight is stored (i, o).
-CONV1D_NAMES = ("c_attn", "c_proj", "c_fc", "q_attn")
-
-
-def may_be_transposed(module: ModuleState) -> bool:
-    """Whether there is a sign that the module's weight is stored (i, o), other than its shape."""
-    if module.kind == "embedding" or module.options.get("fan_in_fan_out"):
-        return True
-    return module.path.rpartition(".")[2] in CONV1D_NAMES
-
-
 def check_complete(module: ModuleState, where: str) -> None:
     """Raise KeyRefused unless the module's slots are one full set of its algorithm."""
     have = frozenset(module.tensors) - frozenset(OPTIONAL)
@@ -211,7 +209,7 @@ def kernel_of(module: ModuleState) -> tuple[int, ...] | None:
 
 def delta_shape(module: ModuleState) -> tuple[int, int]:
     """ΔW as a matrix: (o, i·∏k). What turns the inputs has no o, and gives (0, i·∏k)."""
-    return traits_of(module.algorithm).extent(shapes_of(module))
+    return traits_of(module.algorithm).extent(shapes_of(module), module.options)
 
 
 def lokr_shapes(module: ModuleState) -> tuple[tuple[int, int], tuple[int, int], tuple[int, ...]]:

@@ -1,7 +1,8 @@
 """One row an algorithm: what its tensors are, what their shapes tell, and what may be done with them.
 
 Whatever asks which algorithms there are, or which of them has some property, reads ``TRAITS``; a
-name that is not in it is refused by ``traits_of``. The slots' shapes stand in ``state``. A shape
+name that is not in it is refused by ``traits_of``. The slots' shapes stand in words in ``state``, or
+in the algorithm's own file. A shape
 function takes the shapes of one module's slots, by slot.
 """
 
@@ -17,6 +18,7 @@ from adaptsurgery_formats.errors import ValueRefused, nearest
 T = TypeVar("T")
 Shape = tuple[int, ...]
 Shapes = Mapping[str, Shape]
+Options = Mapping[str, Any]  # a module's
 Wanted = tuple[int | None, ...]  # a shape with None where any size will do
 
 _NOTHING: Mapping[str, Any] = MappingProxyType({})
@@ -30,6 +32,10 @@ def _nothing_wanted(shapes: Shapes) -> dict[str, Wanted]:
     return {}
 
 
+def _never(shapes: Shapes, options: Options) -> bool:
+    return False
+
+
 def _one(shapes: Shapes) -> int:
     return 1
 
@@ -37,7 +43,7 @@ def _one(shapes: Shapes) -> int:
 class Traits(NamedTuple):
     """What is so of every module of one algorithm.
 
-    ``extent`` gives ΔW as a matrix, (o, i·∏k), with 0 for an o that the tensors do not show;
+    ``extent`` gives ΔW as a matrix, (o, i·∏k), with 0 for a size that the tensors do not show;
     ``kernel`` the kernel's dims, () for a linear's, None where the tensors hide them; ``wanted``
     the shapes that slots must have beside each other.
     """
@@ -46,7 +52,7 @@ class Traits(NamedTuple):
     title: str  # as it is written in text
     dims: Mapping[str, tuple[int, int]]  # slot → the fewest and the most dimensions it may have
     complete: tuple[tuple[str, ...], ...]  # of which sets one must be there; optional slots apart
-    extent: Callable[[Shapes], tuple[int, int]]
+    extent: Callable[[Shapes, Options], tuple[int, int]]
     kernel: Callable[[Shapes], Shape | None] = _no_kernel
     wanted: Callable[[Shapes], Mapping[str, Wanted]] = _nothing_wanted
     ranks: tuple[tuple[str, int], ...] = ()  # (slot, dimension) that is the rank: the first there
@@ -54,6 +60,7 @@ class Traits(NamedTuple):
     # How a module is cut and put together by its output rows.
     rows: tuple[str, ...] = ()  # the slots whose first dimension they are
     unit: Callable[[Shapes], int] = _one  # rows of ΔW to one of those slots'
+    cuts: bool = True  # whether it can be at all
     partial: bool = True  # whether parts of a fused weight may be missing: they then have rows of 0
     transposes_core: bool = (
         False  # whether a Tucker core puts the rows of a row slot in its columns
@@ -65,6 +72,10 @@ class Traits(NamedTuple):
     pointwise: tuple[str, ...] = ()  # … and those where they are ones
     cores: tuple[str, ...] = ()  # beside which a spatial slot that is no core is pointwise
     options: Mapping[str, Any] = _NOTHING  # those that its update takes
+
+    # What it does to the bias.
+    shifts: tuple[str, ...] = ()  # the slots that are added to it
+    scales_bias: Callable[[Shapes, Options], bool] = _never  # by tensors and options
 
     # What kind of change it is.
     adds: bool = True  # W' = W + s·Δ
@@ -80,6 +91,7 @@ class Traits(NamedTuple):
     peft_type: str = ""  # "" where PEFT has no such method
     config: str = ""  # the name of its config's class, PEFT's
     peft_fields: Mapping[str, Any] = _NOTHING  # its config's own, with defaults
+    peft_lacks: tuple[str, ...] = ()  # of the fields that PEFT's other configs share
     extracts: bool = False  # whether one can be fitted to the difference of two weights
 
     @property
@@ -139,7 +151,7 @@ class Traits(NamedTuple):
         return found
 
 
-def _lora_extent(t: Shapes) -> tuple[int, int]:
+def _lora_extent(t: Shapes, options: Options) -> tuple[int, int]:
     return t["up"][0], t["down"][1] * math.prod(_lora_kernel(t))
 
 
@@ -158,7 +170,7 @@ def _lora_wanted(t: Shapes) -> dict[str, Wanted]:
     return wanted
 
 
-def _loha_extent(t: Shapes) -> tuple[int, int]:
+def _loha_extent(t: Shapes, options: Options) -> tuple[int, int]:
     if "t1" in t:
         return t["w1_a"][1], t["w1_b"][1] * math.prod(t["t1"][2:])
     return t["w1_a"][0], t["w1_b"][1]
@@ -189,7 +201,7 @@ def lokr_cuts(t: Shapes) -> tuple[tuple[int, int], tuple[int, int], Shape]:
     return (a, t["w2_a"][0]), (c, math.prod(t["w2_b"][1:])), ()
 
 
-def _lokr_extent(t: Shapes) -> tuple[int, int]:
+def _lokr_extent(t: Shapes, options: Options) -> tuple[int, int]:
     (a, b), (c, d), kernel = lokr_cuts(t)
     return a * b, c * d * math.prod(kernel)
 
@@ -218,7 +230,20 @@ def _same_length(whole: str, bias: str) -> Callable[[Shapes], dict[str, Wanted]]
     return wanted
 
 
-def _full_extent(t: Shapes) -> tuple[int, int]:
+def _ia3_extent(t: Shapes, options: Options) -> tuple[int, int]:
+    """(o, 0) or (0, i), of which a convolution's i does not tell i·∏k."""
+    shape = next(iter(t.values()))
+    if options.get("on_input"):
+        return 0, math.prod(shape) if len(shape) < 3 else 0
+    return math.prod(shape), 0
+
+
+def _ia3_wanted(t: Shapes) -> dict[str, Wanted]:
+    """Factors of one side, whatever dimensions of 1 stand around them."""
+    return {slot: (math.prod(s),) for slot, s in t.items() if max(s) != math.prod(s)}
+
+
+def _full_extent(t: Shapes, options: Options) -> tuple[int, int]:
     shape = t["diff"] if "diff" in t else (t["diff_b"][0], 0)
     return shape[0], math.prod(shape[1:])
 
@@ -254,6 +279,7 @@ TRAITS: dict[str, Traits] = {
             ranks=(("down", 0),),
             rows=("up", "up_bias", "magnitude"),
             factor=("up",),
+            shifts=("up_bias",),
             spatial=("down", "mid"),
             pointwise=("up",),
             cores=("mid",),
@@ -321,7 +347,7 @@ TRAITS: dict[str, Traits] = {
             title="HRA",
             dims={"u": _MATRIX},
             complete=(("u",),),
-            extent=lambda t: (0, t["u"][0]),
+            extent=lambda t, _: (0, t["u"][0]),
             ranks=(("u", -1),),
             partial=False,
             options={"apply_gs": False},
@@ -335,6 +361,28 @@ TRAITS: dict[str, Traits] = {
             extracts=True,
         ),
         Traits(
+            name="ia3",
+            title="(IA)³",
+            dims={"l": _ANY, "w": _ANY},
+            complete=(("l",), ("w",)),
+            extent=_ia3_extent,
+            wanted=_ia3_wanted,
+            cuts=False,
+            partial=False,
+            options={"on_input": False},
+            scales_bias=lambda t, options: "l" in t and not options.get("on_input"),
+            adds=False,
+            scaled=False,
+            peft_type="IA3",
+            config="IA3Config",
+            peft_lacks=("layers_to_transform", "layers_pattern"),
+            peft_fields={
+                "feedforward_modules": None,
+                "fan_in_fan_out": False,
+                "init_ia3_weights": True,
+            },
+        ),
+        Traits(
             name="full",
             title="dense difference",
             dims={"diff": _ANY, "diff_b": _ROW},
@@ -343,6 +391,7 @@ TRAITS: dict[str, Traits] = {
             kernel=_spatial_kernel("diff"),
             wanted=_same_length("diff", "diff_b"),
             rows=("diff", "diff_b"),
+            shifts=("diff_b",),
             spatial=("diff",),
             scaled=False,
             dense=True,
@@ -352,9 +401,10 @@ TRAITS: dict[str, Traits] = {
             title="norm difference",
             dims={"w_norm": _ROW, "b_norm": _ROW},
             complete=(("w_norm",), ("w_norm", "b_norm"), ("b_norm",)),
-            extent=lambda t: (t["w_norm" if "w_norm" in t else "b_norm"][0], 1),
+            extent=lambda t, _: (t["w_norm" if "w_norm" in t else "b_norm"][0], 1),
             wanted=_same_length("w_norm", "b_norm"),
             rows=("w_norm", "b_norm"),
+            shifts=("b_norm",),
             scaled=False,
             dense=True,
             vector=True,

@@ -54,7 +54,7 @@ def test_shapes_tell_what_the_tensors_are(
     shapes = {slot: tuple(t.shape) for slot, t in tensors.items()}
     assert row.misfit(shapes) == ""
     columns = torch.Size(shape[1:]).numel()
-    assert row.extent(shapes) == (shape[0] if row.adds else 0, columns)
+    assert row.extent(shapes, {}) == (shape[0] if row.adds else 0, columns)
     kernel = row.kernel(shapes)
     assert kernel is None or kernel == shape[2:] or (kernel == () and set(shape[2:]) <= {1})
     rank = getattr(update, "rank", None)

@@ -356,6 +356,7 @@ def dead_room(target: Path, content: str = "half") -> atomic.Room:
     return room
 
 
+@needs("fcntl")
 def test_the_next_run_removes_what_a_killed_one_left(tmp_path: Path) -> None:
     dead, other = dead_room(tmp_path / "a"), dead_room(tmp_path / "b")
     living = atomic.Room(tmp_path / "a")
@@ -379,6 +380,7 @@ def test_where_locks_keep_nobody_out_nothing_is_removed(
     assert dead.path.exists()
 
 
+@needs("fcntl")
 @pytest.mark.parametrize("step", ["before", "between"])
 def test_a_swap_in_two_steps_is_ended_by_the_next_run(tmp_path: Path, step: str) -> None:
     folder = old_folder(tmp_path)
@@ -394,6 +396,7 @@ def test_a_swap_in_two_steps_is_ended_by_the_next_run(tmp_path: Path, step: str)
     assert [p.name for p in tmp_path.iterdir()] == ["d"]
 
 
+@needs("fcntl")
 def test_a_folder_that_came_after_a_broken_swap_is_left_alone(tmp_path: Path) -> None:
     folder = old_folder(tmp_path)
     room = dead_room(folder)
@@ -441,6 +444,7 @@ def test_a_signal_within_the_last_step_waits_for_its_end(
     assert atomic.landed[-1] == str(tmp_path / "a")
 
 
+@needs("os.pathconf")
 def test_paths_too_long_for_what_lies_within(tmp_path: Path) -> None:
     deep = "/".join(["d" * 200] * 20)
     with pytest.raises(FileError) as e:

@@ -18,6 +18,7 @@ import numpy as np
 import pytest
 from hub_standin import SHA, Hub, lay_out_cache, serve
 from safetensors.numpy import save
+from unix import needs
 
 from adaptsurgery.checkpoint.hub import choose, parse_spec, resolve
 from adaptsurgery_formats.errors import FileError
@@ -125,6 +126,7 @@ def below(path: str) -> set[str]:
 # -- Over HTTP -----------------------------------------------------------------------------------
 
 
+@needs("fcntl")  # for the locks of the Hub's own library
 def test_what_is_fetched_is_what_is_needed(tmp_path: Path, hub: Hub) -> None:
     got = ask(
         tmp_path,
@@ -148,6 +150,7 @@ def test_what_is_fetched_is_what_is_needed(tmp_path: Path, hub: Hub) -> None:
     assert again == [{"path": paths[0]}, {"path": f"{paths[2]}/unet"}]
 
 
+@needs("fcntl")  # for the locks of the Hub's own library
 def test_a_folder_of_a_repository(tmp_path: Path, hub: Hub) -> None:
     got = ask(
         tmp_path,
@@ -177,6 +180,7 @@ def test_refusals_say_what_to_do(tmp_path: Path, hub: Hub) -> None:
         assert hint in answer["next"] and answer["where"].startswith("org/"), answer
 
 
+@needs("fcntl")  # for the locks of the Hub's own library
 def test_headers_come_by_range_requests(tmp_path: Path, hub: Hub) -> None:
     hub.log.clear()
     got = ask(

@@ -16,7 +16,7 @@ from adaptsurgery_formats import FORMATS, AdapterFile, AdapterState, ModuleState
 from adaptsurgery_formats.detect import detect
 from adaptsurgery_formats.errors import SurgeryError
 from adaptsurgery_formats.state import SLOTS
-from adaptsurgery_formats.tensors import Literal
+from adaptsurgery_formats.tensors import Literal, scalar
 
 GOLDEN = Path(__file__).parents[2] / "formats" / "golden"
 # Variants of each algorithm, and a test that a parsed adapter has one of it.
@@ -25,6 +25,7 @@ VARIANTS: dict[str, list[str]] = {
     "loha": ["loha", "loha-tucker", "loha-dora"],
     "lokr": ["lokr", "lokr-tucker", "lokr-both", "lokr-full", "lokr-dora"],
     "hra": ["hra", "hra-gs"],
+    "ia3": ["ia3", "ia3-input"],
     "full": ["full"],
     "norm": ["norm"],
 }
@@ -40,7 +41,7 @@ _LYCORIS_FAMILY = {
     "hra": ("no-hra", "peft"),
     "hra-gs": ("no-hra", "peft"),
 }
-_NOT_LORA = ("loha", "lokr", "hra", "full", "norm")
+_NOT_LORA = ("loha", "lokr", "hra", "ia3", "full", "norm")
 STATED: dict[tuple[str, str], tuple[str, str]] = {
     ("peft", "lora-tucker"): (STEP, "lycoris"),
     ("peft", "loha-dora"): ("no-dora", "lycoris"),
@@ -53,6 +54,7 @@ STATED: dict[tuple[str, str], tuple[str, str]] = {
     ("diffusers", "lora-bias"): (READ, ""),
     **{("diffusers", v): ("refuses", "") for a in _NOT_LORA for v in VARIANTS[a]},
     **{("comfyui", v): ("refuses", "") for v in VARIANTS["hra"]},
+    **{("comfyui", v): (READ, "") for v in VARIANTS["ia3"]},
 }
 
 
@@ -73,6 +75,8 @@ def golden(name: str, variant: str) -> AdapterFile:
         for n in shape:
             count *= n
         tensors[key] = Tensor("F32", tuple(shape), (Literal(number * count),))
+        if key.endswith(".on_input"):
+            tensors[key] = scalar(float(variant == "ia3-input"), "I64")
     return AdapterFile(tensors, config=cell.get("config"), where=f"{name} {variant}")
 
 
@@ -95,6 +99,7 @@ def is_variant(module: ModuleState, variant: str) -> bool:
         "full": "w1" in t and "w2" in t,
         "gs": bool(module.options.get("apply_gs")),
         "rslora": "sqrt" in module.rule,
+        "input": bool(module.options.get("on_input")),
     }.get(variant.partition("-")[2], True)
 
 

@@ -80,7 +80,7 @@ def test_native_segments_tile_the_diffusers_modules(model, name):
     rows = {}
     for segments in component.native.values():
         for s in segments:
-            rows.setdefault(s.path, []).append((s.start, s.stop))
+            rows.setdefault(s.name, []).append((s.start, s.stop))
     for path, pieces in rows.items():
         ends = [0] + [stop for _, stop in sorted(pieces)]
         assert [start for start, _ in sorted(pieces)] == ends[:-1], path
@@ -364,7 +364,7 @@ def test_ldm_names_are_diffusers_own(generator, model):
     checkpoint = {f"model.diffusion_model.{p}.{k}": (p, k) for p in component.native for k in kinds}
     converted = convert_ldm_unet_checkpoint(checkpoint, config)
     assert converted == {
-        f"{segment.path}.{k}": (path, k)
+        f"{segment.name}.{k}": (path, k)
         for path, (segment,) in component.native.items()
         for k in kinds
     }
@@ -396,8 +396,8 @@ def test_flux_names_cuts_and_swaps_are_diffusers_own():
     for path, segments in component.native.items():
         at = int(checkpoint[f"{path}.weight"][0])
         for s in segments:
-            whole = component.modules[s.path][0]
-            target = expected.setdefault(s.path, torch.empty(whole, dtype=torch.int64))
+            whole = component.modules[s.name][0]
+            target = expected.setdefault(s.name, torch.empty(whole, dtype=torch.int64))
             target[s.start : s.stop] = torch.arange(at, at + s.stop - s.start)
             at += s.stop - s.start
     converted = {k: v for k, v in convert(checkpoint).items() if v is not None}

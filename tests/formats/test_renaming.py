@@ -17,7 +17,7 @@ from adaptsurgery_formats.errors import (
     NameLookupError,
     ShapeError,
 )
-from adaptsurgery_formats.names import Component, Segment, table, to_diffusers, to_native
+from adaptsurgery_formats.names import Component, Rows, table, to_diffusers, to_native
 from adaptsurgery_formats.names.renaming import PaddedRows, Zeros
 from adaptsurgery_formats.state import (
     ALPHA_OVER_R,
@@ -37,14 +37,14 @@ from adaptsurgery_formats.tensors import Literal, Tensor, concat_rows
 INPUTS = 6
 MODULES = {"embed": (4, 6), "q": (8, 6), "k": (4, 6), "v": (4, 6), "mlp": (16, 6), "last": (12, 6)}
 NATIVE = {
-    "img_in": (Segment("embed", 0, 4),),
+    "img_in": (Rows("embed", 0, 4),),
     "qkvm": (
-        Segment("q", 0, 8),
-        Segment("k", 0, 4),
-        Segment("v", 0, 4),
-        Segment("mlp", 0, 16),
+        Rows("q", 0, 8),
+        Rows("k", 0, 4),
+        Rows("v", 0, 4),
+        Rows("mlp", 0, 16),
     ),
-    "ada": (Segment("last", 6, 12), Segment("last", 0, 6)),
+    "ada": (Rows("last", 6, 12), Rows("last", 0, 6)),
 }
 SMALL = Component("transformer", MODULES, NATIVE, ("lora_unet",), "native")
 FLUX = table("flux").components["transformer"]
@@ -88,8 +88,8 @@ def delta(m: ModuleState) -> np.ndarray:
 def native_rows(path: str, parts: dict[str, np.ndarray], columns: int = INPUTS) -> np.ndarray:
     """The native matrix that diffusers matrices make up; zeros where one is not given."""
     rows = [
-        parts[s.path][s.start : s.stop]
-        if s.path in parts
+        parts[s.name][s.start : s.stop]
+        if s.name in parts
         else np.zeros((s.stop - s.start, columns))
         for s in NATIVE[path]
     ]
@@ -204,7 +204,7 @@ def test_what_is_cut_stacks_again_to_the_same_bytes(module):
 def test_the_parts_of_a_native_module_hold_its_rows(module):
     parts = [checked(m) for m in to_diffusers(module, SMALL)]
     segments = NATIVE[module.path]
-    assert [m.path for m in parts] == list(dict.fromkeys(s.path for s in segments))
+    assert [m.path for m in parts] == list(dict.fromkeys(s.name for s in segments))
     assert {(m.naming, m.component, m.keys) for m in parts} == {
         ("diffusers", "transformer", module.keys)
     }

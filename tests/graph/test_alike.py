@@ -7,13 +7,13 @@ from typing import Any
 
 import pytest
 import torch
+from graph_nets import code, equal
 from torch import Tensor, nn
 from torch.export import Dim, ExportedProgram
 from torch.fx import GraphModule
 
 from adaptsurgery import graph
 from adaptsurgery.algorithms import HRAConfig, LoHaConfig, LoKrConfig, LoraConfig
-from tests.graph.graph_nets import code, equal
 
 CONFIGS = {
     "lora": LoraConfig(r=3, lora_alpha=5, target_modules="all-linear", lora_dropout=0.25),

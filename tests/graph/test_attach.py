@@ -120,7 +120,7 @@ close(run(adapted, x), wanted)
 back = detach(adapted)
 assert code(back) == code(base) and equal(run(back, x), plain)
 """
-    here = str(Path(__file__).parent)
+    here = str(Path(__file__).parents[1] / "helpers")
     subprocess.run([sys.executable, "-c", script, str(tmp_path), here], check=True)
 
 

@@ -9,6 +9,7 @@ import numpy as np
 import onnxruntime as ort
 import pytest
 import torch
+import zoo
 from graph_nets import (
     Convs,
     Mlp,
@@ -24,16 +25,15 @@ from graph_nets import (
     updates_for,
     wanted,
 )
+from strategies import Conv1D
+from test_find import Quantised
+from test_graph_models import assert_same, live, outputs
+from test_graph_models import updates_for as random_updates
 from torch import Tensor, nn
 
 from adaptsurgery import graph
 from adaptsurgery.algorithms import LoRA
 from adaptsurgery_formats.errors import ValueRefused
-from tests.graph import zoo
-from tests.graph.test_find import Quantised
-from tests.graph.test_graph_models import assert_same, live, outputs
-from tests.graph.test_graph_models import updates_for as random_updates
-from tests.strategies import Conv1D
 
 FOUR = ("lora", "loha", "lokr", "hra")
 

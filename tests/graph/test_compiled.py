@@ -10,15 +10,15 @@ from pathlib import Path
 import pytest
 import torch
 from graph_nets import close, folded, update_for, wanted
+from strategies import Conv1D
 from torch import Tensor, nn
 from torch.export import Dim, ExportedProgram
+from zoo import entry, first, ids, program
 
 from adaptsurgery.core.geometry import Layer
 from adaptsurgery.core.update import Update, compose
 from adaptsurgery.graph.attach import attach
 from adaptsurgery.graph.merge import merge
-from tests.graph.zoo import entry, first, ids, program
-from tests.strategies import Conv1D
 
 pytestmark = [pytest.mark.slow, pytest.mark.filterwarnings("ignore")]
 SIZES = [(2, 5), (3, 8), (7, 3)]  # batch and sequence: as traced, and others

@@ -7,6 +7,8 @@ from typing import Any
 import pytest
 import torch
 import torch.nn.functional as F
+import zoo
+from strategies import Conv1D
 from torch import Tensor, nn
 from torch.export import Dim, ExportedProgram, export
 from torch.fx import symbolic_trace
@@ -18,8 +20,6 @@ from adaptsurgery.core.geometry import Layer
 from adaptsurgery.graph.find import FAST_PATH, find_sites
 from adaptsurgery.graph.sites import Site
 from adaptsurgery_formats.errors import ValueRefused
-from tests.graph import zoo
-from tests.strategies import Conv1D
 
 KINDS = {nn.Conv1d: "conv1d", nn.Conv2d: "conv2d", nn.Conv3d: "conv3d", nn.Linear: "linear"}
 # Linear maps by parameters of modules that are no Linear: named by their owner.

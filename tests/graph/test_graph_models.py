@@ -14,6 +14,7 @@ from typing import Any
 import peft
 import pytest
 import torch
+import zoo
 from torch import Tensor, nn
 
 import adaptsurgery
@@ -25,7 +26,6 @@ from adaptsurgery.algorithms.lora_config import LoraConfig
 from adaptsurgery.core.geometry import Layer
 from adaptsurgery.core.update import Update
 from adaptsurgery.graph import Site
-from tests.graph import zoo
 
 pytestmark = pytest.mark.slow
 CONFIGS: dict[str, Any] = {

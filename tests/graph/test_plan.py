@@ -8,6 +8,7 @@ from typing import Any
 import peft
 import pytest
 import torch
+import zoo
 from torch import Tensor, nn
 from torch.export import export
 
@@ -19,7 +20,6 @@ from adaptsurgery.graph.attach import attach
 from adaptsurgery.graph.plan import plan
 from adaptsurgery.graph.state import adapters
 from adaptsurgery_formats.errors import NameLookupError, ValueRefused
-from tests.graph import zoo
 
 
 class Small(nn.Module):

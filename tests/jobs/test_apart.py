@@ -14,8 +14,8 @@ import torch
 from safetensors.torch import save_file
 
 import adaptsurgery
+from adaptsurgery.checkpoint import apart
 from adaptsurgery.checkpoint.apart import files_read, keep_apart
-from adaptsurgery.jobs import apart
 from adaptsurgery_formats.errors import SurgeryError
 
 CODES = {"output-is-source", "output-is-input", "output-is-base"}

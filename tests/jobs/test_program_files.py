@@ -318,10 +318,13 @@ def test_formulas_that_are_more(formula: str) -> None:
 
 
 def test_guards() -> None:
-    for text in ("L['x'].size()[0] % 2 == 0", "max(1, L['a']['b c'][0].stride()[1] // 4) <= 3 and 1 < 2"):  # fmt: skip
+    for text in ("L['x'].size()[0] % 2 == 0", "max(1, L['a']['b c'][0].stride()[1] // 4) <= 3 and 1 < 2",
+                 "L['x'].size()[0]**2 < 2**L['x'].size()[1]"):  # fmt: skip
         check_guard(text)
     for text in ("L['x'].data", "L['x'].size().__class__", "open('x')", "L['it\\'s']", "L[f()]",
-                 "math.__loader__", "torch.os.system('x')", "(lambda: 1)()", "x('\"')"):  # fmt: skip
+                 "math.__loader__", "torch.os.system('x')", "(lambda: 1)()", "x('\"')",
+                 "10**10**10 > 1", "9**9**9 == L['x'].size()[0]", "1 << (10**10)", "10**int(10**10) > 1",
+                 "math.factorial(10**9) > 1", "math.comb(10**8, 10**7) > 1"):  # fmt: skip
         with pytest.raises(Unsafe):
             check_guard(text)
 

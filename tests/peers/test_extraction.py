@@ -6,7 +6,7 @@ import copy
 from pathlib import Path
 from typing import Any
 
-import nets
+import peer_nets as nets
 import peft
 import pytest
 import torch

@@ -10,7 +10,7 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
-import nets
+import peer_nets as nets
 import peft
 import pytest
 import reference

@@ -9,7 +9,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-import nets
+import peer_nets as nets
 import pytest
 import torch
 

@@ -10,7 +10,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-import nets
+import peer_nets as nets
 import pytest
 import torch
 from peft import HRAConfig, LoHaConfig, LoKrConfig, LoraConfig

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from pathlib import Path
 
-import nets
+import peer_nets as nets
 import peft
 import pytest
 import torch

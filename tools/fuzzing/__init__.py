@@ -9,4 +9,4 @@ from pathlib import Path
 
 # The tests' own corpus, mutants and oracle are used, not written again.
 TESTS = Path(__file__).resolve().parents[2] / "tests"
-sys.path[:0] = [p for p in (str(TESTS), str(TESTS / "jobs")) if p not in sys.path]
+sys.path[:0] = [p for p in (str(TESTS), str(TESTS / "helpers")) if p not in sys.path]

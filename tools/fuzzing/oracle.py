@@ -1,6 +1,6 @@
 """What the numbers must be, by plain float64 numpy from the definitions; nothing of the package.
 
-ΔW is the tests' own oracle's (tests/jobs/plain_delta.py); here is what merges, sums and copies of it are.
+ΔW is the tests' own oracle's (tests/helpers/plain_delta.py); here is what merges, sums and copies of it are.
 """
 
 from __future__ import annotations

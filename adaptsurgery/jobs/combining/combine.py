@@ -21,6 +21,7 @@ from adaptsurgery.adapters import lowrank
 from adaptsurgery.adapters.loading import Loaded
 from adaptsurgery.adapters.lowrank import Spec, is_low_rank, lora_form
 from adaptsurgery.adapters.report import Report, Row
+from adaptsurgery.adapters.rows import in_one_form, in_one_naming
 from adaptsurgery.adapters.updates import is_nonfinite_allowed, nonfinite_allowed, nonfinite_of
 from adaptsurgery.adapters.writing import Progress, check_paths, writable, write_adapter
 from adaptsurgery.jobs.change import as_lora
@@ -69,6 +70,7 @@ def combine(
             "no adapter was named", next="A[=WEIGHT] B[=WEIGHT] …", code="no-adapter"
         )
     loaded = lowrank.load_together([name for name, _ in named], base=base, to=to)
+    loaded = _in_one_form(loaded)
     target = writable(to or loaded[0].state.layout)
     read = [path for one in loaded for path in one.paths]
     check_paths(read, out, target, overwrite, loaded[0].base_place)
@@ -83,12 +85,24 @@ def combine(
     result = replace(result, watched=watched)
     _check_lossy(rows, allow_lossy, result.state.where)
     report = write_adapter(
-        result, Path(out), target.name,
-        allow_nonfinite=allow_nonfinite, overwrite=overwrite, dry_run=dry_run, hashes=hashes, progress=progress,
+        result,
+        Path(out),
+        target.name,
+        allow_nonfinite=allow_nonfinite,
+        overwrite=overwrite,
+        dry_run=dry_run,
+        hashes=hashes,
+        progress=progress,
         others=[path for one in loaded for path in one.inputs],
-    )  # fmt: skip
+    )
     notes = [*repeated(one.paths[0] for one in loaded), *sum_.notes, *notes]
     return _told(report, rows, parts, notes)
+
+
+def _in_one_form(loaded: list[Loaded]) -> list[Loaded]:
+    """Adapters whose modules meet layer by layer, under the names of one model."""
+    states = in_one_naming(in_one_form([one.state for one in loaded], loaded[0].names))
+    return [replace(one, state=state) for one, state in zip(loaded, states)]
 
 
 def _check_rank(rank: int | None) -> None:

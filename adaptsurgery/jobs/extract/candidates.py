@@ -10,8 +10,9 @@ from __future__ import annotations
 from collections.abc import Sequence
 from dataclasses import dataclass
 
-from adaptsurgery.jobs.extract.options import AUTO, Options, extractable
+from adaptsurgery.jobs.extract.recipe import ExtractRecipe
 from adaptsurgery.jobs.extract.selection import Chosen
+from adaptsurgery.jobs.options.extraction import AUTO, extractable
 from adaptsurgery_formats import Note
 from adaptsurgery_formats.errors import ValueRefused
 from adaptsurgery_formats.lokr_cuts import peft_factorization
@@ -33,7 +34,7 @@ class Candidate:
 
 
 def candidates_of(
-    chosen: Sequence[Chosen], options: Options, notes: list[Note]
+    chosen: Sequence[Chosen], options: ExtractRecipe, notes: list[Note]
 ) -> dict[str, tuple[Candidate, ...]]:
     """Each layer's candidates, by its label.
 
@@ -54,7 +55,9 @@ def candidates_of(
     return found
 
 
-def _given_ranks(chosen: Sequence[Chosen], options: Options, notes: list[Note]) -> dict[str, int]:
+def _given_ranks(
+    chosen: Sequence[Chosen], options: ExtractRecipe, notes: list[Note]
+) -> dict[str, int]:
     """Ranks that --rank-pattern or --conv-rank give, by label."""
     matcher = Matcher([c.path for c in chosen], "--rank-pattern")
     keys = matcher.first_keys(options.ranks)
@@ -77,7 +80,7 @@ class _Shares:
     must have one, gets the rank that spends it.
     """
 
-    def __init__(self, chosen: Sequence[Chosen], options: Options) -> None:
+    def __init__(self, chosen: Sequence[Chosen], options: ExtractRecipe) -> None:
         self.options = options
         self.sides = sum(c.sides for c in chosen)
         self.inputs = sum(c.sides - c.shape[0] for c in chosen)
@@ -118,7 +121,7 @@ class _Shares:
         return "budget", max(1, budget * c.sides // sides)
 
 
-def _factors(chosen: Sequence[Chosen], options: Options) -> tuple[int | None, ...]:
+def _factors(chosen: Sequence[Chosen], options: ExtractRecipe) -> tuple[int | None, ...]:
     """The decompose_factors to try: the given one; one that PEFT can have for all; or any."""
     if options.factor is not None or options.to != "peft":
         return (options.factor,)

@@ -14,8 +14,8 @@ from typing import Any
 from adaptsurgery.checkpoint.bridge import computed
 from adaptsurgery.checkpoint.safetensors import read_safetensors
 from adaptsurgery.jobs.extract.fitting import Found, Measured, number_of
-from adaptsurgery.jobs.extract.options import DTYPES
 from adaptsurgery.jobs.extract.plan import ExtractPlan, Layer
+from adaptsurgery.jobs.extract.recipe import DTYPES
 from adaptsurgery.jobs.extract.run import METADATA, Place, Results, Runner
 from adaptsurgery.jobs.extract.selection import Dense
 from adaptsurgery_formats import AdapterState, ModuleState, peft_config

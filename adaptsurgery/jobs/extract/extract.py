@@ -19,11 +19,13 @@ from adaptsurgery.checkpoint.atomic import check_output
 from adaptsurgery.checkpoint.base import Base
 from adaptsurgery.checkpoint.watched import check_watched, watching
 from adaptsurgery.jobs.extract import summary
-from adaptsurgery.jobs.extract.options import Options, check_options
 from adaptsurgery.jobs.extract.pairs import pair_up
 from adaptsurgery.jobs.extract.plan import ExtractPlan, build_plan
+from adaptsurgery.jobs.extract.recipe import ExtractRecipe, check_options
 from adaptsurgery.jobs.extract.run import Place, Progress, Runner, check, made, results
 from adaptsurgery.jobs.inputs import check_part, open_base, refuse_pickles
+from adaptsurgery.jobs.options import carried, check_numbers, collected
+from adaptsurgery.jobs.options.extraction import GOALS, ExtractOptions
 from adaptsurgery.jobs.partial import GoneError
 from adaptsurgery.jobs.values import check_whole
 from adaptsurgery_formats import Note
@@ -80,36 +82,33 @@ def extract(
     Both models are read tensor by tensor; the same seed gives the same bytes, whatever the workers
     or parts. A run that was killed is taken up where it stopped. Raises SurgeryError.
     """
-    goals = {"rank": rank, "energy": energy, "max_error": max_error, "budget": budget}
-    goal, value = _goal(goals)
-    _check_numbers(workers, seed, factor, conv_rank, rank_pattern or {})
+    options = collected(ExtractOptions, locals())
+    goal, value = _goal({name: getattr(options, name) for name in GOALS})
+    _check_numbers(options)
     page = _report_path(report)
-    options = Options(
-        algorithm, goal, value, to, factor, decompose_both, conv_rank, tucker, tuple(include),
-        tuple(exclude), dict(rank_pattern or {}), dtype, seed, dense, compare,
-        page is not None, allow_empty, allow_nonfinite,
-    )  # fmt: skip
-    check_options(options)
+    recipe = carried(
+        ExtractRecipe,
+        options,
+        goal=goal,
+        value=value,
+        include=tuple(include),
+        exclude=tuple(exclude),
+        ranks=dict(rank_pattern or {}),
+        curves=page is not None,
+    )
+    check_options(recipe)
     part = check_part(shard_index, num_shards)
-    return _run(
-        os.fspath(base), os.fspath(tuned), Path(out), options, page, overwrite, dry_run, workers,
-        part, progress,
-    )  # fmt: skip
+    return _run(os.fspath(base), os.fspath(tuned), Path(out), recipe, options, page, part, progress)
 
 
-def _check_numbers(
-    workers: int, seed: int, factor: int | None, conv_rank: int | None, ranks: Mapping[str, int]
-) -> None:
+def _check_numbers(options: ExtractOptions) -> None:
     """Raise ValueRefused ("bad-number") for a number that says nothing."""
-    check_whole("workers", workers)
-    check_whole("seed", seed, None)
-    if factor is not None:
-        check_whole("factor", factor, -1)
-        if not factor:
-            check_whole("factor", factor)
-    if conv_rank is not None:
-        check_whole("conv_rank", conv_rank)
-    for name, rank in ranks.items():
+    check_numbers(options, "workers")
+    check_whole("seed", options.seed, None)
+    if options.factor is not None:
+        check_whole("factor", options.factor, 1 if options.factor == 0 else -1)
+    check_numbers(options, "conv_rank")
+    for name, rank in (options.rank_pattern or {}).items():
         check_whole(f"rank_pattern of `{name}`", rank)
 
 
@@ -146,24 +145,23 @@ def _run(
     base_name: str,
     tuned_name: str,
     out: Path,
-    options: Options,
+    recipe: ExtractRecipe,
+    options: ExtractOptions,
     page: Path | None,
-    overwrite: bool,
-    dry_run: bool,
-    workers: int,
     part: tuple[int, int],
     progress: Progress | None,
 ) -> Report:
+    dry_run, overwrite, workers = options.dry_run, options.overwrite, options.workers
     with watching() as watched:
         base, tuned = (open_base(name, headers=dry_run) for name in (base_name, tuned_name))
     refuse_pickles(base)
     refuse_pickles(tuned)
     keep_apart([base.where, tuned.where], [out, page])
-    plan = build_plan(base, tuned, pair_up(base, tuned), options)
+    plan = build_plan(base, tuned, pair_up(base, tuned), recipe)
     place = Place(plan, out)
     ended = place.landed(out) or (part[1] > 1 and made(plan, out))
     if dry_run or not ended:
-        target = writable(options.to)
+        target = writable(recipe.to)
         check_paths([base.where, tuned.where], out, target, overwrite)
         if page is not None:
             check_output(page, overwrite=overwrite)

@@ -17,9 +17,10 @@ from adaptsurgery.checkpoint.bridge import to_torch, torch_dtype
 from adaptsurgery.core.law import unknown_update
 from adaptsurgery.core.update import Delta, Update
 from adaptsurgery.jobs.extract.candidates import SAME, Candidate
-from adaptsurgery.jobs.extract.options import DTYPES, Options, extractable
 from adaptsurgery.jobs.extract.pairs import Pair
 from adaptsurgery.jobs.extract.plan import Layer
+from adaptsurgery.jobs.extract.recipe import DTYPES, ExtractRecipe
+from adaptsurgery.jobs.options.extraction import extractable
 from adaptsurgery.nearest.goal import SLACK, Fit, Goal, norm_of
 from adaptsurgery_formats import ModuleState
 from adaptsurgery_formats.errors import ValueRefused
@@ -129,7 +130,9 @@ def number_of(
     return wide
 
 
-def fit_layer(layer: Layer, read: Read, options: Options) -> tuple[Measured, dict[str, LazyTensor]]:
+def fit_layer(
+    layer: Layer, read: Read, options: ExtractRecipe
+) -> tuple[Measured, dict[str, LazyTensor]]:
     """A layer's candidates, measured, and the tensors of those that may be taken, by "n.slot"."""
     weights = read_weights(layer, read)
     _, norm = weights.blocks()
@@ -173,7 +176,7 @@ def noise_of(pair: Pair, weight: Tensor) -> float:
 class _Work:
     """The fits of one layer."""
 
-    def __init__(self, layer: Layer, weights: Weights, norm: float, options: Options) -> None:
+    def __init__(self, layer: Layer, weights: Weights, norm: float, options: ExtractRecipe) -> None:
         self.layer, self.weights, self.norm, self.options = layer, weights, norm, options
         text = f"{options.seed} {layer.label}"  # of neither the order nor the parts
         self.seed = int.from_bytes(hashlib.sha256(text.encode("utf-8")).digest()[:4], "little")

@@ -7,13 +7,13 @@ prefix under which most names agree is taken, and told.
 
 from __future__ import annotations
 
-from collections import Counter
-from collections.abc import Collection, Mapping, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass, field
 
 from adaptsurgery.checkpoint.base import Base, Located
 from adaptsurgery_formats import Note
 from adaptsurgery_formats.errors import NameLookupError
+from adaptsurgery_formats.names.aligning import SAME, prefix_between
 
 
 @dataclass(frozen=True)
@@ -66,22 +66,22 @@ def pair_up(base: Base, tuned: Base) -> Paired:
     Raises NameLookupError ("different-architectures") where fewer than half of the base's tensors
     have one, with both sides' names.
     """
-    found = Paired()
+    paired = Paired()
     for component, other in _components(base, tuned):
-        _pair_component(found, base, tuned, component, other)
+        _pair_component(paired, base, tuned, component, other)
     total = sum(map(len, base.parameters.values()))
-    if 2 * len(found.pairs) < total or not found.pairs:
+    if 2 * len(paired.pairs) < total or not paired.pairs:
         raise NameLookupError(
-            f"{len(found.pairs)} of the base's {total} tensors are in the fine-tuned model",
+            f"{len(paired.pairs)} of the base's {total} tensors are in the fine-tuned model",
             where=tuned.where,
-            items=[f"only in the base: `{n}`" for n in found.only_base[:8]]
-            + [f"only in the fine-tuned model: `{p.label}`" for p in found.only_tuned[:8]],
+            items=[f"only in the base: `{n}`" for n in paired.only_base[:8]]
+            + [f"only in the fine-tuned model: `{p.label}`" for p in paired.only_tuned[:8]],
             next="are the two of one architecture? BASE comes first, then the fine-tuned model",
             code="different-architectures",
         )
-    if found.only_base:
-        found.notes.append(_alone("only-in-base", base, found.only_base))
-    return found
+    if paired.only_base:
+        paired.notes.append(_alone("only-in-base", base, paired.only_base))
+    return paired
 
 
 def _components(base: Base, tuned: Base) -> list[tuple[str, str]]:
@@ -91,66 +91,27 @@ def _components(base: Base, tuned: Base) -> list[tuple[str, str]]:
     return [(name, name) for name in base.parameters]
 
 
-def _pair_component(found: Paired, base: Base, tuned: Base, component: str, other: str) -> None:
+def _pair_component(paired: Paired, base: Base, tuned: Base, component: str, other: str) -> None:
     mine, theirs = base.parameters[component], tuned.parameters.get(other, {})
-    called = _aligned(mine, theirs)
-    if called.prefix:
-        text = f"`{called.prefix}` goes before the names of the {called.longer}"
-        found.notes.append(Note("prefix", tuned.where, text))
+    alignment = prefix_between(mine, theirs)
+    if alignment != SAME:
+        longer = "fine-tuned model" if alignment.add else "base"
+        text = f"`{alignment.add or alignment.strip}` goes before the names of the {longer}"
+        paired.notes.append(Note("prefix", tuned.where, text))
     for name, at in mine.items():
-        partner = called.partner(name)
+        partner = alignment.of(name)
         pair = Pair(component, name, _side(at), NOWHERE)
         if partner in theirs:
-            found.pairs.append(Pair(component, name, _side(at), _side(theirs[partner])))
+            paired.pairs.append(Pair(component, name, _side(at), _side(theirs[partner])))
         else:
-            found.only_base.append(pair.label)
+            paired.only_base.append(pair.label)
     for name, at in theirs.items():
-        if called.inverse(name) not in mine:
-            found.only_tuned.append(Pair(component, called.inverse(name), NOWHERE, _side(at)))
+        if (own := alignment.inverse.of(name)) not in mine:
+            paired.only_tuned.append(Pair(component, own, NOWHERE, _side(at)))
 
 
 def _side(at: Located) -> Side:
     return Side(at.file, at.key, at.dtype, at.shape)
-
-
-@dataclass(frozen=True)
-class _Alignment:
-    """A prefix that the ``longer`` of the two, "base" or "fine-tuned model", has before its names."""
-
-    prefix: str = ""
-    longer: str = ""
-
-    def partner(self, name: str) -> str:
-        """The fine-tuned model's name for one of the base."""
-        return name.removeprefix(self.prefix) if self.longer == "base" else self.prefix + name
-
-    def inverse(self, name: str) -> str:
-        """The base's name for one of the fine-tuned model."""
-        return self.prefix + name if self.longer == "base" else name.removeprefix(self.prefix)
-
-
-def _aligned(mine: Mapping[str, Located], theirs: Mapping[str, Located]) -> _Alignment:
-    """No prefix where that finds at least half; else the one that finds the most."""
-    same = len(mine.keys() & theirs.keys())
-    if 2 * same >= min(len(mine), len(theirs)):
-        return _Alignment()
-    tried = [_Alignment(p, "fine-tuned model") for p in _prefixes(mine, theirs)]
-    tried += [_Alignment(p, "base") for p in _prefixes(theirs, mine)]
-    hits = {a: sum(a.partner(name) in theirs for name in mine) for a in tried}
-    best = max(tried, key=lambda a: hits[a], default=_Alignment())
-    return best if hits.get(best, 0) > same else _Alignment()
-
-
-def _prefixes(short: Collection[str], long: Collection[str]) -> list[str]:
-    """Heads of the long names whose tails are short names, the commonest first."""
-    counts: Counter[str] = Counter()
-    for name in long:
-        at = name.find(".") + 1
-        while at:
-            if name[at:] in short:
-                counts[name[:at]] += 1
-            at = name.find(".", at) + 1
-    return [prefix for prefix, _ in counts.most_common(4)]
 
 
 def _alone(code: str, base: Base, names: Sequence[str]) -> Note:

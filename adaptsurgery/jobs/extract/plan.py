@@ -14,8 +14,8 @@ from dataclasses import asdict, dataclass
 
 from adaptsurgery.checkpoint.base import Base
 from adaptsurgery.jobs.extract.candidates import Candidate, candidates_of
-from adaptsurgery.jobs.extract.options import Options
 from adaptsurgery.jobs.extract.pairs import Pair, Paired
+from adaptsurgery.jobs.extract.recipe import ExtractRecipe
 from adaptsurgery.jobs.extract.selection import Chosen, Dense, Selection, select
 from adaptsurgery.jobs.inputs import Input, base_input
 from adaptsurgery_formats.errors import ShapeError, ValueRefused
@@ -65,7 +65,7 @@ class ExtractPlan:
     tuned: str
     base_files: tuple[Input, ...]
     tuned_files: tuple[Input, ...]
-    options: Options
+    options: ExtractRecipe
     layers: tuple[Layer, ...]
     dense: tuple[tuple[Dense, ...], ...]
     notes: tuple[tuple[str, str, str], ...] = ()
@@ -114,7 +114,7 @@ def _sha256(data: object) -> str:
     return hashlib.sha256(text.encode("utf-8")).hexdigest()
 
 
-def build_plan(base: Base, tuned: Base, paired: Paired, options: Options) -> ExtractPlan:
+def build_plan(base: Base, tuned: Base, paired: Paired, options: ExtractRecipe) -> ExtractPlan:
     """The plan for paired checkpoints.
 
     Raises ShapeError ("shapes-differ") for layers of different shapes, ValueRefused for weights
@@ -169,7 +169,7 @@ def _refuse_dtypes(selection: Selection, tuned: Base) -> None:
         )
 
 
-def _layers(selection: Selection, options: Options) -> tuple[Layer, ...]:
+def _layers(selection: Selection, options: ExtractRecipe) -> tuple[Layer, ...]:
     chosen = selection.chosen
     given = candidates_of(chosen, options, selection.notes)
     curves = _curves(chosen) if options.curves else set()

@@ -20,11 +20,13 @@ from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass, field
 
 from adaptsurgery.checkpoint.base import Base
-from adaptsurgery.jobs.extract.kinds import LAYERS, Kind, kind_of
-from adaptsurgery.jobs.extract.options import AUTO, Options, extractable
 from adaptsurgery.jobs.extract.pairs import Pair, Paired
+from adaptsurgery.jobs.extract.recipe import ExtractRecipe
+from adaptsurgery.jobs.options.extraction import AUTO, extractable
 from adaptsurgery_formats import FORMATS, ModuleState, Note
 from adaptsurgery_formats.errors import InexactError, NameLookupError, nearest
+from adaptsurgery_formats.names.heads import HEAD
+from adaptsurgery_formats.names.kinds import LAYERS, Kind, kind_of
 from adaptsurgery_formats.patterns import Matcher
 from adaptsurgery_formats.reading import texts, typed
 from adaptsurgery_formats.tensors import FLOAT_DTYPES
@@ -82,7 +84,7 @@ class Selection:
     notes: list[Note] = field(default_factory=list)
 
 
-def select(base: Base, tuned: Base, paired: Paired, options: Options) -> Selection:
+def select(base: Base, tuned: Base, paired: Paired, options: ExtractRecipe) -> Selection:
     """What becomes of every pair.
 
     Raises NameLookupError ("no-match") for a pattern that matches nothing, and InexactError
@@ -119,7 +121,7 @@ def _kind(pair: Pair, base: Base, tuned: Base) -> Kind:
     return kind_of(pair.name, side.shape, model.parameters[component], config)
 
 
-def _wanted(options: Options) -> tuple[str, ...]:
+def _wanted(options: ExtractRecipe) -> tuple[str, ...]:
     return extractable() if options.algorithm == AUTO else (options.algorithm,)
 
 
@@ -128,7 +130,7 @@ def _tied(kinds: Sequence[tuple[Pair, Kind]], tuned: Base) -> Iterator[Pair]:
     for pair, kind in kinds:
         component = pair.component if pair.component in tuned.configs else ""
         flag = typed(tuned.configs.get(component, {}), "tie_word_embeddings", bool)
-        if kind.name == "head" and flag and pair.name.endswith("lm_head.weight"):
+        if kind.name == "head" and flag and pair.name.endswith(f"{HEAD}.weight"):
             shapes = {
                 p.tuned.shape
                 for p, k in kinds
@@ -148,7 +150,9 @@ class _Picked:
     matched in full.
     """
 
-    def __init__(self, kinds: Sequence[tuple[Pair, Kind]], options: Options, where: str) -> None:
+    def __init__(
+        self, kinds: Sequence[tuple[Pair, Kind]], options: ExtractRecipe, where: str
+    ) -> None:
         self.options = options
         self.paths = sorted({k.path for p, k in kinds if k.name in WEIGHTS and not p.new})
         self.matcher = Matcher(self.paths, where)
@@ -207,7 +211,7 @@ def unheld(to: str, algorithm: str, kind: Kind, pair: Pair) -> str:
     return "" if said is None else said.what
 
 
-def _leave_out_unheld(found: Selection, options: Options, tuned: Base) -> None:
+def _leave_out_unheld(found: Selection, options: ExtractRecipe, tuned: Base) -> None:
     """Move the layers that no algorithm asked for can take to what is left out."""
     none = [c for c in found.chosen if not c.algorithms]
     found.chosen = [c for c in found.chosen if c.algorithms]
@@ -230,7 +234,7 @@ def _leave_out_unheld(found: Selection, options: Options, tuned: Base) -> None:
 
 
 def _place_dense(
-    found: Selection, kinds: Sequence[tuple[Pair, Kind]], picked: _Picked, options: Options
+    found: Selection, kinds: Sequence[tuple[Pair, Kind]], picked: _Picked, options: ExtractRecipe
 ) -> None:
     taken = {c.pair for c in found.chosen} | {d.pair for d in found.dense}
     homes = {(pair.component, kind.path): kind.name for pair, kind in kinds if kind.name != "bias"
@@ -247,7 +251,7 @@ def _place_dense(
         found.dense.append(Dense(pair, kind.path, kind.name, slot, reason))
 
 
-def _no_place(pair: Pair, kind: Kind, home: str, adapted: bool, options: Options) -> str:
+def _no_place(pair: Pair, kind: Kind, home: str, adapted: bool, options: ExtractRecipe) -> str:
     """Why a target cannot keep a parameter that is no adapted weight, or an empty string.
 
     ``home`` is the kind of the weight that it lies beside, "" where it lies beside none.
@@ -267,7 +271,7 @@ def _no_place(pair: Pair, kind: Kind, home: str, adapted: bool, options: Options
     return "" if kind.name != "other" else "no module's weight or bias"
 
 
-def _slot(kind: Kind, home: str, options: Options) -> str:
+def _slot(kind: Kind, home: str, options: ExtractRecipe) -> str:
     if options.to == "peft":
         return "saved"
     if kind.name == "bias":

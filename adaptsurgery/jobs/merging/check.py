@@ -25,10 +25,10 @@ from adaptsurgery.checkpoint.watched import unchanged
 from adaptsurgery.jobs.inputs import open_base
 from adaptsurgery.jobs.merging.manifest import manifest_path
 from adaptsurgery.jobs.merging.matched import Change
-from adaptsurgery.jobs.merging.options import Options
 from adaptsurgery.jobs.merging.plan import LINKS_LEFT_OUT, MergePlan, TensorEdit
 from adaptsurgery.jobs.merging.planning import Adapters, planned
 from adaptsurgery.jobs.merging.quantised import Scale
+from adaptsurgery.jobs.merging.recipe import MergeRecipe
 from adaptsurgery_formats import AdapterState, Note
 from adaptsurgery_formats.tensors import Tensor, same_bytes
 
@@ -59,7 +59,7 @@ def verify_merge(
     VerificationError ("not-equal", "missing-tensor") at the first tensor that is not so, and
     "extra-tensor" for tensors that a merge would not have written.
     """
-    options = Options(inverse=inverse, dequantize=dequantize, allow_nonfinite=True)
+    options = MergeRecipe(inverse=inverse, dequantize=dequantize, allow_nonfinite=True)
     with unchanged():
         return _verified(os.fspath(merged), base, adapters, options, allow_unmatched)
 
@@ -68,7 +68,7 @@ def _verified(
     merged: str,
     base: str | os.PathLike[str],
     adapters: Adapters,
-    options: Options,
+    options: MergeRecipe,
     allow_unmatched: bool,
 ) -> Report:
     plan, states = planned(base, adapters, options, allow_unmatched, False, skip_links=True)

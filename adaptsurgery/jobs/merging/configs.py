@@ -15,7 +15,7 @@ from adaptsurgery_formats.reading import typed
 
 if TYPE_CHECKING:
     from adaptsurgery.jobs.merging.matched import Matched
-    from adaptsurgery.jobs.merging.options import Options
+    from adaptsurgery.jobs.merging.recipe import MergeRecipe
 
 Config = Mapping[str, Any]
 FLAG = "tie_word_embeddings"
@@ -29,7 +29,7 @@ def config_changes(
     found: Matched,
     adapters: Sequence[AdapterState],
     untied: set[str],
-    options: Options,
+    options: MergeRecipe,
 ) -> dict[str, dict[str, Any]]:
     """Component → the patch of its config.json; components without a change are left out."""
     changes = {}
@@ -89,7 +89,7 @@ def _patch(config: Config, change: Callable[[Config], dict[str, Any]]) -> dict[s
 
 
 def _change(
-    config: Config, untied: bool, rows: Mapping[int, int], options: Options, where: str
+    config: Config, untied: bool, rows: Mapping[int, int], options: MergeRecipe, where: str
 ) -> dict[str, Any]:
     out: dict[str, Any] = {}
     if untied and FLAG in config:

@@ -1,6 +1,6 @@
 """Adapters → changes of the base's stored tensors, from headers alone.
 
-Every module of every adapter has to be found (see ``sites`` and ``align``), has to fit, and says
+Every module of every adapter has to be found (see ``weights`` and ``align``), has to fit, and says
 then which rows of which stored tensors it changes. Nothing is left over silently.
 """
 
@@ -9,13 +9,9 @@ from __future__ import annotations
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 
-from adaptsurgery.adapters.orientation import told, turned_by
 from adaptsurgery.checkpoint.base import Base, Located
-from adaptsurgery.jobs.merging.align import Aligned, Alignment, Lookup, best_alignments
-from adaptsurgery.jobs.merging.cuts import cut_of
 from adaptsurgery.jobs.merging.matched import Change, Matched, Saved, Target
 from adaptsurgery.jobs.merging.quantised import READABLE, quantised_error
-from adaptsurgery.jobs.merging.sites import Piece, Site, bias_name, sites_of
 from adaptsurgery_formats import AdapterState, ModuleState, Note
 from adaptsurgery_formats.errors import (
     InexactError,
@@ -26,25 +22,31 @@ from adaptsurgery_formats.errors import (
     ValueRefused,
     nearest,
 )
-from adaptsurgery_formats.names import names_of_base
-from adaptsurgery_formats.resolve import fit
-from adaptsurgery_formats.state import CONV1D_NAMES, delta_shape, magnitude_axis
+from adaptsurgery_formats.fitting import fit
+from adaptsurgery_formats.names import names_of_base, weights_of_base
+from adaptsurgery_formats.names.aligning import SAME, Aligned, Alignment, Lookup, best_alignments
+from adaptsurgery_formats.names.cuts import Cut, cut_of, part_of
+from adaptsurgery_formats.names.families import bias_name
+from adaptsurgery_formats.names.orientation import CONV1D_NAMES, turned_by, with_sign
+from adaptsurgery_formats.names.rows import Rows, StoredWeight
+from adaptsurgery_formats.other_names import ambiguous_alignment, one_weight
+from adaptsurgery_formats.state import delta_shape, magnitude_axis, shapes_of
 from adaptsurgery_formats.tensors import FLOAT_DTYPES, Tensor, same_bytes
+from adaptsurgery_formats.traits import traits_of
 
 _HINTS = 8  # unmatched names that get a look for the nearest one
 _SHOWN = 40
-_BIASES = ("diff_b", "b_norm", "up_bias")
 
 
 @dataclass(frozen=True)
 class _Hit:
-    """A module with the one site that it was found at."""
+    """A module with the one weight that it was found at."""
 
     adapter: int
     number: int
     module: ModuleState
     component: str
-    site: Site
+    weight: StoredWeight
 
 
 def match(
@@ -67,8 +69,8 @@ class _Matcher:
     def __init__(self, base: Base, adapters: list[AdapterState], dequantize: bool) -> None:
         self.base, self.adapters = base, adapters
         self.readable = (*FLOAT_DTYPES, *READABLE) if dequantize else FLOAT_DTYPES
-        self.sites = sites_of(base)
-        self.names = names_of_base(base.components, base.where)
+        self.names = names_of_base(base.components, base.where, base.parameters, base.configs)
+        self.weights = weights_of_base(self.names, base.parameters, base.configs)
         self.lookups: dict[tuple[str, bool], Lookup] = {}
         self.alignments: dict[tuple[int, str], tuple[str, Alignment]] = {}
         self.hints: list[tuple[str, str, str]] = []
@@ -108,25 +110,25 @@ class _Matcher:
             found = self._align(number, homes, component, members)
             home, aligned = found if found else ("", None)
             for position, module in members:
-                sites = aligned.found.get(module.path, ()) if aligned else ()
-                if not sites:
+                weights = aligned.found.get(module.path, ()) if aligned else ()
+                if not weights:
                     self._leave_out(number, module, home if found else next(iter(homes), ""))
                     continue
                 count += 1
-                yield _Hit(number, position, module, home, self._one(sites, module, state))
+                yield _Hit(number, position, module, home, one_weight(weights, module, state.where))
         if not count and not any(state.saved.values()):
             raise self._nothing_error(number)
 
     def _homes(self, component: str, prefix: str) -> list[str]:
         """The base's components in which such modules may lie."""
-        known = list(self.sites)
-        if component in self.sites:
+        known = list(self.weights)
+        if component in self.weights:
             return [component]
         if len(known) == 1:
             return known
         if prefix in self.names.by_prefix:
             home = self.names.by_prefix[prefix].name
-            return [home] if home in self.sites else []
+            return [home] if home in self.weights else []
         return [] if component or prefix.startswith("lora_") else known
 
     def _align(
@@ -144,7 +146,7 @@ class _Matcher:
         for home in homes:
             key = (home, flat)
             if key not in self.lookups:
-                self.lookups[key] = Lookup(self.sites[home], flat)
+                self.lookups[key] = Lookup(self.weights[home], flat)
 
             def fits(aligned: Aligned, home: str = home) -> bool:
                 return self._fits(home, modules, aligned)
@@ -157,12 +159,16 @@ class _Matcher:
         if not most:
             return None
         if len(best) > 1 and (most == len(paths) or self.allow_unmatched):
-            raise self._ambiguous(number, modules, best)
-        if best[0][1].alignment != Alignment() and 2 * most <= len(paths):
+            raise ambiguous_alignment(
+                modules[0].path,
+                [(home, a.alignment) for home, a in best],
+                self.adapters[number].where,
+            )
+        if best[0][1].alignment != SAME and 2 * most <= len(paths):
             return None  # a few names alike are no alignment
         home, aligned = best[0]
         self.alignments[number, component] = (home, aligned.alignment)
-        if aligned.alignment != Alignment():
+        if aligned.alignment != SAME:
             text = f"names aligned with the base's: {aligned.alignment}"
             self.out.notes.append(Note("aligned-names", self.adapters[number].where, text))
         return home, aligned
@@ -170,41 +176,21 @@ class _Matcher:
     def _fits(self, home: str, modules: list[ModuleState], aligned: Aligned) -> bool:
         """Whether the shapes of all modules found go with an alignment."""
         for module in modules:
-            for site in aligned.found.get(module.path, ()):
-                if site.part >= 0 or site.refused:
+            for weight in aligned.found.get(module.path, ()):
+                if weight.part >= 0 or weight.refused:
                     continue
                 try:
-                    turned = any(p.turned for p in site.pieces)
-                    named = _named(module, site.pieces)
-                    fit(told(named, turned), self._shape(home, site), "")
+                    turned = any(p.turned for p in weight.rows)
+                    named = _named(module, weight.rows)
+                    fit(with_sign(named, turned), self._shape(home, weight), "")
                 except SurgeryError:
                     return False
         return True
 
-    def _one(self, sites: tuple[Site, ...], module: ModuleState, state: AdapterState) -> Site:
-        if len(sites) > 1:
-            names = " or ".join(f"`{s.pieces[0].name}`" for s in sites)
-            raise NameLookupError(
-                f"`{module.path}` could be {names}",
-                where=state.where,
-                seen=", ".join(module.keys[:1]),
-                next="write the adapter with dotted names, which tell the two apart",
-                code="ambiguous-module",
-            )
-        if sites[0].refused:
-            raise LayoutError(
-                f"`{module.label}` cannot be merged: {sites[0].refused}",
-                where=state.where,
-                seen=", ".join(module.keys[:1]),
-                next="train on the fused module, or merge through the model's own code",
-                code="interleaved-weight",
-            )
-        return sites[0]
-
     def _leave_out(self, number: int, module: ModuleState, home: str) -> None:
         label = module.keys[0] if module.keys else module.label
         self.out.unmatched.append(label)
-        if len(self.hints) < _HINTS and home in self.sites:
+        if len(self.hints) < _HINTS and home in self.weights:
             lookup = self.lookups.get((home, module.naming == "flat"))
             self.hints.append(
                 (label, module.path, nearest(module.path, lookup.table if lookup else ()))
@@ -230,7 +216,7 @@ class _Matcher:
             where=state.where,
             seen=error.seen,
             next="; ".join(f"`{p}`: {h or 'nothing like it'}" for _, p, h in self.hints)
-            or f"components of the base: {', '.join(self.sites)}",
+            or f"components of the base: {', '.join(self.weights)}",
             code="nothing-matched",
         )
 
@@ -242,26 +228,10 @@ class _Matcher:
                 return quantised_error(packed, parameters[packed], self.base.where)
         return None
 
-    def _ambiguous(
-        self, number: int, modules: list[ModuleState], best: list[tuple[str, Aligned]]
-    ) -> NameLookupError:
-        first = modules[0].path
-        spots = [
-            f"`{home}.{a.alignment.of(first)}`" if home else f"`{a.alignment.of(first)}`"
-            for home, a in best
-        ]
-        return NameLookupError(
-            f"the adapter fits the base in {len(best)} ways",
-            where=self.adapters[number].where,
-            seen=f"`{first}` could be " + " or ".join(spots[:4]),
-            next="write the adapter with the base's full names",
-            code="ambiguous-alignment",
-        )
-
     def _refuse_twice(self, hits: list[_Hit]) -> None:
-        seen: dict[tuple[int, str, Site, str], _Hit] = {}
+        seen: dict[tuple[int, str, StoredWeight, str], _Hit] = {}
         for hit in hits:
-            spot = (hit.adapter, hit.component, hit.site, hit.module.algorithm)
+            spot = (hit.adapter, hit.component, hit.weight, hit.module.algorithm)
             if spot in seen:
                 raise NameLookupError(
                     f"`{hit.module.label}` is adapted twice",
@@ -294,50 +264,51 @@ class _Matcher:
 
     # -- Rows
 
-    def _cuts(self, hits: list[_Hit]) -> dict[Target, tuple[int, int, int]]:
+    def _cuts(self, hits: list[_Hit]) -> dict[Target, Cut]:
         """Rows of q, k and v in each fused weight that has an adapter on one of them."""
-        told: dict[Target, dict[int, int]] = {}
+        widths: dict[Target, dict[int, int]] = {}
         for hit in hits:
-            if hit.site.part >= 0:
-                known = told.setdefault((hit.component, hit.site.pieces[0].name), {})
+            if hit.weight.part >= 0:
+                known = widths.setdefault((hit.component, hit.weight.rows[0].name), {})
                 if outputs := delta_shape(hit.module)[0]:
-                    known[hit.site.part] = outputs
+                    known[hit.weight.part] = outputs
         return {
-            (component, name): cut_of(self.base, component, name, known)
-            for (component, name), known in told.items()
+            (component, name): self._cut(component, name, known)
+            for (component, name), known in widths.items()
         }
 
-    def _place(self, hit: _Hit, cuts: Mapping[Target, tuple[int, int, int]]) -> None:
+    def _cut(self, component: str, name: str, known: Mapping[int, int]) -> Cut:
+        parameters, config = self.base.parameters[component], self.base.configs.get(component, {})
+        return cut_of(name, parameters, config, known, self.base.where)
+
+    def _place(self, hit: _Hit, cuts: Mapping[Target, Cut]) -> None:
         """A module's changes, piece by piece."""
         state = self.adapters[hit.adapter]
-        pieces = hit.site.pieces
-        if hit.site.part >= 0:
-            piece = pieces[0]
-            cut = cuts[hit.component, piece.name]
-            start = sum(cut[: hit.site.part])
-            pieces = (Piece(piece.name, start, start + cut[hit.site.part], turned=piece.turned),)
-        for piece in pieces:
+        taken = hit.weight.rows
+        if hit.weight.part >= 0:
+            taken = part_of(hit.weight, cuts[hit.component, taken[0].name]).rows
+        for piece in taken:
             self._check_float(hit.component, piece.name)
-        site = Site(pieces, tied=hit.site.tied)
-        shape = self._shape(hit.component, site)
-        module = told(_named(hit.module, pieces), any(p.turned for p in pieces))
+        weight = StoredWeight(taken, tied=hit.weight.tied)
+        shape = self._shape(hit.component, weight)
+        module = with_sign(_named(hit.module, taken), any(p.turned for p in taken))
         module = fit(module, shape, state.where)
-        if len(pieces) > 1 and "magnitude" in module.tensors and magnitude_axis(module) == "in":
+        if len(taken) > 1 and "magnitude" in module.tensors and magnitude_axis(module) == "in":
             raise InexactError(
                 f"`{module.label}` cannot be cut: its DoRA norm is taken per input, over all rows",
                 where=state.where,
-                seen=", ".join(f"`{p.name}`" for p in pieces),
+                seen=", ".join(f"`{p.name}`" for p in taken),
                 code="fused-mixed",
             )
         first = 0
-        for piece in pieces:
-            first += self._change(hit, module, piece, shape, first, site.tied)
+        for piece in taken:
+            first += self._change(hit, module, piece, shape, first, weight.tied)
 
     def _change(
         self,
         hit: _Hit,
         module: ModuleState,
-        piece: Piece,
+        piece: Rows,
         shape: tuple[int, ...],
         first: int,
         tied: str,
@@ -369,7 +340,7 @@ class _Matcher:
         self,
         hit: _Hit,
         module: ModuleState,
-        piece: Piece,
+        piece: Rows,
         shape: tuple[int, ...],
         rows: int,
         first: int,
@@ -394,11 +365,11 @@ class _Matcher:
             )
         )  # fmt: skip
 
-    def _shape(self, component: str, site: Site) -> tuple[int, ...]:
-        """The stored shape of all pieces one below the other: (o, i, *k), or (i, o) if turned."""
+    def _shape(self, component: str, weight: StoredWeight) -> tuple[int, ...]:
+        """The stored shape of all rows, one below the other: (o, i, *k), or (i, o) if turned."""
         shapes = []
-        for piece in site.pieces:
-            saved = self.out.saved.get((component, site.tied or piece.name))
+        for piece in weight.rows:
+            saved = self.out.saved.get((component, weight.tied or piece.name))
             shape = self._saved_shape(saved) or self.base.parameters[component][piece.name].shape
             shape = shape if piece.index is None else shape[1:]
             if piece.stop:
@@ -414,8 +385,8 @@ class _Matcher:
             return None
         return self.adapters[saved.adapter].saved[saved.component][saved.name].shape
 
-    def _grown(self, hit: _Hit, piece: Piece) -> tuple[int, ...] | None:
-        return self._saved_shape(self.out.saved.get((hit.component, hit.site.tied or piece.name)))
+    def _grown(self, hit: _Hit, piece: Rows) -> tuple[int, ...] | None:
+        return self._saved_shape(self.out.saved.get((hit.component, hit.weight.tied or piece.name)))
 
     def _check_float(self, component: str, name: str) -> None:
         at = self.base.parameters[component][name]
@@ -428,7 +399,7 @@ class _Matcher:
         for number, state in enumerate(self.adapters):
             for component, tensors in state.saved.items():
                 home, alignment = self.alignments.get(
-                    (number, component), (component if component in self.sites else next(iter(self.sites)), Alignment())
+                    (number, component), (component if component in self.weights else next(iter(self.weights)), SAME)
                 )  # fmt: skip
                 for name in tensors:
                     self._save(Saved(number, component, name), home, alignment)
@@ -449,14 +420,14 @@ class _Matcher:
                 next="keep the parameter in one of them",
                 code="two-replacements",
             )
-        site = self.sites[home].get(aligned)
-        stored = parameters.get(site.pieces[0].name if site and site.tied == name else name)
+        weight = self.weights[home].get(aligned)
+        stored = parameters.get(weight.rows[0].name if weight and weight.tied == name else name)
         if stored is not None and stored.tensor is not None and _same(tensor, stored.tensor):
             return  # PEFT saves the table beside an embedding's LoRA, changed or not
         self.out.saved[home, name] = saved
         if name not in parameters:
-            if site and site.tied == name:
-                self.out.heads[home, name] = (home, site.pieces[0].name)
+            if weight and weight.tied == name:
+                self.out.heads[home, name] = (home, weight.rows[0].name)
                 return
             text = f"`{name}` is not in the base and is added"
             self.out.notes.append(Note("added-parameter", state.where, text))
@@ -478,13 +449,13 @@ class _Matcher:
     def _saved_name(self, home: str, path: str, last: str) -> str:
         """The stored name of a replaced parameter; its own, aligned, where the base has none."""
         plain = f"{path}.{last}"
-        site = self.sites[home].get(path)
-        if plain in self.base.parameters[home] or site is None:
+        weight = self.weights[home].get(path)
+        if plain in self.base.parameters[home] or weight is None:
             return plain
-        if site.tied:
-            return site.tied
-        piece = site.pieces[0]
-        if len(site.pieces) > 1 or piece.stop or piece.index is not None or site.part >= 0:
+        if weight.tied:
+            return weight.tied
+        piece = weight.rows[0]
+        if len(weight.rows) > 1 or piece.stop or piece.index is not None or weight.part >= 0:
             raise LayoutError(
                 f"`{plain}` replaces a part of `{piece.name}`",
                 where=self.base.where,
@@ -516,16 +487,20 @@ def _same(a: Tensor, b: Tensor) -> bool:
 
 def changes_weight(module: ModuleState) -> bool:
     """Whether a module changes its layer's weight, not the bias alone."""
-    return any(s not in ("diff_b", "b_norm") for s in module.tensors)
+    row = traits_of(module.algorithm)
+    return not row.dense or not module.tensors.keys() <= {*row.shifts}
 
 
 def changes_bias(module: ModuleState) -> bool:
-    return any(s in module.tensors for s in _BIASES)
+    row = traits_of(module.algorithm)
+    shifts = any(slot in module.tensors for slot in row.shifts)
+    return shifts or row.scales_bias(shapes_of(module), module.options)
 
 
 def _shifts(module: ModuleState) -> bool:
-    """Whether a bias's change is more than zeros."""
-    return any(any(module.tensors[s].read()) for s in _BIASES if s in module.tensors)
+    """Whether more than zeros is added to a bias."""
+    shifts = traits_of(module.algorithm).shifts
+    return any(any(module.tensors[s].read()) for s in shifts if s in module.tensors)
 
 
 def _groups(state: AdapterState) -> dict[tuple[str, str], list[tuple[int, ModuleState]]]:
@@ -542,9 +517,9 @@ def _listed(names: list[str]) -> str:
     return ", ".join(f"`{n}`" for n in names[:_SHOWN]) + more
 
 
-def _named(module: ModuleState, pieces: Sequence[Piece]) -> ModuleState:
+def _named(module: ModuleState, taken: Sequence[Rows]) -> ModuleState:
     """A module of a flat name under its weight's own, which alone can tell transformers' Conv1D."""
-    path = pieces[0].name.removesuffix(".weight")
-    if module.naming != "flat" or len(pieces) > 1 or path.rpartition(".")[2] not in CONV1D_NAMES:
+    path = taken[0].name.removesuffix(".weight")
+    if module.naming != "flat" or len(taken) > 1 or path.rpartition(".")[2] not in CONV1D_NAMES:
         return module
     return module.changed(path=path)

@@ -17,9 +17,9 @@ from adaptsurgery.checkpoint.watched import watching
 from adaptsurgery.jobs.inputs import check_part
 from adaptsurgery.jobs.merging.check import distance
 from adaptsurgery.jobs.merging.manifest import manifest_path
-from adaptsurgery.jobs.merging.options import Options
 from adaptsurgery.jobs.merging.plan import MergePlan, check_options
 from adaptsurgery.jobs.merging.planning import Adapters, planned
+from adaptsurgery.jobs.merging.recipe import MergeRecipe
 from adaptsurgery.jobs.merging.run import (
     Norms,
     Progress,
@@ -27,7 +27,8 @@ from adaptsurgery.jobs.merging.run import (
     check_plan,
     run_plan,
 )
-from adaptsurgery.jobs.values import check_whole
+from adaptsurgery.jobs.options import carried, check_numbers, collected
+from adaptsurgery.jobs.options.checkpoints import MergeOptions, UnmergeOptions
 from adaptsurgery_formats import AdapterState, Note
 from adaptsurgery_formats.traits import traits_of
 
@@ -71,12 +72,7 @@ def merge(
 
     Raises SurgeryError for anything that cannot be done exactly: what, where, seen, next.
     """
-    size = _checked_size(max_shard_size, workers)
-    options = Options(dtype, compute, device, False, size, dequantize, allow_nonfinite)
-    return _run(
-        base, adapters, Path(out), options, allow_unmatched, overwrite, dry_run, workers,
-        check_part(shard_index, num_shards), norms, skip_links, progress, None,
-    )  # fmt: skip
+    return _run(base, adapters, Path(out), collected(MergeOptions, locals()), progress)
 
 
 def unmerge(
@@ -105,54 +101,39 @@ def unmerge(
     The report says how far rounding keeps the result from the original: the bound that the stored
     dtype gives, and the measured distance where ``against`` names the original.
     """
-    size = _checked_size(max_shard_size, workers)
-    options = Options(dtype, compute, device, True, size, allow_nonfinite=allow_nonfinite)
-    return _run(
-        base, adapters, Path(out), options, allow_unmatched, overwrite, dry_run, workers,
-        check_part(shard_index, num_shards), norms, skip_links, progress, against,
-    )  # fmt: skip
-
-
-def _checked_size(max_shard_size: int | None, workers: int) -> int:
-    """The size in bytes, 0 for none; raises ValueRefused ("bad-number") for numbers that are none."""
-    check_whole("workers", workers)
-    if max_shard_size is None:
-        return 0
-    check_whole("max_shard_size", max_shard_size)
-    return max_shard_size
+    return _run(base, adapters, Path(out), collected(UnmergeOptions, locals()), progress)
 
 
 def plan_merge(
     base: str | os.PathLike[str],
     adapters: Adapters,
-    options: Options | None = None,
+    options: MergeRecipe | None = None,
     *,
     allow_unmatched: bool = False,
     skip_links: bool = False,
 ) -> MergePlan:
     """The plan of a merge as plain data; ``run.run_plan`` carries it out, now or elsewhere."""
-    return planned(base, adapters, options or Options(), allow_unmatched, False, skip_links)[0]
+    return planned(base, adapters, options or MergeRecipe(), allow_unmatched, False, skip_links)[0]
 
 
 def _run(
     base: str | os.PathLike[str],
     adapters: Adapters,
     out: Path,
-    options: Options,
-    allow_unmatched: bool,
-    overwrite: bool,
-    dry_run: bool,
-    workers: int,
-    part: tuple[int, int],
-    measured: bool,
-    skip_links: bool,
+    options: MergeOptions | UnmergeOptions,
     progress: Progress | None,
-    against: str | os.PathLike[str] | None,
 ) -> Report:
-    check_options(options)
+    """Merging and its inverse, from the checks to the report."""
+    check_numbers(options, "workers", "max_shard_size")
+    part = check_part(options.shard_index, options.num_shards)
+    recipe = carried(MergeRecipe, options, max_shard_size=options.max_shard_size or 0)
+    check_options(recipe)
+    overwrite, dry_run, workers = options.overwrite, options.dry_run, options.workers
     with watching() as watched:
-        plan, states = planned(base, adapters, options, allow_unmatched, dry_run, skip_links)
-    original = _original(against, out, plan, dry_run)
+        plan, states = planned(
+            base, adapters, recipe, options.allow_unmatched, dry_run, options.skip_links
+        )
+    original = _original(options.against, out, plan, dry_run)
     check_plan(plan, out, overwrite=overwrite, needed=not dry_run, parts=part[1])
     report = _report(plan, states, workers)
     for root in abandoned(plan, out):
@@ -161,9 +142,26 @@ def _run(
     if dry_run:
         return report
     complete, norms = run_plan(
-        plan, out, overwrite=overwrite, workers=workers, part=part, states=states,
-        progress=progress, norms=measured, watched=watched,
-    )  # fmt: skip
+        plan,
+        out,
+        overwrite=overwrite,
+        workers=workers,
+        part=part,
+        states=states,
+        progress=progress,
+        norms=options.norms,
+        watched=watched,
+    )
+    _tell_result(report, plan, norms, out, complete)
+    if options.inverse:
+        _tell_rounding(report, plan, states, norms)
+        if original is not None and complete:
+            report.facts["against"] = distance(out, original)
+    return report
+
+
+def _tell_result(report: Report, plan: MergePlan, norms: Norms, out: Path, complete: bool) -> None:
+    """What was written, or that others have parts to do still."""
     _tell_norms(report, plan, norms)
     report.facts["complete"] = complete
     report.notes += _nonfinite(norms).notes(str(out))
@@ -172,11 +170,6 @@ def _run(
     else:
         text = "this part is done; the output appears when the others are"
         report.notes.append(Note("part-done", str(out), text))
-    if options.inverse:
-        _tell_rounding(report, plan, states, norms)
-        if original is not None and complete:
-            report.facts["against"] = distance(out, original)
-    return report
 
 
 def _original(

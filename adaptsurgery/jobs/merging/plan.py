@@ -24,8 +24,8 @@ from adaptsurgery.jobs.inputs import Input, base_input, beside_input, refuse_pic
 from adaptsurgery.jobs.merging.configs import config_changes
 from adaptsurgery.jobs.merging.copies import Beside, look_beside, refused_links
 from adaptsurgery.jobs.merging.matched import Change, Matched, Saved, Target
-from adaptsurgery.jobs.merging.options import Options
 from adaptsurgery.jobs.merging.quantised import Quantised, Scale, quantised_of
+from adaptsurgery.jobs.merging.recipe import MergeRecipe
 from adaptsurgery_formats import AdapterState, Note
 from adaptsurgery_formats.errors import FileError, ValueRefused, nearest, printable
 from adaptsurgery_formats.paths import check_below
@@ -109,7 +109,7 @@ class MergePlan:
     folder: bool
     files: tuple[Input, ...]
     adapters: tuple[AdapterInput, ...]
-    options: Options
+    options: MergeRecipe
     jobs: tuple[ShardJob, ...]
     indexes: Mapping[str, str] = field(default_factory=dict)
     configs: Mapping[str, Mapping[str, Any]] = field(default_factory=dict)
@@ -221,7 +221,7 @@ def build_plan(
     adapters: Sequence[tuple[AdapterState, AdapterInput]],
     found: Matched,
     untied: set[str],
-    options: Options,
+    options: MergeRecipe,
     skip_links: bool = False,
 ) -> MergePlan:
     """The plan of what was matched. Raises ValueRefused for options that cannot be, FileError
@@ -289,7 +289,7 @@ def _notes(
     return notes
 
 
-def check_options(options: Options) -> None:
+def check_options(options: MergeRecipe) -> None:
     """Refuse options that have no meaning."""
     _check_device(options.device)
     for name, known in (("dtype", tuple(DTYPES)), ("compute", COMPUTE)):
@@ -331,7 +331,7 @@ def _hashed(path: Path) -> Input:
 
 
 def _edits(
-    base: Base, adapters: Sequence[AdapterState], found: Matched, options: Options
+    base: Base, adapters: Sequence[AdapterState], found: Matched, options: MergeRecipe
 ) -> dict[int, list[TensorEdit]]:
     """The output's tensors by the base file that they come from or lie beside."""
     quantised = quantised_of(base) if options.dequantize else Quantised()
@@ -357,12 +357,12 @@ def _edits(
     return edits
 
 
-def _output_dtype(dtype: str, options: Options) -> str:
+def _output_dtype(dtype: str, options: MergeRecipe) -> str:
     wanted = DTYPES[options.dtype]
     return wanted if wanted and dtype in FLOAT_DTYPES else dtype
 
 
-def _plain(edit: TensorEdit, quantised: Quantised, options: Options) -> TensorEdit:
+def _plain(edit: TensorEdit, quantised: Quantised, options: MergeRecipe) -> TensorEdit:
     """The tensor in the dtype that it is stored in, and what its numbers are multiplied by."""
     spot = (edit.file, edit.source)
     dtype = quantised.dtypes.get(spot, edit.dtype)
@@ -408,7 +408,7 @@ def _added(
 
 
 def _jobs(
-    base: Base, edits: Mapping[int, list[TensorEdit]], options: Options
+    base: Base, edits: Mapping[int, list[TensorEdit]], options: MergeRecipe
 ) -> tuple[ShardJob, ...]:
     """One job a base file, or the tensors dealt out anew under ``max_shard_size``."""
     if options.max_shard_size:

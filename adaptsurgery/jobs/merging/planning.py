@@ -8,8 +8,8 @@ from collections.abc import Iterable, Sequence
 from adaptsurgery.jobs.inputs import open_base
 from adaptsurgery.jobs.merging.adapters import Named, check_replaced, read_adapters, repeated
 from adaptsurgery.jobs.merging.match import match
-from adaptsurgery.jobs.merging.options import Options
 from adaptsurgery.jobs.merging.plan import MergePlan, build_plan
+from adaptsurgery.jobs.merging.recipe import MergeRecipe
 from adaptsurgery.jobs.merging.tying import settle_ties
 from adaptsurgery_formats import AdapterState
 
@@ -19,7 +19,7 @@ Adapters = Named | Sequence[Named]
 def planned(
     base: str | os.PathLike[str],
     adapters: Adapters,
-    options: Options,
+    options: MergeRecipe,
     allow_unmatched: bool,
     dry_run: bool,
     skip_links: bool = False,

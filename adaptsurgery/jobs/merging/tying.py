@@ -13,7 +13,9 @@ from typing import Any
 from adaptsurgery.checkpoint.base import Base, Located
 from adaptsurgery.jobs.merging.configs import FLAG, is_text_of, may_tie, nested
 from adaptsurgery.jobs.merging.matched import Change, Matched, Target
-from adaptsurgery.jobs.merging.sites import (
+from adaptsurgery_formats import AdapterState, ModuleState, Note
+from adaptsurgery_formats.errors import LayoutError
+from adaptsurgery_formats.names.heads import (
     EMBEDDINGS,
     HEAD,
     head_of,
@@ -21,8 +23,6 @@ from adaptsurgery.jobs.merging.sites import (
     tied_embedding,
     users_of_shared,
 )
-from adaptsurgery_formats import AdapterState, ModuleState, Note
-from adaptsurgery_formats.errors import LayoutError
 from adaptsurgery_formats.reading import texts, typed
 from adaptsurgery_formats.tensors import DTYPE_BYTES, Tensor, same_bytes
 

@@ -6,11 +6,11 @@ from collections.abc import Sequence
 from dataclasses import replace
 from typing import TYPE_CHECKING
 
-from adaptsurgery.adapters.orientation import told
 from adaptsurgery.adapters.updates import nonfinite_allowed, update_of
 from adaptsurgery.jobs.merging.matched import Change
 from adaptsurgery_formats import AdapterState, ModuleState
-from adaptsurgery_formats.resolve import fit
+from adaptsurgery_formats.fitting import fit
+from adaptsurgery_formats.names.orientation import with_sign
 
 if TYPE_CHECKING:
     from adaptsurgery.core.update import Update
@@ -21,7 +21,7 @@ def update_for(
 ) -> Update:
     """The whole module's update; ``change`` says which of its rows go where."""
     state = states[change.adapter]
-    module = fit(told(state.modules[change.module], change.turned), change.shape, state.where)
+    module = fit(with_sign(state.modules[change.module], change.turned), change.shape, state.where)
     with nonfinite_allowed(allow_nonfinite):
         return update_of(_as_norm(module), None, state.where)
 

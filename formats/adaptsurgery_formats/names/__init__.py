@@ -2,8 +2,8 @@
 
 from __future__ import annotations
 
-from adaptsurgery_formats.names.native import Segment
 from adaptsurgery_formats.names.renaming import to_diffusers, to_native
+from adaptsurgery_formats.names.rows import Rows
 from adaptsurgery_formats.names.tables import (
     TABLES,
     Component,
@@ -11,20 +11,24 @@ from adaptsurgery_formats.names.tables import (
     flatten,
     from_modules,
     names_of_base,
+    names_of_modules,
     recognise,
     table,
+    weights_of_base,
 )
 
 __all__ = [
     "TABLES",
     "Component",
     "Names",
-    "Segment",
+    "Rows",
     "flatten",
     "from_modules",
     "names_of_base",
+    "names_of_modules",
     "recognise",
     "table",
     "to_diffusers",
     "to_native",
+    "weights_of_base",
 ]

@@ -1,6 +1,6 @@
 """What the original repositories call the modules of diffusers' models.
 
-A native module is a list of segments: rows of diffusers modules, one below the other. Most are one
+A native module is a list of segments (``Rows``): rows of diffusers modules, one below the other. Most are one
 whole module under another name; Flux also stacks q, k and v, and swaps the halves of one layer::
 
     input_blocks.1.1.proj_in        (320, 320, 1, 1)  = down_blocks.0.attentions.0.proj_in
@@ -15,21 +15,13 @@ black-forest-labs/flux; the tests hold both against the converters of diffusers.
 from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Iterator, Mapping
-from dataclasses import dataclass
+
+from adaptsurgery_formats.names.rows import Rows
 
 Shapes = Mapping[str, tuple[int, ...]]
 
 
-@dataclass(frozen=True, slots=True)
-class Segment:
-    """Rows [start, stop) of the weight of the diffusers module at ``path``."""
-
-    path: str
-    start: int
-    stop: int
-
-
-Native = dict[str, tuple[Segment, ...]]
+Native = dict[str, tuple[Rows, ...]]
 
 _LDM_TOP = {
     "conv_in": "input_blocks.0.0",
@@ -89,7 +81,7 @@ def ldm_unet(modules: Shapes) -> Native:
         if ".resnets." in head:
             rest = _LDM_RESNET[rest]
         name = _LDM_TOP.get(path) or ".".join(filter(None, (blocks[head], rest)))
-        native[name] = (Segment(path, 0, shape[0]),)
+        native[name] = (Rows(path, 0, shape[0]),)
     return native
 
 
@@ -151,14 +143,14 @@ def flux(modules: Shapes) -> Native:
     # BFL's rows are (shift; scale), diffusers' are (scale; shift).
     last, rows = "norm_out.linear", modules["norm_out.linear"][0]
     native["final_layer.adaLN_modulation.1"] = (
-        Segment(last, rows // 2, rows),
-        Segment(last, 0, rows // 2),
+        Rows(last, rows // 2, rows),
+        Rows(last, 0, rows // 2),
     )
     return native
 
 
-def _stacked(paths: Iterable[str], modules: Shapes) -> tuple[Segment, ...]:
-    return tuple(Segment(path, 0, modules[path][0]) for path in paths)
+def _stacked(paths: Iterable[str], modules: Shapes) -> tuple[Rows, ...]:
+    return tuple(Rows(path, 0, modules[path][0]) for path in paths)
 
 
 # The rule that a table's component names, and what derives its native names.

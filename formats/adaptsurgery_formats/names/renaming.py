@@ -24,7 +24,7 @@ from adaptsurgery_formats.errors import (
     ShapeError,
     nearest,
 )
-from adaptsurgery_formats.names.native import Segment
+from adaptsurgery_formats.names.rows import Rows
 from adaptsurgery_formats.names.tables import Component
 from adaptsurgery_formats.state import (
     ALPHA_OVER_R,
@@ -52,9 +52,9 @@ def to_diffusers(module: ModuleState, component: Component) -> list[ModuleState]
         return [module]
     segments = _segments(component, module.path)
     if _is_alias(segments, component):
-        return [module.changed(path=segments[0].path, naming=component.naming)]
+        return [module.changed(path=segments[0].name, naming=component.naming)]
     pieces = _places(segments)
-    _check_rows(module, sum(s.stop - s.start for s in segments))
+    _check_rows(module, sum(s.count for s in segments))
     _check_cuttable(module, segments)
     return [
         replace(
@@ -94,7 +94,7 @@ def to_native(modules: Sequence[ModuleState], component: Component) -> list[Modu
     ]
 
 
-def _segments(component: Component, path: str) -> tuple[Segment, ...]:
+def _segments(component: Component, path: str) -> tuple[Rows, ...]:
     if path not in component.native:
         raise NameLookupError(
             f"`{path}` is no module of the original repository's {component.name or 'model'}",
@@ -116,22 +116,22 @@ def _native_path(component: Component, module: ModuleState) -> str:
     return path
 
 
-def _is_alias(segments: Sequence[Segment], component: Component) -> bool:
+def _is_alias(segments: Sequence[Rows], component: Component) -> bool:
     """Whether a native module is one diffusers module, whole and in order."""
     first = segments[0]
-    return len(segments) == 1 and first.stop - first.start == component.modules[first.path][0]
+    return len(segments) == 1 and first.count == component.modules[first.name][0]
 
 
 # Cutting
 
 
-def _places(segments: Sequence[Segment]) -> dict[str, list[tuple[int, int, int]]]:
+def _places(segments: Sequence[Rows]) -> dict[str, list[tuple[int, int, int]]]:
     """Diffusers path → its rows' start there, and the [start, stop) where they lie natively."""
     places: dict[str, list[tuple[int, int, int]]] = {}
     at = 0
     for s in segments:
-        places.setdefault(s.path, []).append((s.start, at, at + s.stop - s.start))
-        at += s.stop - s.start
+        places.setdefault(s.name, []).append((s.start, at, at + s.count))
+        at += s.count
     return places
 
 
@@ -168,7 +168,7 @@ def _check_rows(module: ModuleState, wanted: int) -> None:
         )
 
 
-def _check_cuttable(module: ModuleState, segments: Sequence[Segment]) -> None:
+def _check_cuttable(module: ModuleState, segments: Sequence[Rows]) -> None:
     """Refuse what row slices cannot say."""
     cuts = [at for places in _places(segments).values() for _, at, _ in places if at]
     unit = max((_unit(module, slot) for slot in _row_slots(module)), default=1)
@@ -183,25 +183,28 @@ def _check_cuttable(module: ModuleState, segments: Sequence[Segment]) -> None:
     _check_rowwise(module, segments)
 
 
-def _check_rowwise(module: ModuleState, segments: Sequence[Segment]) -> None:
+def _check_rowwise(module: ModuleState, segments: Sequence[Rows]) -> None:
     """Refuse what is not said row by row: a tucker LoHa, a DoRA norm per input of several parts."""
     row = traits_of(module.algorithm)
+    if not row.cuts:
+        raise _mixed(module, segments, f"{row.title} is not cut by rows")
     if row.transposes_core and module.tucker:
         raise _mixed(module, segments, f"a tucker {row.title} holds its rows as columns")
     per_input = "magnitude" in module.tensors and "magnitude" not in _row_slots(module)
-    if per_input and len({s.path for s in segments}) > 1:
+    if per_input and len({s.name for s in segments}) > 1:
         raise _mixed(module, segments, "its DoRA norm is taken per input, over all rows at once")
 
 
-def _listed(segments: Sequence[Segment]) -> str:
-    return ", ".join(f"`{path}`" for path in dict.fromkeys(s.path for s in segments))
+def _listed(segments: Sequence[Rows]) -> str:
+    return ", ".join(f"`{path}`" for path in dict.fromkeys(s.name for s in segments))
 
 
-def _mixed(module: ModuleState, segments: Sequence[Segment], why: str) -> InexactError:
+def _mixed(module: ModuleState, segments: Sequence[Rows], why: str) -> InexactError:
+    row = traits_of(module.algorithm)
     return InexactError(
         f"`{module.label}` cannot be carried over exactly: {why}",
         seen=f"one module is made of rows of {_listed(segments)}",
-        next=AS_LORA,
+        next=AS_LORA if row.adds or row.turns else "merge it into the base instead",
         code="fused-mixed",
     )
 
@@ -212,7 +215,7 @@ def _mixed(module: ModuleState, segments: Sequence[Segment], why: str) -> Inexac
 def _fused(path: str, parts: dict[str, ModuleState], component: Component) -> ModuleState:
     """The native module at ``path``, from those of its parts that are adapted."""
     segments = component.native[path]
-    order = [p for p in dict.fromkeys(s.path for s in segments) if p in parts]
+    order = [p for p in dict.fromkeys(s.name for s in segments) if p in parts]
     present = [parts[p] for p in order]
     if _is_alias(segments, component):
         return present[0].changed(path=path, naming="native")
@@ -233,7 +236,7 @@ def _fused(path: str, parts: dict[str, ModuleState], component: Component) -> Mo
     )
 
 
-def _check_alike(present: Sequence[ModuleState], segments: Sequence[Segment]) -> None:
+def _check_alike(present: Sequence[ModuleState], segments: Sequence[Rows]) -> None:
     """The parts must be of one algorithm, one dtype, one scale, and complete where needed."""
     first = present[0]
     algorithms = sorted({p.algorithm for p in present})
@@ -253,7 +256,7 @@ def _check_alike(present: Sequence[ModuleState], segments: Sequence[Segment]) ->
         )
     for part in present:
         _check_rowwise(part, segments)
-    count = len({s.path for s in segments})
+    count = len({s.name for s in segments})
     row = traits_of(first.algorithm)
     if not row.partial and len(present) < count:
         raise _mixed(first, segments, f"{row.title} changes all rows of a layer, or none")
@@ -275,7 +278,7 @@ def _equal_scales(module: ModuleState) -> str:
 
 
 def _with_one_right_factor(
-    present: Sequence[ModuleState], segments: Sequence[Segment]
+    present: Sequence[ModuleState], segments: Sequence[Rows]
 ) -> list[ModuleState]:
     """The parts, all with the same tensors but for the row slots; LoRA is widened to that end."""
     groups: list[list[ModuleState]] = []
@@ -350,21 +353,21 @@ def _widened_alpha(parts: Sequence[ModuleState], rank: int) -> tuple[float | Non
 
 
 def _rows_of(
-    parts: dict[str, ModuleState], segment: Segment, slot: str, present: Sequence[ModuleState]
+    parts: dict[str, ModuleState], segment: Rows, slot: str, present: Sequence[ModuleState]
 ) -> Tensor:
     """The segment's rows of a slot; zeros where the part is not adapted."""
     example = next(p for p in present if slot in p.tensors)
     unit = _unit(example, slot)
     if segment.start % unit or segment.stop % unit:
         raise InexactError(
-            f"rows {segment.start}:{segment.stop} of `{segment.path}` cannot be stacked as a "
+            f"rows {segment.start}:{segment.stop} of `{segment.name}` cannot be stacked as a "
             f"LoKr: they are not a multiple of b = {unit}",
             seen=f"the LoKr of `{example.label}`",
             next=AS_LORA,
             code="fused-lokr",
         )
     start, stop = segment.start // unit, segment.stop // unit
-    part = parts.get(segment.path)
+    part = parts.get(segment.name)
     if part is not None and slot in part.tensors:
         return part.tensors[slot].rows(start, stop)
     tensor = example.tensors[slot]

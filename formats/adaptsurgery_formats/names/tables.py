@@ -16,8 +16,18 @@ from functools import cache, cached_property
 from pathlib import Path
 from typing import Any
 
-from adaptsurgery_formats.errors import NameLookupError, nearest
-from adaptsurgery_formats.names.native import RULES, Segment, Shapes
+from adaptsurgery_formats.errors import NameLookupError, ShapeError, nearest
+from adaptsurgery_formats.names.cuts import cut_of, part_of
+from adaptsurgery_formats.names.families import weights_of
+from adaptsurgery_formats.names.native import RULES, Shapes
+from adaptsurgery_formats.names.rows import (
+    Parameters,
+    Rows,
+    Shape,
+    StoredWeight,
+    StoredWeights,
+    shape_of,
+)
 
 TABLES = ("sd15", "sd2", "sdxl", "flux")
 
@@ -41,12 +51,14 @@ class Component:
     hand calls that module, where that differs; only writers for that base look at it.
     ``optional`` modules may be absent from a base (a tied embedding, Flux-schnell's guidance).
     ``open_inputs`` layers take other inputs in variants of the model (inpainting's conv_in).
-    ``stored`` is the naming that the base at hand is stored in, or "" without a base.
+    ``stored`` is the naming that the base at hand is stored in, or "" without a base; of that base
+    ``parameters`` are all the names and shapes, and ``config`` is its config.json. They give the
+    ``weights`` under every name that a family of models has for them.
     """
 
     name: str
     modules: Mapping[str, tuple[int, ...]]
-    native: Mapping[str, tuple[Segment, ...]] = field(default_factory=dict)
+    native: Mapping[str, tuple[Rows, ...]] = field(default_factory=dict)
     kohya_prefixes: tuple[str, ...] = ()
     kohya_naming: str = "diffusers"
     naming: str = "diffusers"
@@ -55,6 +67,8 @@ class Component:
     optional: frozenset[str] = frozenset()
     open_inputs: frozenset[str] = frozenset()
     stored: str = ""
+    parameters: Parameters = field(default_factory=dict)
+    config: Mapping[str, Any] = field(default_factory=dict)
 
     @cached_property
     def index(self) -> Mapping[str, list[tuple[str, str]]]:
@@ -92,19 +106,106 @@ class Component:
         return self.own.get(path, path)
 
     def shape(self, path: str, naming: str) -> tuple[int, ...] | None:
-        """The weight's shape; a native one stacks its segments' rows: (Σ rows, i, *k)."""
+        """The weight's shape; a native one stacks its segments' rows: (Σ rows, i, *k).
+
+        None for a module that is not known, or is a part of another of which nothing tells the rows.
+        """
         if naming != "native":
-            return self.modules.get(path)
+            return self.modules.get(path) or self._shape_of_rows(path)
         segments = self.native.get(path)
         if not segments:
             return None
-        rows = sum(s.stop - s.start for s in segments)
-        return (rows, *self.modules[segments[0].path][1:])
+        rows = sum(s.count for s in segments)
+        return (rows, *self.modules[segments[0].name][1:])
+
+    def _shape_of_rows(self, path: str) -> tuple[int, ...] | None:
+        weight = self.weights.get(path)
+        try:
+            return shape_of(self.cut(weight, 0).rows, self.parameters) if weight else None
+        except ShapeError:
+            return None
+
+    def rows(self, path: str, naming: str, outputs: int = 0) -> tuple[Rows, ...]:
+        """The rows of the base's parameters that are the weight of a module, in either naming.
+
+        ``outputs`` are the module's own, which tell where a q, k or v lies where no config does.
+        """
+        if naming == "native" or path in self.modules:
+            return self._rows_of_table(path, naming)
+        return self.cut(self.weights[path], outputs).rows
+
+    def cut(self, weight: StoredWeight, outputs: int) -> StoredWeight:
+        """A q, k or v with the rows that it has in its fused weight; raises ShapeError."""
+        if weight.part < 0:
+            return weight
+        known = {weight.part: outputs} if outputs else {}
+        cut = cut_of(weight.rows[0].name, self.parameters, self.config, known)
+        return part_of(weight, cut)
+
+    def _rows_of_table(self, path: str, naming: str) -> tuple[Rows, ...]:
+        """A base stored under native names holds several diffusers modules in one fused weight, or
+        one in another order of its rows."""
+        native = self.stored == "native"
+        if native == (naming == "native"):
+            return (Rows(f"{path if native else self.called(path)}.weight"),)
+        if not native:
+            segments = self.native[path]
+            return tuple(Rows(f"{self.called(s.name)}.weight", s.start, s.stop) for s in segments)
+        fused = self.native_of.get(path, "")
+        spans, at = [], 0
+        for s in self.native.get(fused, ()):
+            rows = s.count
+            if s.name == path:
+                spans.append((s.start, at, at + rows))
+            at += rows
+        return tuple(Rows(f"{fused}.weight", start, stop) for _, start, stop in sorted(spans))
+
+    @cached_property
+    def weights(self) -> StoredWeights:
+        """The weights of the base at hand under every name that an adapter may have for them."""
+        if not self.parameters:
+            return {}
+        return weights_of(self.parameters, self.config, self._known_rows())
+
+    def weights_at(self, path: str) -> StoredWeight | None:
+        """The weight at a path that is no stored module's; None for one that is, or is not known."""
+        return None if path in self.modules else self.weights.get(path)
+
+    def _known_rows(self) -> Iterator[tuple[str, tuple[Rows, ...]]]:
+        """What a bundled table tells, of this component alone where the whole base is in none."""
+        known = self if self.naming != "base" else self._in_a_table()
+        if known is None or not known.stored:
+            return
+        for path in (*known.modules, *known.aliases, *known.native):
+            naming, canonical = known.locate(path) or ("", path)
+            yield path, known._rows_of_table(canonical, naming)
+
+    def _in_a_table(self) -> Component | None:
+        names = names_of_base({self.name: self.modules}, "")
+        if not names.model:
+            return None
+        return names.components.get(self.name or next(iter(names.components)))
+
+    @cached_property
+    def first_names(self) -> Mapping[StoredWeight, str]:
+        """Each weight's first name, under which it is the same whatever an adapter calls it."""
+        first: dict[StoredWeight, str] = {}
+        for path, weight in self.weights.items():
+            first.setdefault(weight, path)
+        return first
+
+    @cached_property
+    def dotted(self) -> Mapping[str, str]:
+        """Flat name → the first dotted one that it stands for, of all that there are."""
+        names: dict[str, str] = {}
+        for path in self.weights:
+            names.setdefault(flatten(path), path)
+        return names
 
     @cached_property
     def native_of(self) -> Mapping[str, str]:
         """Diffusers path → the native module that holds its rows."""
-        return {s.path: path for path, segments in self.native.items() for s in segments}
+        return {s.name: path for path, segments in self.native.items() for s in segments}
 
 
 @dataclass(frozen=True)
@@ -180,8 +281,14 @@ def _counted(key: str) -> list[str]:
     return [f"{head}{i}{tail}" for i in range(int(found[1]), int(found[2]) + 1)]
 
 
-def from_modules(components: Mapping[str, Shapes], where: str) -> Names:
+def from_modules(
+    components: Mapping[str, Shapes],
+    where: str,
+    parameters: Mapping[str, Parameters] | None = None,
+    configs: Mapping[str, Mapping[str, Any]] | None = None,
+) -> Names:
     """A base's own list, as its checkpoint's header shows it: one naming, called "base"."""
+    parameters, configs = parameters or {}, configs or {}
     encoders = [name for name in components if name.startswith("text_encoder")]
     return Names(
         "",
@@ -193,6 +300,8 @@ def from_modules(components: Mapping[str, Shapes], where: str) -> Names:
                 kohya_naming="base",
                 naming="base",
                 stored="base",
+                parameters=parameters.get(name, {}),
+                config=configs.get(name, {}),
             )
             for name, modules in components.items()
         },
@@ -254,7 +363,7 @@ def _expected(component: Component, naming: str) -> dict[str, tuple[str, tuple[i
     """Name in the given naming → the (first) diffusers path behind it, and the weight's shape."""
     if naming == "native":
         return {
-            name: (segments[0].path, component.shape(name, "native") or ())
+            name: (segments[0].name, component.shape(name, "native") or ())
             for name, segments in component.native.items()
         }
     own = _shortened(component) if naming == "alias" else {}
@@ -272,23 +381,60 @@ def _fits(shape: tuple[int, ...], path: str, wanted: tuple[int, ...], component:
     return tuple(shape) == wanted
 
 
-def names_of_base(components: Mapping[str, Shapes], where: str) -> Names:
+def names_of_base(
+    components: Mapping[str, Shapes],
+    where: str,
+    parameters: Mapping[str, Parameters] | None = None,
+    configs: Mapping[str, Mapping[str, Any]] | None = None,
+) -> Names:
     """The names to use with a base: its bundled table where it is recognised, else its own list.
 
     In the former case ``stored`` tells the base's naming, and ``own`` what it calls the modules
-    that it names otherwise (``encoder.layers.0.mlp.fc1`` without ``text_model.``).
+    that it names otherwise (``encoder.layers.0.mlp.fc1`` without ``text_model.``). With all
+    ``parameters`` of the base, and the ``configs`` that it has, other names of its family are found.
     """
+    parameters, configs = parameters or {}, configs or {}
     model = recognise(components)
     if not model:
-        return from_modules(components, where)
+        return from_modules(components, where, parameters, configs)
     known = table(model)
     stored = _stored_namings(components, known)
-    given = {name or next(iter(known.components)): shapes for name, shapes in components.items()}
+    first = next(iter(known.components))
+    given = {name or first: shapes for name, shapes in components.items()}
+    held = {name or first: parameters.get(name, {}) for name in components}
+    settings = {name or first: configs.get(name, {}) for name in components}
     fitted = {
-        name: _as_stored(component, stored.get(name, ""), given.get(name, {}))
+        name: replace(
+            _as_stored(component, stored.get(name, ""), given.get(name, {})),
+            parameters=held.get(name, {}),
+            config=settings.get(name, {}),
+        )
         for name, component in known.components.items()
     }
     return Names(model, fitted, f"{known.where}, as {where} has it")
+
+
+def names_of_modules(shapes: Shapes, where: str) -> Names:
+    """The names of a model of which only the modules' weights are known: a live one, or a graph."""
+    parameters = {f"{path}.weight": Shape(shape) for path, shape in shapes.items()}
+    return names_of_base({"": shapes}, where, {"": parameters})
+
+
+def weights_of_base(
+    names: Names,
+    parameters: Mapping[str, Parameters],
+    configs: Mapping[str, Mapping[str, Any]],
+) -> dict[str, StoredWeights]:
+    """Component of a base → its weights by every name; ``names`` are those of the whole base."""
+    weights: dict[str, StoredWeights] = {}
+    for name, held in parameters.items():
+        home = name if name in names.components else name or next(iter(names.components))
+        component = names.components.get(home)
+        known = component is not None and bool(component.stored)
+        weights[name] = (
+            component.weights if known and component else weights_of(held, configs.get(name, {}))
+        )
+    return weights
 
 
 def _as_stored(component: Component, stored: str, modules: Shapes) -> Component:

@@ -6,7 +6,7 @@ import shutil
 from pathlib import Path
 from typing import Any
 
-import models
+import checkpoint_pairs as models
 import pytest
 import torch
 

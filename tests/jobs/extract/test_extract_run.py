@@ -14,7 +14,7 @@ import time
 from pathlib import Path
 from typing import Any
 
-import models
+import checkpoint_pairs as models
 import pytest
 import torch
 from unix import needs

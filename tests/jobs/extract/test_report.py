@@ -8,7 +8,7 @@ from html.parser import HTMLParser
 from pathlib import Path
 from typing import ClassVar
 
-import models
+import checkpoint_pairs as models
 import pytest
 
 from adaptsurgery.adapters.report import Report

@@ -14,8 +14,8 @@ from test_awkward import base_file, peft_file, refused
 
 from adaptsurgery.jobs.merging.check import verify_merge
 from adaptsurgery.jobs.merging.merge import merge, plan_merge
-from adaptsurgery.jobs.merging.options import Options
 from adaptsurgery.jobs.merging.plan import MergePlan
+from adaptsurgery.jobs.merging.recipe import MergeRecipe
 from adaptsurgery_formats.errors import SurgeryError
 
 Tensors = dict[str, torch.Tensor]
@@ -130,7 +130,7 @@ def test_bf16_by_default_and_verified(way: str, tmp_path: Path) -> None:
 
 def test_a_plan_with_scales_goes_through_json(tmp_path: Path) -> None:
     base, adapter, *_ = given("block", tmp_path)
-    plan = plan_merge(base, adapter, Options(dequantize=True))
+    plan = plan_merge(base, adapter, MergeRecipe(dequantize=True))
     assert MergePlan.from_json(plan.to_json()) == plan
 
 

@@ -20,8 +20,8 @@ from adaptsurgery.adapters.comparing import VerificationError
 from adaptsurgery.jobs.merging import run
 from adaptsurgery.jobs.merging.check import verify_merge
 from adaptsurgery.jobs.merging.merge import merge, plan_merge, unmerge
-from adaptsurgery.jobs.merging.options import Options
 from adaptsurgery.jobs.merging.plan import MergePlan
+from adaptsurgery.jobs.merging.recipe import MergeRecipe
 from adaptsurgery.jobs.merging.run import check_plan, run_plan
 from adaptsurgery_formats.errors import SurgeryError
 
@@ -193,7 +193,7 @@ def test_a_plan_goes_through_json(inputs: tuple[Path, Path], tmp_path: Path) -> 
     again = MergePlan.from_json(plan.to_json())
     assert again == plan and again.digest == plan.digest
     assert plan_merge(base, [f"{adapter}=2"]).digest != plan.digest
-    assert plan_merge(base, [adapter], Options(dtype="bf16")).digest != plan.digest
+    assert plan_merge(base, [adapter], MergeRecipe(dtype="bf16")).digest != plan.digest
     complete, norms = run_plan(again, tmp_path / "out")
     assert complete and len(norms) == 6
     assert verify_merge(tmp_path / "out", base, adapter).rows
@@ -245,6 +245,7 @@ def test_a_kill_leaves_the_old_output_and_the_rerun_completes(after: float, tmp_
     assert names == sorted(old)
     ended = not left_behind(tmp_path) and not torch.equal(now[names[0]], old[names[0]])
     assert ended or all(torch.equal(now[n], old[n]) for n in names)
+    del now, old  # which have files mapped that are replaced next
     merge(base, adapter, out, overwrite=True)
     assert verify_merge(out, base, adapter).rows and not left_behind(tmp_path)
 

@@ -8,11 +8,11 @@ Either every module of an adapter is found under one alignment, and under no oth
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from collections import Counter
+from collections.abc import Callable, Collection, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 
-from adaptsurgery.jobs.merging.sites import Site, Sites
-from adaptsurgery_formats.names import flatten
+from adaptsurgery_formats.names.rows import StoredWeight, StoredWeights
 
 _PROBES = 6
 
@@ -35,65 +35,68 @@ class Alignment:
             return f"`{self.strip}` read as `{self.add}`"
         return f"`{self.strip}` dropped" if self.strip else f"`{self.add}` added"
 
+    @property
+    def inverse(self) -> Alignment:
+        """What takes an aligned path back."""
+        return Alignment(self.add, self.strip)
+
 
 SAME = Alignment()
 
 
 @dataclass(frozen=True)
 class Aligned:
-    """What an alignment finds: site by path, or several of them where flat names are ambiguous."""
+    """What an alignment finds: weight by path, or several of them where flat names are ambiguous."""
 
     alignment: Alignment
-    found: Mapping[str, tuple[Site, ...]]
+    found: Mapping[str, tuple[StoredWeight, ...]]
 
     @property
-    def places(self) -> frozenset[tuple[str, tuple[Site, ...]]]:
+    def places(self) -> frozenset[tuple[str, tuple[StoredWeight, ...]]]:
         return frozenset(self.found.items())
 
 
 class Lookup:
-    """The sites of a component by dotted or by flat name."""
+    """The weights of a component by dotted or by flat name."""
 
-    def __init__(self, sites: Sites, flat: bool) -> None:
+    def __init__(self, weights: StoredWeights, flat: bool) -> None:
         self.separator = "_" if flat else "."
-        self.table: dict[str, tuple[Site, ...]] = {}
-        for path, site in sites.items():
-            name = flatten(path) if flat else path
+        self.table: dict[str, tuple[StoredWeight, ...]] = {}
+        for path, weight in weights.items():
+            name = path.replace(".", "_") if flat else path
             held = self.table.get(name, ())
-            if site not in held:
-                self.table[name] = (*held, site)
+            if weight not in held:
+                self.table[name] = (*held, weight)
 
     def under(self, alignment: Alignment, paths: Iterable[str]) -> Aligned:
-        found = {}
-        for path in paths:
-            if hits := self.table.get(alignment.of(path)):
-                found[path] = hits
-        return Aligned(alignment, found)
+        hits = ((path, self.table.get(alignment.of(path))) for path in paths)
+        return Aligned(alignment, {path: weights for path, weights in hits if weights})
 
     def candidates(self, paths: Sequence[str]) -> Iterator[Alignment]:
         """Alignments that some of the paths suggest."""
         heads: dict[str, set[str]] = {}
         for path in paths[:: max(1, len(paths) // _PROBES)]:
-            for tail, head in self._tails(path):
+            for tail, head in tails(path, self.separator):
                 heads.setdefault(tail, set()).add(head)
         for name in self.table:
-            for tail, add in self._tails(name):
+            for tail, add in tails(name, self.separator):
                 for strip in heads.get(tail, ()):
                     if self._plausible(strip, add):
                         yield Alignment(strip, add)
-
-    def _tails(self, path: str) -> Iterator[tuple[str, str]]:
-        """What remains of a path without its first segments, and those segments."""
-        at = 0
-        while at >= 0:
-            yield path[at:], path[:at]
-            at = path.find(self.separator, at) + 1 or -1
 
     def _plausible(self, strip: str, add: str) -> bool:
         """One of the two is empty, or neither has a number, which would tell layers apart."""
         if not strip or not add:
             return bool(strip or add)
         return not any(p.isdigit() for p in (strip + add).split(self.separator))
+
+
+def tails(path: str, separator: str) -> Iterator[tuple[str, str]]:
+    """What remains of a path without its first segments, and those segments."""
+    at = 0
+    while at >= 0:
+        yield path[at:], path[:at]
+        at = path.find(separator, at) + 1 or -1
 
 
 def best_alignments(
@@ -117,3 +120,24 @@ def best_alignments(
     if len(distinct) > 1:
         distinct = [a for a in distinct if fits(a)] or distinct
     return [a for a in distinct if not a.alignment.strip] or distinct
+
+
+def prefix_between(mine: Collection[str], theirs: Collection[str]) -> Alignment:
+    """How the names of one model become those of another of its kind: as they are where that finds
+    at least half, else the prefix that finds the most, which either of the two may have."""
+    same = sum(name in theirs for name in mine)
+    if 2 * same >= min(len(mine), len(theirs)):
+        return SAME
+    tried = [Alignment(add=prefix) for prefix in _prefixes(mine, theirs)]
+    tried += [Alignment(strip=prefix) for prefix in _prefixes(theirs, mine)]
+    hits = {a: sum(a.of(name) in theirs for name in mine) for a in tried}
+    best = max(tried, key=lambda a: hits[a], default=SAME)
+    return best if hits.get(best, 0) > same else SAME
+
+
+def _prefixes(short: Collection[str], long: Collection[str]) -> list[str]:
+    """Heads of the long names whose tails are short names, the commonest first."""
+    counts: Counter[str] = Counter()
+    for name in long:
+        counts.update(head for tail, head in tails(name, ".") if head and tail in short)
+    return [prefix for prefix, _ in counts.most_common(4)]

@@ -40,19 +40,22 @@ _ENDINGS = {
 
 
 def changes(
-    path: Path, folded: bool = False, base: Mapping[str, Array] | None = None
+    path: Path,
+    folded: bool = False,
+    base: Mapping[str, Array] | None = None,
+    finite: bool = True,
 ) -> dict[str, Array]:
     """What the adapter at a path adds, by flat module name: ΔW row by row, then the bias's change.
 
     ``folded`` works out DoRA and HRA on the base's weights (by module, the corpus's own if none are
     given); else magnitudes and rotations are entries of their own. Replaced parameters are under
-    their own full key.
+    their own full key. AssertionError for a number that is not ``finite``, where that is asked.
     """
     weights_of = base_arrays() if base is None else base
     found: dict[str, Array] = {}
     for weights, config in _files(path):
         tensors, metadata = unpack(weights.read_bytes())
-        groups, found_saved = _groups({k: numbers(t, k) for k, t in tensors.items()})
+        groups, found_saved = _groups({k: numbers(t, k, finite) for k, t in tensors.items()})
         found |= found_saved
         for name, slots in groups.items():
             flat = _flat(name)
@@ -69,19 +72,19 @@ def _files(path: Path) -> list[tuple[Path, dict[str, Any] | None]]:
     return [(c.parent / WEIGHTS, json.loads(c.read_text("utf-8"))) for c in configs]
 
 
-def numbers(tensor: Any, key: str) -> Array:
+def numbers(tensor: Any, key: str, finite: bool = True) -> Array:
     """A tensor's numbers in float64; whole numbers are allowed in an alpha."""
     if tensor.dtype == "BF16":
         wide = np.frombuffer(tensor.data, "<u2").astype("<u4") << 16
-        return _finite(wide.view("<f4").reshape(tensor.shape).astype("f8"), key)
+        return _finite(wide.view("<f4").reshape(tensor.shape).astype("f8"), key, finite)
     known = _NUMPY | _WHOLE if key.endswith(".alpha") else _NUMPY
     assert tensor.dtype in known, f"`{key}` of {tensor.dtype} should have been refused"
     array = np.frombuffer(tensor.data, known[tensor.dtype])
-    return _finite(array.reshape(tensor.shape).astype("f8"), key)
+    return _finite(array.reshape(tensor.shape).astype("f8"), key, finite)
 
 
-def _finite(array: Array, key: str) -> Array:
-    assert np.isfinite(array).all(), f"`{key}` is not finite, and yet accepted"
+def _finite(array: Array, key: str, wanted: bool) -> Array:
+    assert not wanted or np.isfinite(array).all(), f"`{key}` is not finite, and yet accepted"
     return array
 
 

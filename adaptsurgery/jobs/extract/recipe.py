@@ -1,25 +1,19 @@
-"""What an extraction is asked for, as plain data, and what cannot be asked."""
+"""What an extraction's plan depends on, as plain data, and what cannot be asked of one."""
 
 from __future__ import annotations
 
 from collections.abc import Mapping
 from dataclasses import dataclass, field
 
+from adaptsurgery.jobs.options.extraction import AUTO, offered
 from adaptsurgery_formats import FORMATS, WRITABLE, ModuleState
 from adaptsurgery_formats.errors import InexactError, LayoutError, ValueRefused, nearest
-from adaptsurgery_formats.traits import named
 
 DTYPES = {"fp32": "F32", "bf16": "BF16", "fp16": "F16"}
-AUTO = "auto"
-
-
-def extractable() -> tuple[str, ...]:
-    """The algorithms that can be fitted to a difference."""
-    return named(lambda row: row.extracts)
 
 
 @dataclass(frozen=True)
-class Options:
+class ExtractRecipe:
     """How a plan is carried out; every field is a part of its digest.
 
     ``goal`` is one of "rank", "energy", "max_error", "budget" with its ``value``; a budget is of
@@ -52,10 +46,10 @@ class Options:
         return self.goal in ("energy", "max_error")
 
 
-def check_options(options: Options) -> None:
+def check_options(options: ExtractRecipe) -> None:
     """Refuse options that have no meaning, or no effect."""
     for name, value, known in (
-        ("algorithm", options.algorithm, (*extractable(), AUTO)),
+        ("algorithm", options.algorithm, offered()),
         ("to", options.to, WRITABLE),
         ("dtype", options.dtype, tuple(DTYPES)),
     ):
@@ -69,7 +63,7 @@ def check_options(options: Options) -> None:
     _refuse_idle(options)
 
 
-def _refuse_unheld(options: Options) -> None:
+def _refuse_unheld(options: ExtractRecipe) -> None:
     """Refuse a target that has no module of the algorithm at all."""
     if options.algorithm == AUTO:
         return
@@ -87,8 +81,8 @@ def _refuse_unheld(options: Options) -> None:
         )
 
 
-def _refuse_idle(options: Options) -> None:
-    """Options that the algorithm has no use for."""
+def _refuse_idle(options: ExtractRecipe) -> None:
+    """ExtractRecipe that the algorithm has no use for."""
     kronecker = options.algorithm in ("lokr", AUTO)
     coreable = kronecker or (options.algorithm == "lora" and options.to != "peft")
     idle = {

@@ -18,7 +18,8 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any
 
-from adaptsurgery.adapters.orientation import Parameters, conv1d_turned
+from adaptsurgery_formats.names.orientation import conv1d_turned
+from adaptsurgery_formats.names.rows import Parameters
 
 # The last segment of an embedding's path; one with a bias is a Linear of such a name.
 _EMBEDDING = re.compile(

@@ -3,19 +3,23 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
-from typing import Any, Protocol
+from typing import Any
 
-from adaptsurgery_formats import ModuleState
-from adaptsurgery_formats.state import CONV1D_NAMES, delta_shape, may_be_transposed
+from adaptsurgery_formats.names.families import family
+from adaptsurgery_formats.names.rows import Parameters
+from adaptsurgery_formats.state import ModuleState, delta_shape
 from adaptsurgery_formats.traits import traits_of
 
+# transformers' Conv1D layers (GPT-2 and its kin) go by these names; their weight is stored (i, o).
+CONV1D_NAMES = ("c_attn", "c_proj", "c_fc", "q_attn")
+_WIDENING = ("c_attn", "c_fc")  # those whose outputs are more than their inputs
 
-class _Shaped(Protocol):
-    @property
-    def shape(self) -> tuple[int, ...]: ...
 
-
-Parameters = Mapping[str, _Shaped]  # parameter name → what has its shape
+def may_be_transposed(module: ModuleState) -> bool:
+    """Whether there is a sign that the module's weight is stored (i, o), other than its shape."""
+    if module.kind == "embedding" or module.options.get("fan_in_fan_out"):
+        return True
+    return module.path.rpartition(".")[2] in CONV1D_NAMES
 
 
 def is_transposed(module: ModuleState, shape: tuple[int, ...]) -> bool:
@@ -24,15 +28,11 @@ def is_transposed(module: ModuleState, shape: tuple[int, ...]) -> bool:
     if len(shape) != 2 or row.vector or not may_be_transposed(module):
         return False
     outputs, columns = delta_shape(module)
+    if not columns:  # of a bias alone, or of one side's factors
+        return not row.dense and outputs not in (0, shape[0])
     if not outputs:
         return columns != shape[1]
-    if not columns:  # of a bias alone
-        return False
     return module.kind == "embedding" or (outputs, columns) != shape
-
-
-# transformers' models whose c_attn, c_proj, c_fc, q_attn are Conv1D: stored (in, out).
-_CONV1D_KINDS = ("gpt2", "imagegpt", "openai-gpt", "decision_transformer", "clvp")
 
 
 def turned_by(
@@ -54,8 +54,8 @@ def turned_by(
         return (outputs, columns) != shape
     if module.kind == "embedding" or shape[0] != shape[1]:
         return is_transposed(module, shape)
-    found = _square_conv1d(name, parameters, config)
-    return bool(module.options.get("fan_in_fan_out")) if found is None else found
+    is_conv1d = _square_conv1d(name, parameters, config)
+    return bool(module.options.get("fan_in_fan_out")) if is_conv1d is None else is_conv1d
 
 
 def conv1d_turned(
@@ -72,7 +72,7 @@ def conv1d_turned(
         bias = parameters.get(f"{stem}.{last}.bias" if stem else f"{last}.bias")
         if bias is not None:
             return bias.shape[0] == shape[1]
-        if last in ("c_attn", "c_fc"):
+        if last in _WIDENING:
             return shape[1] > shape[0]
     return bool(_square_conv1d(name, parameters, config))
 
@@ -86,7 +86,7 @@ def _square_conv1d(name: str, parameters: Parameters, config: Mapping[str, Any])
     if beside is not None:
         return beside
     if kinds := _kinds(config):
-        return any(kind in _CONV1D_KINDS for kind in kinds)
+        return any(family(kind).conv1d for kind in kinds)
     return None
 
 
@@ -106,7 +106,7 @@ def _wide_beside(stem: str, parameters: Parameters) -> bool | None:
     return None
 
 
-def told(module: ModuleState, turned: bool) -> ModuleState:
+def with_sign(module: ModuleState, turned: bool) -> ModuleState:
     """The module with the sign that its weight is stored (i, o), where the base's layout says so."""
     if not turned:
         return module

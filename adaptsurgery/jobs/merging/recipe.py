@@ -1,4 +1,4 @@
-"""What a merge is asked for, beside its base and adapters."""
+"""What a plan of a merge depends on, beside its base and adapters."""
 
 from __future__ import annotations
 
@@ -6,7 +6,7 @@ from dataclasses import dataclass
 
 
 @dataclass(frozen=True)
-class Options:
+class MergeRecipe:
     """How a plan is carried out; every field is a part of its digest."""
 
     dtype: str = "auto"

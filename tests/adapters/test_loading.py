@@ -1,71 +1,24 @@
-"""What looks right and is not: each was once converted, or refused for the wrong reason."""
+"""Loading: which component, prefix and shape an adapter's names and config mean, and what is refused."""
 
 from __future__ import annotations
 
-import json
-from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
-from safetensors.torch import load_file, save_file
+from odd_adapters import Tensors, code, config_of, lora, peft, plain, write
+from safetensors.torch import load_file
 
 import adaptsurgery
 from adaptsurgery_formats.errors import SurgeryError
-
-Tensors = Mapping[str, torch.Tensor]
-
-
-def lora(name: str, out: int, into: int, *kernel: int, rank: int = 2) -> dict[str, torch.Tensor]:
-    ones = (1,) * len(kernel)
-    return {
-        f"{name}.lora_up.weight": torch.randn(out, rank, *ones),
-        f"{name}.lora_down.weight": torch.randn(rank, into, *kernel),
-    }
-
-
-def write(path: Path, tensors: Tensors, metadata: dict[str, str] | None = None) -> Path:
-    save_file(dict(tensors), path, metadata)
-    return path
-
-
-def peft(
-    folder: Path, tensors: Tensors, metadata: dict[str, str] | None = None, **config: Any
-) -> Path:
-    folder.mkdir(parents=True, exist_ok=True)
-    write(
-        folder / "adapter_model.safetensors",
-        {f"base_model.model.{k}": v for k, v in tensors.items()},
-        metadata,
-    )
-    (folder / "adapter_config.json").write_text(json.dumps(config))
-    return folder
-
-
-def plain(path: str, out: int = 6, into: int = 5) -> dict[str, torch.Tensor]:
-    return {
-        f"{path}.lora_A.weight": torch.randn(2, into),
-        f"{path}.lora_B.weight": torch.randn(out, 2),
-    }
-
-
-def said(*targets: str, **more: Any) -> dict[str, Any]:
-    return {"peft_type": "LORA", "r": 2, "lora_alpha": 3, "target_modules": list(targets), **more}
-
-
-def code(source: Any, out: Path, to: str, **options: Any) -> str:
-    with pytest.raises(SurgeryError) as error:
-        adaptsurgery.convert(source, out, to, **options)
-    assert not out.exists()
-    return error.value.code
 
 
 @pytest.mark.parametrize("component", ["../evil", "/etc/evil", "a/b", ".."])
 def test_a_component_in_the_metadata_is_no_path(tmp_path: Path, component: str) -> None:
     metadata = {"adaptsurgery.component": component}
-    first = peft(tmp_path / "p1", plain("a"), metadata, **said("a"))
-    second = peft(tmp_path / "p2", plain("b"), **said("b"))
+    first = peft(tmp_path / "p1", plain("a"), metadata, **config_of("a"))
+    second = peft(tmp_path / "p2", plain("b"), **config_of("b"))
     assert code([first, second], tmp_path / "out", "peft") == "bad-name"
     assert sorted(p.name for p in tmp_path.iterdir()) == ["p1", "p2"]
 
@@ -98,8 +51,8 @@ def test_a_linear_takes_no_merge_of_its_transpose(tmp_path: Path) -> None:
 
 def test_components_of_an_unknown_model_get_their_own_prefixes(tmp_path: Path) -> None:
     pipe = tmp_path / "pipe"
-    peft(pipe / "transformer", plain("blocks.0.q"), **said("blocks.0.q"))
-    peft(pipe / "text_encoder", plain("layers.0.q"), **said("layers.0.q"))
+    peft(pipe / "transformer", plain("blocks.0.q"), **config_of("blocks.0.q"))
+    peft(pipe / "text_encoder", plain("layers.0.q"), **config_of("layers.0.q"))
     adaptsurgery.convert(pipe, tmp_path / "x.safetensors", "kohya")
     names = {key.partition(".")[0] for key in load_file(tmp_path / "x.safetensors")}
     assert names == {"lora_unet_blocks_0_q", "lora_te_layers_0_q"}
@@ -132,7 +85,7 @@ def test_a_kernel_is_compared_in_its_own_order(tmp_path: Path) -> None:
 @pytest.mark.parametrize(
     ("tensors", "config"),
     [
-        ({**plain("a"), "a.lora_B.bias": torch.ones(6)}, said("a")),
+        ({**plain("a"), "a.lora_B.bias": torch.ones(6)}, config_of("a")),
         ({"a.lokr_w1_a": torch.ones(2, 1), "a.lokr_w1_b": torch.ones(1, 2), "a.lokr_w2": torch.ones(3, 3)},
          {"peft_type": "LOKR", "r": 1, "target_modules": ["a"]}),
         ({"a.lokr_w1": torch.ones(2, 8), "a.lokr_w2": torch.ones(4, 2)},
@@ -146,37 +99,5 @@ def test_a_config_that_disagrees(tmp_path: Path, tensors: Tensors, config: dict[
 
 def test_checkpoints_of_a_training_are_no_pipeline(tmp_path: Path) -> None:
     for step in (1, 2):
-        peft(tmp_path / "run" / f"checkpoint-{step}", plain("a"), **said("a"))
+        peft(tmp_path / "run" / f"checkpoint-{step}", plain("a"), **config_of("a"))
     assert code(tmp_path / "run", tmp_path / "out", "peft") == "several-adapters"
-
-
-def test_a_batch_norm_that_was_saved_goes_along(tmp_path: Path) -> None:
-    norm = {"bn.weight": torch.ones(3), "bn.num_batches_tracked": torch.tensor(7)}
-    source = peft(tmp_path / "p", plain("a") | norm, **said("a", modules_to_save=["bn"]))
-    adaptsurgery.convert(source, tmp_path / "out", "peft")
-    out = load_file(tmp_path / "out" / "adapter_model.safetensors")
-    assert out["base_model.model.bn.num_batches_tracked"].item() == 7
-
-
-def test_a_model_card_outlives_an_overwrite(tmp_path: Path) -> None:
-    source = peft(tmp_path / "p", plain("a"), **said("a"))
-    adaptsurgery.convert(source, tmp_path / "out", "peft")
-    (tmp_path / "out" / "README.md").write_text("my card")
-    with pytest.raises(SurgeryError) as error:
-        adaptsurgery.convert(source, tmp_path / "out", "peft", dry_run=True)
-    assert error.value.code == "output-exists"
-    adaptsurgery.convert(source, tmp_path / "out", "peft", overwrite=True)
-    assert (tmp_path / "out" / "README.md").read_text() == "my card"
-
-
-def test_two_files_that_adapt_one_module(tmp_path: Path) -> None:
-    sources = [write(tmp_path / f"{n}.safetensors", lora("unet.a.b", 6, 5)) for n in "xy"]
-    assert code(sources, tmp_path / "out", "peft") == "duplicate-module"
-
-
-@pytest.mark.parametrize("name", ["x.bin", "x.pt", "folder/"])
-def test_outputs_that_no_reader_would_know(tmp_path: Path, name: str) -> None:
-    source = peft(tmp_path / "p", plain("a"), **said("a"))
-    with pytest.raises(SurgeryError) as error:
-        adaptsurgery.convert(source, f"{tmp_path}/{name}", "kohya")
-    assert error.value.code == "bad-name"

@@ -7,7 +7,7 @@ import struct
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 
-GOLDEN = Path(__file__).parent.parent / "formats" / "golden"
+GOLDEN = Path(__file__).parents[2] / "formats" / "golden"
 _SIZES = {"F32": 4, "F16": 2, "BF16": 2, "I8": 1}
 Shapes = Mapping[str, Sequence[int]]
 

@@ -1,4 +1,4 @@
-"""Merges that were wrong without a word: narrow qkv, square Conv1D in a composite, overflow."""
+"""How a weight is stored: narrow qkv, a square Conv1D in a composite model, numbers near the edge."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ import adaptsurgery
 from adaptsurgery_formats.errors import SurgeryError
 
 
-def peft(folder: Path, module: str, out: int, into: int, **config: object) -> torch.Tensor:
+def peft(folder: Path, module: str, out: int, into: int, **more: object) -> torch.Tensor:
     """A LoRA's folder; returns its ΔW (alpha = r)."""
     folder.mkdir()
     up, down = torch.randn(out, 2), torch.randn(2, into)
@@ -22,8 +22,8 @@ def peft(folder: Path, module: str, out: int, into: int, **config: object) -> to
         {f"{name}.lora_A.weight": down, f"{name}.lora_B.weight": up},
         folder / "adapter_model.safetensors",
     )
-    said = {"peft_type": "LORA", "r": 2, "lora_alpha": 2, "target_modules": [module], **config}
-    (folder / "adapter_config.json").write_text(json.dumps(said))
+    config = {"peft_type": "LORA", "r": 2, "lora_alpha": 2, "target_modules": [module], **more}
+    (folder / "adapter_config.json").write_text(json.dumps(config))
     return up @ down
 
 

@@ -46,7 +46,7 @@ WEIGHTS = "adapter_model.safetensors"
 _PICKLES = (".bin", ".pt", ".pth", ".ckpt")
 
 
-@dataclass
+@dataclass(eq=False, repr=False)
 class Loaded:
     """An adapter as it was read: state and files, the names it was looked up in, its base if any."""
 

@@ -13,6 +13,7 @@ from collections.abc import Generator, Iterator, Mapping
 from typing import NamedTuple, NoReturn
 
 from adaptsurgery_formats.errors import FileError
+from adaptsurgery_formats.late import Late
 from adaptsurgery_formats.tensors import DTYPE_BITS
 
 _METADATA = "__metadata__"
@@ -26,33 +27,26 @@ _COUNTS = _NUMBER + rb"(?:, ?" + _NUMBER + rb"){0,8}"
 _TEXT = rb'"([^"\\\x00-\x1f]*)"'
 
 
-def _tokens(*tokens: bytes) -> re.Pattern[bytes]:
+def _tokens(*tokens: bytes) -> Late:
     """Tokens with JSON's white space before each."""
-    return re.compile(b"".join(_WS + token for token in tokens))
+    return Late(b"".join(_WS + token for token in tokens))
 
 
 _KEY = _tokens(_TEXT, b":")
 # "a.weight": {"dtype": "F16", "shape": [2, 3], "data_offsets": [0, 12]}: as nearly all are written
 _ENTRY = re.compile(
-    rb" ?"
-    + _TEXT
-    + rb': ?\{"dtype": ?"([A-Z0-9_]{1,16})", ?"shape": ?\[((?:'
-    + _COUNTS
-    + rb')?)\], ?"data_offsets": ?\['
-    + _COUNT
-    + rb", ?"
-    + _COUNT
-    + rb"\]\}([,}])"
-)
-_PAIR = re.compile(rb" ?" + _TEXT + b": ?" + _TEXT)
+    rb" ?" + _TEXT + rb': ?\{"dtype": ?"([A-Z0-9_]{1,16})", ?"shape": ?\[((?:' + _COUNTS
+    + rb')?)\], ?"data_offsets": ?\[' + _COUNT + rb", ?" + _COUNT + rb"\]\}([,}])"
+)  # fmt: skip
+_PAIR = Late(rb" ?" + _TEXT + b": ?" + _TEXT)
 _LIST = _tokens(rb"(\[[-+.0-9eE, \t\n\r]*\])")
 _SCALAR = _tokens(rb"(?:-?[0-9][-+.0-9eE]{0,99}|true|false|null)")
 _QUOTE, _COLON, _OPEN = _tokens(b'"'), _tokens(b":"), _tokens(rb"\{")
 _AFTER = _tokens(rb"([,}])")
 _CLOSE = _tokens(rb"\}")
-_END = re.compile(_WS + rb"\Z")
+_END = Late(_WS + rb"\Z")
 # A text's bytes up to its end or its thousandth escape: more at once would cost memory.
-_CHARACTERS = re.compile(rb'[^"\\\x00-\x1f]*(?:\\[^\x00-\x1f][^"\\\x00-\x1f]*){0,999}')
+_CHARACTERS = Late(rb'[^"\\\x00-\x1f]*(?:\\[^\x00-\x1f][^"\\\x00-\x1f]*){0,999}')
 
 
 class Entry(NamedTuple):

@@ -21,7 +21,7 @@ from dataclasses import dataclass, field
 from adaptsurgery_formats.errors import FileError, SurgeryError
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, eq=False, repr=False)
 class Stamp:
     """A file by what its system says of it: identity, size and times, not its bytes."""
 
@@ -47,7 +47,7 @@ class Stamp:
 Watched = Mapping[str, Stamp]
 
 
-@dataclass
+@dataclass(eq=False, repr=False)
 class _Notes:
     """The files opened within one ``watching()``, by absolute path, and the notes around it."""
 

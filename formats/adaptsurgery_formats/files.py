@@ -116,7 +116,7 @@ def no_such(algorithm: str, they_have: str) -> Unheld:
     return Unheld(f"no-{algorithm}", what, remedy)
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, eq=False, repr=False)
 class Format:
     """One layout, as data: how to know its keys, parse them, and spell an adapter.
 

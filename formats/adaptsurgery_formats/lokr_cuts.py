@@ -109,7 +109,7 @@ def stored_shapes(
     return {**slots, "w2_a": (b, rank), "w2_b": (rank, d * prod(kernel))}
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, eq=False, repr=False)
 class Storage:
     """What a loader can hold of a weight ``shape`` (o, i, *k) with the cuts (a, b), (c, d) of o and i."""
 

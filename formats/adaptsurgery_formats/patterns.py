@@ -16,6 +16,7 @@ from collections.abc import Collection, Iterable, Iterator, Mapping, Sequence
 from typing import Any
 
 from adaptsurgery_formats.errors import LayoutError
+from adaptsurgery_formats.late import Late
 
 TIMEOUT_SECONDS = 5.0
 _MOST_STEPS = 1e8  # about two seconds of matching
@@ -23,7 +24,7 @@ _LONGEST = 1 << 20
 _LONGEST_HERE = 1 << 12  # characters of a regex that is compiled in this process
 _LONGEST_NAME = 1 << 12  # of a name that a repeated group is tried on here: each turn takes memory
 _MOST_MEMORY = 1 << 30  # of the child process, where the system can bound it
-_REPEAT = re.compile(r"\\.|\[(?:\\.|[^\]\\])*\]|(\)?)([*+]|\{\d*,?\d*\})")
+_REPEAT = Late(r"\\.|\[(?:\\.|[^\]\\])*\]|(\)?)([*+]|\{\d*,?\d*\})")
 
 
 def exact_pattern(path: str) -> str:
@@ -31,19 +32,19 @@ def exact_pattern(path: str) -> str:
     return "^" + re.escape(path)
 
 
-_LITERAL = re.compile(r"\^?(?:[\w-]|\\[^\w]|\.)+\Z")
-_PLAIN = re.compile(r"[\w.-]+\Z")
+_LITERAL = Late(r"\^?(?:[\w-]|\\[^\w]|\.)+\Z")
+_PLAIN = Late(r"[\w.-]+\Z")
 _ANY_LAYER = r".*?\.[^.]*\.(?P<idx>\d+)\."
 
 
 # Flags (verbose mode hides what is repeated), look-arounds, comments, back-references.
-_UNUSUAL = re.compile(r"\(\?(?!:)|\\\d")
+_UNUSUAL = Late(r"\(\?(?!:)|\\\d")
 
 
 # What writes a character that is not ASCII: a class of many is slow to compile.
-_CODED = re.compile(r"\\[xuUN0-7]")
-_NAMES_ALONE = re.compile(r"[\w|-]+")
-_ESCAPE = re.compile(r"\\([^\w|])")
+_CODED = Late(r"\\[xuUN0-7]")
+_NAMES_ALONE = Late(r"[\w|-]+")
+_ESCAPE = Late(r"\\([^\w|])")
 
 
 def _is_exact(pattern: str) -> bool:

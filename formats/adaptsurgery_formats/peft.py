@@ -346,7 +346,7 @@ def _no_disagreements(module: ModuleState, config: dict[str, Any]) -> list[str]:
 # --- writing -------------------------------------------------------------------------------------
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, eq=False, repr=False)
 class _Lokr:
     """A LoKr module's cuts with the kernel told apart: o = a·b, i = c·d, kernel from the base."""
 
@@ -855,7 +855,7 @@ def _alpha(module: ModuleState, rank: int) -> float:
     return module.scale * rank
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, eq=False, repr=False)
 class _Method:
     """How PEFT spells one algorithm, beside its tensors' suffixes and its config's fields.
 

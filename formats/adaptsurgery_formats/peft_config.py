@@ -204,7 +204,7 @@ def settings(config: Mapping[str, Any], matcher: Matcher, where: str) -> dict[st
     }
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, eq=False, repr=False)
 class Wanted:
     """What a config must say: rank and scale by module name, and the flags that hold for all."""
 

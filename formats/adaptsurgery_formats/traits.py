@@ -10,8 +10,8 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable, Iterator, Mapping
-from dataclasses import dataclass, field
-from typing import Any, Generic, TypeVar
+from types import MappingProxyType
+from typing import Any, Generic, NamedTuple, TypeVar
 
 from adaptsurgery_formats.errors import ValueRefused, nearest
 
@@ -20,6 +20,8 @@ Shape = tuple[int, ...]
 Shapes = Mapping[str, Shape]
 Options = Mapping[str, Any]  # a module's
 Wanted = tuple[int | None, ...]  # a shape with None where any size will do
+
+_NOTHING: Mapping[str, Any] = MappingProxyType({})
 
 
 def _no_kernel(shapes: Shapes) -> Shape | None:
@@ -38,8 +40,7 @@ def _one(shapes: Shapes) -> int:
     return 1
 
 
-@dataclass(frozen=True, kw_only=True)
-class Traits:
+class Traits(NamedTuple):
     """What is so of every module of one algorithm.
 
     ``extent`` gives ΔW as a matrix, (o, i·∏k), with 0 for a size that the tensors do not show;
@@ -70,7 +71,7 @@ class Traits:
     spatial: tuple[str, ...] = ()  # the slots whose last dimensions are the kernel …
     pointwise: tuple[str, ...] = ()  # … and those where they are ones
     cores: tuple[str, ...] = ()  # beside which a spatial slot that is no core is pointwise
-    options: Mapping[str, Any] = field(default_factory=dict)  # those that its update takes
+    options: Mapping[str, Any] = _NOTHING  # those that its update takes
 
     # What it does to the bias.
     shifts: tuple[str, ...] = ()  # the slots that are added to it
@@ -89,7 +90,7 @@ class Traits:
     # PEFT, and extraction.
     peft_type: str = ""  # "" where PEFT has no such method
     config: str = ""  # the name of its config's class, PEFT's
-    peft_fields: Mapping[str, Any] = field(default_factory=dict)  # its config's own, with defaults
+    peft_fields: Mapping[str, Any] = _NOTHING  # its config's own, with defaults
     peft_lacks: tuple[str, ...] = ()  # of the fields that PEFT's other configs share
     extracts: bool = False  # whether one can be fitted to the difference of two weights
 

@@ -258,12 +258,13 @@ def merged_rightly(out: str, base: str, adapters: Parts, sign: float) -> None:
             off_by_more(found[key], want, size, key)
 
 
-def off_by_more(tensor: Raw, want: Array, size: float, key: str) -> None:
+def off_by_more(tensor: Raw, want: Array, size: float, key: str, held: float = 0.0) -> None:
+    """Wrong where an element is off by more than its rounding; ``held`` is that of the factors."""
     unit, step, largest = UNITS[tensor.dtype]
     got = array(tensor)
     if not np.isfinite(got).all() or np.abs(want).max(initial=0) > largest * 1.01:
         raise Wrong("an overflow was written")
-    room = 1.01 * unit * np.abs(want) + step + min(4e-6, 64 * unit) * size
+    room = 1.01 * unit * np.abs(want) + step + min(4e-6, 64 * max(unit, held)) * size
     if not (np.abs(got - want) <= room).all():
         raise Wrong(f"a merged {_role(key)} is off by more than its rounding")
 

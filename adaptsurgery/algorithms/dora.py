@@ -26,6 +26,7 @@ from adaptsurgery.core.update import (
     axis_norms,
     compute_dtype,
     only_one,
+    wide_for_scale,
     widest,
 )
 from adaptsurgery.nearest.lanczos import truncate
@@ -127,7 +128,8 @@ class DoRA(Renorm):
         """W'·x from the factors of a LoRA, without a bias."""
         assert isinstance(self.inner, LoRA)
         weight = layer.canonical()
-        wide = weight.to(compute_dtype(weight))
+        dtype = wide_for_scale(compute_dtype(weight), self.inner.scale, weight.device)
+        wide = weight.to(dtype)
         with torch.no_grad():
             norms = self.inner.norms(wide, self.axis)
         gain = layer.over_channels(self.gain(norms).to(layer.sample(x)))

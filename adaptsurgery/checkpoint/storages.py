@@ -16,6 +16,11 @@ from adaptsurgery.checkpoint.archives import Archive
 from adaptsurgery.checkpoint.system import open_file
 
 _PICKLE = "data.pkl"
+# Bytes of an element, by the storage's name; what torch has no older name for is untyped.
+_WIDTHS = {
+    "Double": 8, "Float": 4, "Half": 2, "BFloat16": 2, "Long": 8, "Int": 4, "Short": 2, "Char": 1, "Byte": 1,
+    "Bool": 1, "ComplexDouble": 16, "ComplexFloat": 8, "Untyped": 1,
+}  # fmt: skip
 
 
 def sizes_agree(archive: Archive, where: str) -> bool:
@@ -81,12 +86,4 @@ class _Storages(pickle.Unpickler):
 
     def persistent_load(self, pid: Any) -> None:
         _, kind, record, _, count = pid
-        self.sizes.setdefault(record, count * _width(kind.__name__))
-
-
-def _width(storage: str) -> int:
-    """Bytes of an element of a storage: FloatStorage has 4, UntypedStorage 1."""
-    import torch
-
-    kind = getattr(torch, storage)
-    return 1 if kind is torch.UntypedStorage else int(kind.dtype.itemsize)
+        self.sizes.setdefault(record, count * _WIDTHS[kind.__name__.removesuffix("Storage")])

@@ -16,7 +16,7 @@ from torch.fx import Graph, Node
 from torch.overrides import TorchFunctionMode
 
 from adaptsurgery.graph.walk import flat
-from adaptsurgery_formats.errors import ValueRefused
+from adaptsurgery_formats.errors import LayoutError, ValueRefused, printable
 
 Maker = Callable[[], Node]
 # Python's names of what aten calls otherwise.
@@ -131,7 +131,11 @@ class Emitter(TorchFunctionMode):
         key = _key(name, args, kwargs) if constant else None
         if key is not None and key in self._once:
             return self._once[key]
-        result = _linear(*inputs) if name == "linear" else func(*args, **kwargs)
+        result = (
+            self._faked(_linear, inputs, {})
+            if name == "linear"
+            else self._faked(func, args, kwargs)
+        )
         if not isinstance(result, Tensor) or any(result is t for t in inputs):
             return result
         self._write(name, args, kwargs, result)
@@ -142,6 +146,19 @@ class Emitter(TorchFunctionMode):
             if key is not None:
                 self._once[key] = result
         return result
+
+    def _faked(self, func: Any, args: Iterable[Any], kwargs: dict[str, Any]) -> Any:
+        """What an operation gives on tensors without numbers; LayoutError where torch cannot tell."""
+        try:
+            return func(*args, **kwargs)
+        except (AssertionError, RuntimeError) as error:
+            raise LayoutError(
+                "torch cannot tell a shape in the changed program",
+                where=self.point.name if self.point is not None else "",
+                seen=printable(f"{type(error).__name__}: {error}")[:200],
+                next="export the program anew: its symbols and their ranges contradict each other",
+                code="bad-shapes",
+            ) from error
 
     def _write(
         self, name: str, args: tuple[Any, ...], kwargs: dict[str, Any], result: Tensor

@@ -10,6 +10,7 @@ from __future__ import annotations
 import json
 import tempfile
 from collections.abc import Collection, Iterable, Iterator, Mapping, Sequence
+from contextlib import suppress
 from dataclasses import replace
 from fnmatch import fnmatchcase
 from pathlib import Path
@@ -96,8 +97,15 @@ def write_folder(model: AdaptedModel, adapter: str, folder: Path) -> None:
     """
     tensors = {key: from_torch(t.contiguous()) for key, t in peft_tensors(model, adapter).items()}
     config = replace(model.peft_config[adapter], inference_mode=True).to_dict()
+    new = [path for path in (folder, *folder.parents) if not path.exists()]
     folder.mkdir(parents=True, exist_ok=True)
-    _write_both(folder, tensors, json.dumps(config, indent=2, sort_keys=True))
+    try:
+        _write_both(folder, tensors, json.dumps(config, indent=2, sort_keys=True))
+    except BaseException:
+        with suppress(OSError):  # another has put something there
+            for path in new:
+                path.rmdir()
+        raise
 
 
 def _write_both(folder: Path, tensors: Mapping[str, FileTensor], text: str) -> None:

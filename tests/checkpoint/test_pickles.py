@@ -70,3 +70,59 @@ def test_tensors_that_are_not_plain_are_refused(kind: str, old: bool, tmp_path: 
 def test_a_small_view_of_fewer_numbers_is_read(tmp_path: Path) -> None:
     torch.save({"w": torch.ones(1).expand(5)}, tmp_path / "a.bin")
     assert torch.equal(to_torch(read_pickle(tmp_path / "a.bin")["w"]), torch.ones(5))
+
+
+def rewritten(source: Path, target: Path, change: Any) -> Path:
+    """The same archive, stored, with ``change`` of each record's name and bytes."""
+    with zipfile.ZipFile(source) as old, zipfile.ZipFile(target, "w") as new:
+        for name in old.namelist():
+            new.writestr(*change(name, old.read(name)))
+    return target
+
+
+@pytest.mark.parametrize("change", ["longer", "shorter", "swapped"])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float8_e4m3fn])
+def test_a_record_of_another_size_than_its_storage_is_refused(
+    change: str, dtype: torch.dtype, tmp_path: Path
+) -> None:
+    """As torch does where it reads the file, and does not where it maps it."""
+    torch.save({"a": torch.ones(8).to(dtype), "b": torch.ones(4).to(dtype)}, tmp_path / "a.pt")
+    others = {"data/0": "data/1", "data/1": "data/0"}
+
+    def changed(name: str, data: bytes) -> tuple[str, bytes]:
+        head, _, number = name.partition("data/")
+        if change == "swapped":
+            return head + others.get(f"data/{number}", name[len(head) :]), data
+        if number == "0":
+            data = data * 2 if change == "longer" else data[:4]
+        return name, data
+
+    path = rewritten(tmp_path / "a.pt", tmp_path / "b.pt", changed)
+    with pytest.raises(SurgeryError) as caught:
+        read_pickle(path)
+    assert caught.value.code == "bad-file"
+
+
+def test_an_ordinary_pickle_is_mapped_and_read_once(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Views, shared storages, parameters and a trainer's other things do not hinder it."""
+    whole = torch.arange(24.0).reshape(4, 6)
+    state = {"a": whole, "b": whole[1:, ::2], "c": torch.nn.Parameter(torch.ones(2)), "d": torch.zeros(0)}  # fmt: skip
+    beside = {"optimizer": {"state": [torch.ones(3), torch.Size([2])]}, "epoch": 3}
+    torch.save({"state_dict": state, **beside}, tmp_path / "a.ckpt")
+    maps, load = [], torch.load
+    monkeypatch.setattr(torch, "load", lambda *a, **k: maps.append(k["mmap"]) or load(*a, **k))
+    read = read_pickle(tmp_path / "a.ckpt")
+    assert maps == [True]
+    assert all(torch.equal(to_torch(read[key]), state[key]) for key in state)
+
+
+@pytest.mark.parametrize("more", [b"\0", b"x" * 3000, b"PK\5\6", b"PK\5\6" + bytes(17)])
+def test_bytes_after_the_archive_are_no_part_of_it(more: bytes, tmp_path: Path) -> None:
+    state = {"a": torch.arange(8.0), "b": torch.ones(3)}
+    torch.save(state, tmp_path / "a.pt")
+    (tmp_path / "b.pt").write_bytes((tmp_path / "a.pt").read_bytes() + more)
+    assert torch.load(tmp_path / "b.pt").keys() == state.keys()
+    read = read_pickle(tmp_path / "b.pt")
+    assert all(torch.equal(to_torch(read[key]), state[key]) for key in state)

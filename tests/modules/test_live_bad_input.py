@@ -23,6 +23,7 @@ from adaptsurgery import (
     SurgeryError,
     get_peft_model,
 )
+from adaptsurgery.modules.layer import AdaptedLayer
 
 
 def lora(**said: Any) -> LoraConfig:
@@ -331,3 +332,44 @@ def test_the_adapters_of_a_pipeline(folders: bool, tmp_path: Path) -> None:
     said = error.error.value
     assert "1 modules" in said.seen and ("folder" in said.next)
     assert folders or "convert" in said.next
+
+
+@pytest.mark.parametrize("fold", ["merge_adapter", "merge_and_unload"])
+@pytest.mark.parametrize("what", ["weight", "bias", "by a turn"])
+def test_an_overflow_is_refused_and_leaves_the_model_alone(fold: str, what: str) -> None:
+    """Whoever asks for PEFT's safe_merge or does not: infinity is not written."""
+    base = nn.Sequential(nn.Linear(4, 4), nn.Linear(4, 4)).half()
+    with torch.no_grad():
+        base[1].weight.fill_(6e4)
+    if what == "by a turn":
+        config: Any = HRAConfig(r=2, target_modules=["0", "1"], init_weights=False)
+    else:
+        config = lora(
+            r=2, target_modules=["0", "1"], init_lora_weights=False, lora_bias=what == "bias"
+        )
+    model = get_peft_model(base, config).eval()
+    layer: Any = model.base_model.model[1]
+    with torch.no_grad():
+        if what == "by a turn":
+            layer.hra_u.default.copy_(torch.tensor([[1.0, 1, -1, 1], [0, 1, 1, 0]]).t())
+        elif what == "bias":
+            layer.lora_A.default.weight.zero_()
+            layer.lora_B.default.bias.fill_(1e5)
+        else:
+            layer.lora_A.default.weight.fill_(200.0)
+            layer.lora_B.default.weight.fill_(200.0)
+    before = {k: v.clone() for k, v in model.state_dict().items()}
+    with refused("non-finite", "1"):
+        getattr(model.base_model, fold)()
+    now = model.state_dict()
+    assert now.keys() == before.keys() and all(torch.equal(now[k], before[k]) for k in before)
+
+
+def test_an_ordinary_fold_computes_each_weight_once(monkeypatch: pytest.MonkeyPatch) -> None:
+    model = get_peft_model(Mixed().half(), lora(init_lora_weights=False)).eval()
+    folds: list[Any] = []
+    merged = AdaptedLayer._merged
+    monkeypatch.setattr(AdaptedLayer, "_merged", lambda *a: folds.append(a) or merged(*a))
+    count = len(list(model.base_model.layers()))
+    model.merge_and_unload()
+    assert count and len(folds) == count

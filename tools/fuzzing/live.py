@@ -85,7 +85,7 @@ def weighs(model: nn.Module, wanted: Mapping[str, tuple[Array, float]]) -> None:
             if key in wanted:
                 want, size = wanted[key]
                 raw = oracle.Raw(_name(value.dtype), tuple(value.shape), _bytes(value))
-                oracle.off_by_more(raw, want, size, key)
+                oracle.off_by_more(raw, want, size, key, 2.0**-24)  # factors may be rewritten
 
 
 def _name(dtype: torch.dtype) -> str:

@@ -6,7 +6,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from functools import lru_cache
 from pathlib import Path
 from typing import Any
@@ -100,11 +100,20 @@ def array(tensor: Raw) -> Array:
 
 def finite_model(model: str, base: str) -> None:
     """No NaN and no infinity in what a merge wrote, but in tensors that have the base's bytes."""
-    copied = tensors_of(base)
     for key, tensor in tensors_of(model).items():
         finite = tensor.dtype not in UNITS or np.isfinite(array(tensor)).all()
-        if not finite and (key not in copied or copied[key].data != tensor.data):
+        if not finite and tensor.data not in _of_key(base, key):
             raise Wrong(f"what is not finite was written, in {_role(key)}")
+
+
+def _of_key(model: str, key: str) -> list[bytes]:
+    """The bytes under a key in those of a model's files that can be read."""
+    folder = Path(model).parent if model.endswith(".json") else model
+    held = []
+    for path in files_of(str(folder)):
+        with suppress(ValueError):
+            held += [t.data for k, t in unpack(path.read_bytes())[0].items() if k == key]
+    return held
 
 
 def _role(key: str) -> str:
@@ -172,7 +181,14 @@ def summed_rightly(sources: Parts, out: str, loss: float, base: str | None) -> N
         for name in total.keys() | found.keys():
             a, b = (d.get(name, np.zeros((0, 1))) for d in (total, found))
             size = max(len(a), len(b))
-            a, b = _padded(a, size), _padded(b, size)
+            if len(b) < size:  # a weight's change of zeros may be left out beside its bias's
+                short = np.zeros((size - len(b), 1))
+                b = min(
+                    np.concatenate([b, short]),
+                    np.concatenate([short, b]),
+                    key=lambda c: float(np.linalg.norm(a - c)),
+                )
+            a = _padded(a, size)
             scale = max(np.linalg.norm(w * c[name]) for c, w in _each(sources) if name in c)
             if not np.linalg.norm(a - b) <= (TOLERANCE + 1.01 * loss) * scale:
                 raise Wrong("the sum is off by more than is told")
@@ -242,12 +258,13 @@ def merged_rightly(out: str, base: str, adapters: Parts, sign: float) -> None:
             off_by_more(found[key], want, size, key)
 
 
-def off_by_more(tensor: Raw, want: Array, size: float, key: str) -> None:
+def off_by_more(tensor: Raw, want: Array, size: float, key: str, held: float = 0.0) -> None:
+    """Wrong where an element is off by more than its rounding; ``held`` is that of the factors."""
     unit, step, largest = UNITS[tensor.dtype]
     got = array(tensor)
     if not np.isfinite(got).all() or np.abs(want).max(initial=0) > largest * 1.01:
         raise Wrong("an overflow was written")
-    room = 1.01 * unit * np.abs(want) + step + min(4e-6, 64 * unit) * size
+    room = 1.01 * unit * np.abs(want) + step + min(4e-6, 64 * max(unit, held)) * size
     if not (np.abs(got - want) <= room).all():
         raise Wrong(f"a merged {_role(key)} is off by more than its rounding")
 

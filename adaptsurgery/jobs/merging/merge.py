@@ -14,7 +14,7 @@ from adaptsurgery.checkpoint.finite import Nonfinite
 from adaptsurgery.checkpoint.hub import resolve
 from adaptsurgery.checkpoint.system import local_path
 from adaptsurgery.checkpoint.watched import watching
-from adaptsurgery.jobs.inputs import check_part
+from adaptsurgery.jobs.inputs import check_part, open_base
 from adaptsurgery.jobs.merging.check import checkpoints_apart
 from adaptsurgery.jobs.merging.manifest import manifest_path
 from adaptsurgery.jobs.merging.plan import MergePlan, check_options
@@ -30,6 +30,7 @@ from adaptsurgery.jobs.merging.run import (
 from adaptsurgery.jobs.options import carried, check_numbers, collected
 from adaptsurgery.jobs.options.checkpoints import MergeOptions, UnmergeOptions
 from adaptsurgery_formats import AdapterState, Note
+from adaptsurgery_formats.errors import FileError
 from adaptsurgery_formats.traits import traits_of
 
 # The unit of rounding, 2^-(p-1), of what weights are stored in.
@@ -186,6 +187,14 @@ def _original(
     original = resolve(spec, kind="base")
     writes = [out] if plan.folder else [out, manifest_path(out, False)]
     keep_apart([original], writes, code="output-is-input")
+    held = {(f.component, key) for f in open_base(str(original)).files for key in f.tensors}
+    if held.isdisjoint((job.component, t.key) for job in plan.jobs for t in job.tensors):
+        raise FileError(
+            "it holds none of the output's tensors, and tells no distance",
+            where=spec,
+            next="--against the model that the merge was made of",
+            code="other-model",
+        )
     return original
 
 

@@ -28,7 +28,7 @@ from adaptsurgery.jobs.merging.quantised import Quantised, Scale, quantised_of
 from adaptsurgery.jobs.merging.recipe import MergeRecipe
 from adaptsurgery_formats import AdapterState, Note
 from adaptsurgery_formats.errors import FileError, ValueRefused, nearest, printable
-from adaptsurgery_formats.paths import check_below
+from adaptsurgery_formats.paths import check_below, check_text
 from adaptsurgery_formats.tensors import DTYPE_BITS, FLOAT_DTYPES, bytes_of
 
 VERSION = 1
@@ -182,6 +182,9 @@ def bad_plan(seen: str) -> FileError:
 
 def _check_numbers(plan: MergePlan) -> None:
     """Refuse jobs that write one file twice, and what counts beyond the plan's own lists."""
+    inputs = [*plan.files, *plan.beside, *(file for a in plan.adapters for file in a.files)]
+    for path in (plan.base, *(a.path for a in plan.adapters), *(given.path for given in inputs)):
+        check_text(path)
     names = [job.name for job in plan.jobs]
     if len(set(names)) < len(names) or not (names if plan.folder else len(names) == 1):
         raise bad_plan(f"{len(names)} jobs for {len(set(names))} files")

@@ -82,7 +82,10 @@ def find_targets(
     search.target = _wanted(modules, config, model_type, outputs)
     chosen = search.chosen()
     _check_kinds(chosen, modules, config)
-    ranks, alphas = search.by_pattern("rank_pattern", chosen), search.by_pattern("alpha_pattern", chosen)  # fmt: skip
+    ranks, alphas = (
+        search.by_pattern("rank_pattern", chosen),
+        search.by_pattern("alpha_pattern", chosen),
+    )
     alpha = config.common_alpha
     targets = tuple(
         Target(name, modules[name], ranks.get(name, config.r), alphas.get(name, alpha))

@@ -13,9 +13,9 @@ from adaptsurgery.adapters.loading import (
     AnyBase,
     AnyPath,
     Loaded,
-    load_state,
     names_of,
     parse_files,
+    read_adapter,
     read_files,
 )
 from adaptsurgery.adapters.report import Report
@@ -26,7 +26,7 @@ from adaptsurgery.checkpoint.watched import check_watched, watching
 from adaptsurgery_formats import AdapterState, ModuleState, Note
 from adaptsurgery_formats.errors import NameLookupError, nearest
 from adaptsurgery_formats.names import Names, names_of_modules
-from adaptsurgery_formats.resolve import resolve
+from adaptsurgery_formats.resolve import find_modules
 from adaptsurgery_formats.tensors import Tensor
 
 if TYPE_CHECKING:
@@ -70,7 +70,7 @@ class Adapter(Mapping[str, "Update"]):
         for key, update in updates.items():
             component, path = _placed(key, names)
             state.modules += modules_of(path, update, component)
-        state = resolve(state, names) if names else state
+        state = find_modules(state, names) if names else state
         return cls(Loaded(state, [], names, read, watched=watched))
 
     def __getitem__(self, path: str) -> Update:
@@ -172,7 +172,7 @@ class Adapter(Mapping[str, "Update"]):
         where a part of a fused layer cannot be said as a change of the whole.
         """
         names = names_of_modules(modules, "the model")
-        state = as_stored(resolve(self._loaded.state, names), names)
+        state = as_stored(find_modules(self._loaded.state, names), names)
         return Adapter(replace(self._loaded, state=state, names=names, base=None))
 
     def save(
@@ -231,4 +231,4 @@ def load(
     list itself: module path → its weight's shape), which flat names need unless a bundled table has them; ``layout`` overrules detection. Only
     headers are read until an update is asked for. Raises SurgeryError for whatever is wrong.
     """
-    return Adapter(load_state(path, base=base, layout=layout))
+    return Adapter(read_adapter(path, base=base, layout=layout))

@@ -102,10 +102,10 @@ def _adds_nothing(module: ModuleState) -> bool:
 
 def _by_place(modules: list[ModuleState]) -> dict[tuple[str, str], list[ModuleState]]:
     """The modules by component and path: a layer may have a low-rank part and a bias's."""
-    found: dict[tuple[str, str], list[ModuleState]] = {}
+    groups: dict[tuple[str, str], list[ModuleState]] = {}
     for module in modules:
-        found.setdefault((module.component, module.path), []).append(module)
-    return found
+        groups.setdefault((module.component, module.path), []).append(module)
+    return groups
 
 
 def _compare_saved(a: Loaded, b: Loaded) -> None:
@@ -252,13 +252,13 @@ def _bias_distance(
 def _bias(modules: list[ModuleState], loaded: Loaded) -> torch.Tensor | None:
     from adaptsurgery.core.update import Delta
 
-    found = None
+    total = None
     for module in modules:
         update = update_of(module, loaded.names, loaded.state.where).plain
         if isinstance(update, Delta) and (shift := update.bias_delta()) is not None:
             part = update.scale * shift.double()
-            found = part if found is None else found + part
-    return found
+            total = part if total is None else total + part
+    return total
 
 
 def verdict(rows: list[Row]) -> str:

@@ -28,9 +28,9 @@ from adaptsurgery_formats.files import META_OURS, META_PREFIX
 from adaptsurgery_formats.names import TABLES, Names, names_of_base, names_of_modules, table
 from adaptsurgery_formats.peft_config import MAX_CONFIG, parsed_config
 from adaptsurgery_formats.resolve import (
+    find_modules,
     refuse_twice,
     require_resolved,
-    resolve,
     resolve_by_tables,
 )
 from adaptsurgery_formats.tensors import FLOAT_DTYPES, Tensor, is_packed
@@ -70,7 +70,7 @@ class Loaded:
         return self.base.where if self.base is not None else None
 
 
-def load_state(
+def read_adapter(
     path: AnyPath | Sequence[AnyPath],
     *,
     base: AnyBase | None = None,
@@ -110,12 +110,12 @@ def _loaded(
     if base is not None or names is not None:
         loaded.names, loaded.base = names_of(base) if base is not None else (names, None)
         assert loaded.names is not None
-        loaded.state = resolve(state, loaded.names)
+        loaded.state = find_modules(state, loaded.names)
     elif any(m.naming in ("flat", "dotted") for m in state.modules):
         _look_up_in_tables(loaded, must=look_up)
     elif state.model in TABLES:
         loaded.names = table(state.model)
-        loaded.state = resolve(state, loaded.names)
+        loaded.state = find_modules(state, loaded.names)
     elif state.layout == "diffusers":
         _look_up_in_tables(loaded, must=False)
     return loaded
@@ -250,10 +250,10 @@ def _read_peft(folder: Path, component: str) -> AdapterFile:
     if not component.isprintable():  # it goes into names and metadata
         raise FileError("the folder's name is no plain text", where=str(folder), code="bad-name")
     config = read_config(folder / CONFIG)
-    found = [p for p in (folder / WEIGHTS, folder / "adapter_model.bin") if system.is_there(p)]
-    if not found:
+    paths = [p for p in (folder / WEIGHTS, folder / "adapter_model.bin") if system.is_there(p)]
+    if not paths:
         raise FileError(f"there is no {WEIGHTS} in it", where=str(folder), code="no-such-file")
-    file = _read_file(found[0], config)
+    file = _read_file(paths[0], config)
     file.component = component
     return file
 

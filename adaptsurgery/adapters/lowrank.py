@@ -11,14 +11,14 @@ from collections.abc import Iterable, Sequence
 from dataclasses import replace
 from typing import TYPE_CHECKING
 
-from adaptsurgery.adapters.loading import Loaded, load_state
+from adaptsurgery.adapters.loading import Loaded, read_adapter
 from adaptsurgery.adapters.report import some
-from adaptsurgery.adapters.rewritings import stored
+from adaptsurgery.adapters.rewritings import as_stored
 from adaptsurgery.adapters.updates import canonical_shape, update_of
 from adaptsurgery_formats import AdapterState, Format, ModuleState, Tensor
 from adaptsurgery_formats.errors import InexactError, LayoutError, NameLookupError, SurgeryError
 from adaptsurgery_formats.names import Component, Names, to_diffusers, to_native
-from adaptsurgery_formats.resolve import kohya_component, resolve
+from adaptsurgery_formats.resolve import find_modules, kohya_component
 from adaptsurgery_formats.state import ALPHA_OVER_R, delta_shape, kernel_of
 from adaptsurgery_formats.traits import traits_of
 
@@ -43,10 +43,10 @@ def load_together(
     ``to`` (None: the first one's). Raises what loading raises, NameLookupError where the adapters
     are of different models, LayoutError ("base-needed") where only a base can tell.
     """
-    loaded = [load_state(path, base=base, layout=layout, look_up=False) for path in paths]
-    found = [one for one in loaded if one.names is not None]
-    if found:
-        return _in_one_model(loaded, found)
+    loaded = [read_adapter(path, base=base, layout=layout, look_up=False) for path in paths]
+    candidates = [one for one in loaded if one.names is not None]
+    if candidates:
+        return _in_one_model(loaded, candidates)
     flat = [one for one in loaded if any(m.naming == "flat" for m in one.state.modules)]
     layouts = {one.state.layout for one in loaded}
     if flat and layouts == {to or loaded[0].state.layout}:
@@ -66,10 +66,10 @@ def load_together(
     return loaded
 
 
-def _in_one_model(loaded: list[Loaded], found: Sequence[Loaded]) -> list[Loaded]:
+def _in_one_model(loaded: list[Loaded], candidates: Sequence[Loaded]) -> list[Loaded]:
     """All of them in the first list of names that has every module."""
     trouble: SurgeryError | None = None
-    for candidate in found:
+    for candidate in candidates:
         assert candidate.names is not None
         try:
             placed = [_looked_up(one, candidate.names) for one in loaded]
@@ -78,12 +78,14 @@ def _in_one_model(loaded: list[Loaded], found: Sequence[Loaded]) -> list[Loaded]
             continue
         return [replace(one, base=candidate.base) for one in placed]
     assert trouble is not None
-    if len({one.names.model for one in found if one.names}) < 2:
+    if len({one.names.model for one in candidates if one.names}) < 2:
         raise trouble
     raise NameLookupError(
         "the adapters are for different models",
         where=loaded[0].state.where,
-        seen=", ".join(f"{one.paths[0].name}: {one.names.model}" for one in found if one.names),
+        seen=", ".join(
+            f"{one.paths[0].name}: {one.names.model}" for one in candidates if one.names
+        ),
         next="adapters of one model can be combined; --base MODEL if the guess is wrong",
         code="different-models",
     )
@@ -92,7 +94,7 @@ def _in_one_model(loaded: list[Loaded], found: Sequence[Loaded]) -> list[Loaded]
 def _looked_up(loaded: Loaded, names: Names) -> Loaded:
     if loaded.names is names:
         return loaded
-    return replace(loaded, names=names, state=resolve(loaded.state, names))
+    return replace(loaded, names=names, state=find_modules(loaded.state, names))
 
 
 def own_names(states: Iterable[AdapterState]) -> Names:
@@ -146,7 +148,7 @@ def _check_comparable(loaded: Sequence[Loaded]) -> None:
 def _one_within(mine: set[tuple[str, str]], theirs: set[tuple[str, str]]) -> bool:
     """Whether some name of one adapter is the tail of another's."""
     for few, many in ((mine, theirs), (theirs, mine)):
-        tails = {told[i + 1 :] for told in map(_told, many) for i, c in enumerate(told) if c == "."}
+        tails = {name[i + 1 :] for name in map(_told, many) for i, c in enumerate(name) if c == "."}
         if any(_told(place) in tails for place in few):
             return True
     return False
@@ -231,10 +233,10 @@ def in_place_of(module: ModuleState, lora: LoRA, like: Sequence[Tensor]) -> Modu
     """A float64 LoRA as a module in the place of another: its scale said by alpha, its factors
     ``stored`` as those they are ``like``."""
     flat = lora.flat()
-    tensors = {"up": stored(flat.up.double(), like), "down": stored(flat.down.double(), like)}
+    tensors = {"up": as_stored(flat.up.double(), like), "down": as_stored(flat.down.double(), like)}
     if flat.up_bias is not None:
         own = module.tensors.get("up_bias")
-        tensors["up_bias"] = stored(flat.up_bias.double(), [own] if own else like)
+        tensors["up_bias"] = as_stored(flat.up_bias.double(), [own] if own else like)
     return with_factors(module, tensors, flat.scale)
 
 
@@ -242,10 +244,15 @@ def with_factors(module: ModuleState, tensors: dict[str, Tensor], scale: float) 
     """A LoRA of these tensors in the place of a module; alpha says its scale."""
     rank = tensors["up"].shape[1]
     return replace(
-        module, algorithm="lora", tensors=tensors, alpha=scale * rank, rank=rank,
-        rule=ALPHA_OVER_R, options=prefix_of(module),
+        module,
+        algorithm="lora",
+        tensors=tensors,
+        alpha=scale * rank,
+        rank=rank,
+        rule=ALPHA_OVER_R,
+        options=prefix_of(module),
         kind=module.kind if module.algorithm == "lora" else "",
-    )  # fmt: skip
+    )
 
 
 def prefix_of(module: ModuleState) -> dict[str, object]:
@@ -298,7 +305,7 @@ def low_rank_update(module: ModuleState, names: Names | None, where: str) -> Low
     return update.cast(torch.float64)
 
 
-def norm_of(up: torch.Tensor, down: torch.Tensor) -> float:
+def product_norm(up: torch.Tensor, down: torch.Tensor) -> float:
     """‖up·down‖ of matrices (o, r), (r, n), from their triangles where r is the least of the three."""
     import torch
 
@@ -311,10 +318,10 @@ def norm_of(up: torch.Tensor, down: torch.Tensor) -> float:
 Scaled = tuple[float, "LoRA"]  # a coefficient in place of the LoRA's own scale
 
 
-def distance(terms: Sequence[Scaled], others: Sequence[Scaled]) -> tuple[float, float]:
+def terms_apart(terms: Sequence[Scaled], others: Sequence[Scaled]) -> tuple[float, float]:
     """‖Σ cΔ − Σ c'Δ'‖ and ‖Σ cΔ‖, in float64."""
-    apart = norm_of(*stacked([*terms, *((-c, lora) for c, lora in others)]))
-    return apart, norm_of(*stacked(terms))
+    apart = product_norm(*stacked([*terms, *((-c, lora) for c, lora in others)]))
+    return apart, product_norm(*stacked(terms))
 
 
 def stacked(terms: Sequence[Scaled]) -> tuple[torch.Tensor, torch.Tensor]:

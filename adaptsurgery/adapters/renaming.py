@@ -113,7 +113,7 @@ def _at_scale(module: ModuleState, scale: float) -> ModuleState:
 
 def _multiplied(state: AdapterState, levelled: Levelled) -> list[ModuleState]:
     """The ratios folded into the row factors, which keep their one dtype or all become float32."""
-    from adaptsurgery.adapters.rewritings import widened
+    from adaptsurgery.adapters.rewritings import wider_dtype
 
     modules = [module for module, _ in levelled]
     ratios = [ratio for _, ratio in levelled]
@@ -121,16 +121,16 @@ def _multiplied(state: AdapterState, levelled: Levelled) -> list[ModuleState]:
         modules = _slot_multiplied(modules, ratios, slot)
     for (old, _), new in zip(levelled, modules):
         if new is not old:
-            state.note("rewritten", new.label, fold_step(new) + widened(old, new))
+            state.note("rewritten", new.label, fold_step(new) + wider_dtype(old, new))
     return modules
 
 
 def _slot_multiplied(modules: Parts, ratios: Sequence[float], slot: str) -> list[ModuleState]:
-    from adaptsurgery.adapters.rewritings import stored
+    from adaptsurgery.adapters.rewritings import as_stored
     from adaptsurgery.checkpoint.bridge import to_torch
 
     def product(n: int, like: list[Tensor]) -> Tensor:
-        return stored(to_torch(modules[n].tensors[slot]).double() * ratios[n], like)
+        return as_stored(to_torch(modules[n].tensors[slot]).double() * ratios[n], like)
 
     own = {n: m.tensors[slot] for n, m in enumerate(modules) if slot in m.tensors}
     changed = {n: product(n, [t]) for n, t in own.items() if ratios[n] != 1}
@@ -151,14 +151,14 @@ Whole = frozenset[tuple[str, str]]  # native modules, by component and path, tha
 
 def uncut(state: AdapterState, names: Names | None) -> Whole:
     """The native modules of a state that cannot be cut into diffusers' (a fused LoKr)."""
-    found = set()
+    places = set()
     for module in state.modules:
         component = names.components.get(module.component) if names else None
         try:
             to_diffusers(module, component) if component else None
         except InexactError:
-            found.add((module.component, module.path))
-    return frozenset(found)
+            places.add((module.component, module.path))
+    return frozenset(places)
 
 
 def comparable(state: AdapterState, names: Names | None, whole: Whole) -> list[ModuleState]:

@@ -12,7 +12,7 @@ from typing import TYPE_CHECKING
 
 from adaptsurgery.adapters.updates import canonical_shape
 from adaptsurgery.checkpoint.bridge import dtype_name, from_torch, to_torch
-from adaptsurgery_formats import AdapterState, ModuleState, Step, Tensor
+from adaptsurgery_formats import AdapterState, ModuleState, Rewriting, Tensor
 from adaptsurgery_formats.errors import InexactError, ValueRefused
 from adaptsurgery_formats.files import FLATTEN_TUCKER, FOLD_MID, FOLD_SCALE, JOIN_W1, JOIN_W2
 from adaptsurgery_formats.names import Names
@@ -25,7 +25,7 @@ Kernel = tuple[int, ...]  # the weight's kernel dims, () of a Linear
 
 
 def carry_out(
-    state: AdapterState, steps: Sequence[Step], names: Names | None = None
+    state: AdapterState, steps: Sequence[Rewriting], names: Names | None = None
 ) -> AdapterState:
     """The state with each step done; a module may need several.
 
@@ -40,7 +40,7 @@ def carry_out(
         kernel = _kernel(module, names)
         for step_name in todo.get((module.component, module.path, module.algorithm), ()):
             before, module = module, _STEPS[step_name](module, kernel)
-            state.note("rewritten", module.label, step_name + widened(before, module))
+            state.note("rewritten", module.label, step_name + wider_dtype(before, module))
         modules.append(module)
     return replace(state, modules=modules)
 
@@ -50,7 +50,7 @@ def _kernel(module: ModuleState, names: Names | None) -> tuple[int, ...]:
     return shape[2:] if shape is not None else kernel_of(module) or ()
 
 
-def widened(before: ModuleState, after: ModuleState) -> str:
+def wider_dtype(before: ModuleState, after: ModuleState) -> str:
     """ " (F32)" where new tensors have a dtype that none of those they replace had, else ""."""
     old = {t.dtype for slot, t in before.tensors.items() if after.tensors.get(slot) is not t}
     new = {t.dtype for slot, t in after.tensors.items() if before.tensors.get(slot) is not t}
@@ -58,7 +58,7 @@ def widened(before: ModuleState, after: ModuleState) -> str:
     return f" ({grown})" if grown else ""
 
 
-def stored(tensor: torch.Tensor, like: Sequence[Tensor]) -> Tensor:
+def as_stored(tensor: torch.Tensor, like: Sequence[Tensor]) -> Tensor:
     """A float64 result as a lazy tensor: in the sources' dtype if that is exact, else float32."""
     import torch
 
@@ -96,7 +96,7 @@ def _fold_mid(module: ModuleState, kernel: Kernel) -> ModuleState:
     slots = _wide(module)
     flat = LoRA(**slots).flat()  # type: ignore[arg-type]
     sources = [module.tensors["mid"], module.tensors["down"]]
-    return module.with_tensors(mid=None, down=stored(flat.down, sources))
+    return module.with_tensors(mid=None, down=as_stored(flat.down, sources))
 
 
 def _flatten_tucker(module: ModuleState, kernel: Kernel) -> ModuleState:
@@ -113,7 +113,7 @@ def _flatten_tucker(module: ModuleState, kernel: Kernel) -> ModuleState:
     if module.algorithm == "loha":
         flat = LoHa(**slots).flat()  # type: ignore[arg-type]
         changes = {
-            f"w{half}_{side}": stored(
+            f"w{half}_{side}": as_stored(
                 getattr(flat, f"w{half}_{side}").flatten(1),
                 [t[f"w{half}_a"]] if side == "a" else [t[f"t{half}"], t[f"w{half}_b"]],
             )
@@ -126,8 +126,8 @@ def _flatten_tucker(module: ModuleState, kernel: Kernel) -> ModuleState:
     return _plain(
         module.with_tensors(
             t2=None,
-            w2_a=stored(bare.w2_a, [t["w2_a"]]),
-            w2_b=stored(bare.w2_b.flatten(1), [t["t2"], t["w2_b"]]),
+            w2_a=as_stored(bare.w2_a, [t["w2_a"]]),
+            w2_b=as_stored(bare.w2_b.flatten(1), [t["t2"], t["w2_b"]]),
         )
     )
 
@@ -139,7 +139,7 @@ def _plain(module: ModuleState) -> ModuleState:
 
 def _fold_scale(module: ModuleState, kernel: Kernel) -> ModuleState:
     w1 = module.tensors["w1"]
-    scaled = stored(to_torch(w1).double() * module.scale, [w1])
+    scaled = as_stored(to_torch(w1).double() * module.scale, [w1])
     rank = module.rank or 1
     one = replace(module, alpha=float(rank), rank=rank, rule=ALPHA_OVER_R)
     return one.with_tensors(w1=scaled)
@@ -147,7 +147,7 @@ def _fold_scale(module: ModuleState, kernel: Kernel) -> ModuleState:
 
 def _join_w1(module: ModuleState, kernel: Kernel) -> ModuleState:
     a, b = module.tensors["w1_a"], module.tensors["w1_b"]
-    whole = stored(to_torch(a).double() @ to_torch(b).double(), [a, b])
+    whole = as_stored(to_torch(a).double() @ to_torch(b).double(), [a, b])
     return module.with_tensors(w1_a=None, w1_b=None, w1=whole)
 
 
@@ -169,7 +169,7 @@ def _join_w2(module: ModuleState, kernel: Kernel) -> ModuleState:
     assert bare.w2_a is not None and bare.w2_b is not None
     product = bare.w2_a @ bare.w2_b.flatten(1)
     sources = [module.tensors[s] for s in ("w2_a", "w2_b", "t2") if s in module.tensors]
-    whole = stored(product.reshape(bare.w2_a.shape[0], -1, *kernel), sources)
+    whole = as_stored(product.reshape(bare.w2_a.shape[0], -1, *kernel), sources)
     return _plain(module.with_tensors(w2_a=None, w2_b=None, t2=None, w2=whole))
 
 

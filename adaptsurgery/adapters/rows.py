@@ -41,10 +41,20 @@ def as_stored(
 
 def in_one_form(states: Sequence[AdapterState], names: Names | None) -> list[AdapterState]:
     """The states with modules that meet on some rows as parts of different wholes at the stored ones."""
-    if names is None:
+    if names is None or not any(_is_part(m, names) for state in states for m in state.modules):
         return list(states)
     meeting = frozenset(_meeting(states, names))
     return [as_stored(s, names, meeting) if meeting else s for s in states]
+
+
+def _is_part(module: ModuleState, names: Names) -> bool:
+    """Whether a module of a base's own list is not one of the stored ones."""
+    component = names.components.get(module.component)
+    return (
+        component is not None
+        and bool(component.parameters)
+        and module.path not in component.modules
+    )
 
 
 def in_one_naming(states: Sequence[AdapterState]) -> list[AdapterState]:

@@ -24,7 +24,7 @@ from adaptsurgery_formats import WRITABLE, AdapterFile, AdapterState, Format
 from adaptsurgery_formats.errors import FileError, LayoutError
 from adaptsurgery_formats.metadata import sshs_hashes
 from adaptsurgery_formats.names import flatten
-from adaptsurgery_formats.resolve import resolve
+from adaptsurgery_formats.resolve import find_modules
 from adaptsurgery_formats.tensors import total_bytes
 
 # What an existing PEFT folder may hold and still be replaced.
@@ -112,7 +112,7 @@ def check_paths(
         raise FileError(
             "this layout is one safetensors file",
             where=str(out),
-            next=f"-o {out.with_suffix('.safetensors')}",
+            next=f"-o {out.with_suffix('.safetensors') if out.name else 'FILE.safetensors'}",
             code="bad-name",
         )
     check_output(out, overwrite=overwrite, directory=folder, replaceable=_OURS)
@@ -146,7 +146,7 @@ def _checked(
     """
     state = target.parse(files)
     if loaded.names is not None:
-        state = resolve(state, loaded.names)
+        state = find_modules(state, loaded.names)
     elif any(m.naming == "flat" for m in state.modules):
         state = _unflattened(state, changed)
     before = replace(loaded, state=changed)

@@ -18,7 +18,7 @@ from torch import Tensor
 
 from adaptsurgery.algorithms.full import Full
 from adaptsurgery.algorithms.lora import LoRA, Truncation, truncation
-from adaptsurgery.core.cost import Form
+from adaptsurgery.core.cost import ApplyForm
 from adaptsurgery.core.geometry import Layer
 from adaptsurgery.core.update import (
     Gates,
@@ -97,7 +97,7 @@ class DoRA(Renorm):
         self,
         x: Tensor,
         layer: Layer,
-        form: Form = "auto",
+        form: ApplyForm = "auto",
         gate: Gates = None,
         seen: Gates = None,
     ) -> Tensor:

@@ -18,7 +18,7 @@ import torch
 from torch import Tensor
 
 from adaptsurgery.algorithms.lora import Truncation, truncation
-from adaptsurgery.core.cost import Form, price
+from adaptsurgery.core.cost import ApplyForm, price
 from adaptsurgery.core.geometry import Layer
 from adaptsurgery.core.update import Delta, compute_dtype
 from adaptsurgery.nearest.lanczos import truncate
@@ -122,12 +122,12 @@ class Full(Difference):
     def bias_delta(self) -> Tensor | None:
         return self.diff_b
 
-    def delta(self, x: Tensor, layer: Layer, form: Form = "factored") -> Tensor:
+    def delta(self, x: Tensor, layer: Layer, form: ApplyForm = "factored") -> Tensor:
         if self.diff is None:
             return layer.forward(x, torch.zeros_like(layer.canonical()), None)
         return layer.forward(x, self.diff.to(layer.sample(x)), None)
 
-    def prices(self, positions: int, layer: Layer, training: bool) -> dict[Form, int]:
+    def prices(self, positions: int, layer: Layer, training: bool) -> dict[ApplyForm, int]:
         if self.diff is None:
             return {"folded": 0}
         o, n = self.extent
@@ -166,7 +166,7 @@ class Norm(Difference):
     def bias_delta(self) -> Tensor | None:
         return self.b_norm
 
-    def delta(self, x: Tensor, layer: Layer, form: Form = "factored") -> Tensor:
+    def delta(self, x: Tensor, layer: Layer, form: ApplyForm = "factored") -> Tensor:
         raise ValueRefused(
             "norm: a norm layer is no linear map of its input",
             next="fold the difference into its weight and bias",

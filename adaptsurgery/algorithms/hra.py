@@ -25,7 +25,7 @@ from torch import Tensor
 
 from adaptsurgery.algorithms.lora import LoRA
 from adaptsurgery.core.config import AdapterConfig, Shapes, kaiming_
-from adaptsurgery.core.cost import Form, folding, price
+from adaptsurgery.core.cost import ApplyForm, folding, price
 from adaptsurgery.core.exporting import plain_operations
 from adaptsurgery.core.geometry import Layer
 from adaptsurgery.core.update import Rotation, compute_dtype, tracked, widened
@@ -151,7 +151,7 @@ class HRA(Rotation):
         up = -(F.linear(down, wide).t() @ middle)
         return LoRA.of_factors(up, down, tuple(weight.shape))
 
-    def prices(self, positions: int, layer: Layer, training: bool) -> dict[Form, int]:
+    def prices(self, positions: int, layer: Layer, training: bool) -> dict[ApplyForm, int]:
         r, o, n = self.rank, layer.shape[0], self.size
         into = positions * layer.shape[1]
         factored = r * o * n + positions * r * (n + o)

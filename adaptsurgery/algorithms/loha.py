@@ -23,7 +23,7 @@ from torch import Tensor, nn
 
 from adaptsurgery.algorithms.lora import LoRA, Truncation
 from adaptsurgery.core.config import LycorisConfig, Shapes, kaiming_
-from adaptsurgery.core.cost import Form, price
+from adaptsurgery.core.cost import ApplyForm, price
 from adaptsurgery.core.geometry import Layer
 from adaptsurgery.core.update import Delta
 from adaptsurgery.nearest.goal import Fit, Goal, cut_down, difference, error_of, rank_for
@@ -115,7 +115,7 @@ class LoHa(Delta):
         down = (flat.w1_b.unsqueeze(1) * flat.w2_b).flatten(0, 1)
         return up, down
 
-    def delta(self, x: Tensor, layer: Layer, form: Form = "factored") -> Tensor:
+    def delta(self, x: Tensor, layer: Layer, form: ApplyForm = "factored") -> Tensor:
         """Δ·x by Khatri–Rao factors; "bilinear" (linear layers, few tokens) builds not even those:
 
         y[o] = Σ w1_a[o, p] M[p, q] w2_a[o, q] with M = w1_b·diag(x)·w2_bᵀ, one (r, r) a token.
@@ -127,10 +127,10 @@ class LoHa(Delta):
         up, down = ready.khatri_rao()
         return layer.low_rank(x, up, down.reshape(self.rank**2, *layer.shape[1:]))
 
-    def prices(self, positions: int, layer: Layer, training: bool) -> dict[Form, int]:
+    def prices(self, positions: int, layer: Layer, training: bool) -> dict[ApplyForm, int]:
         r, (o, n) = self.rank, self.extent
         factors = r * r * (o + n)
-        prices: dict[Form, int] = {
+        prices: dict[ApplyForm, int] = {
             "factored": price(factors * (1 + positions), 2 * factors + positions * (2 * r * r + o)),
             "folded": self.folding_price((2 * r + 1) * o * n, positions, training),
         }

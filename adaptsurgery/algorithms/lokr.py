@@ -24,14 +24,14 @@ from torch import Tensor, nn
 
 from adaptsurgery.algorithms.lora import LoRA, Truncation, truncation
 from adaptsurgery.core.config import LycorisConfig, Shapes, kaiming_
-from adaptsurgery.core.cost import Form, price
+from adaptsurgery.core.cost import ApplyForm, price
 from adaptsurgery.core.geometry import Layer
 from adaptsurgery.core.linalg import check_rank, factor_svd, split, tail_error
 from adaptsurgery.core.update import Delta, widest
 from adaptsurgery.nearest.goal import Fit, Goal, difference, error_of, norm_of, rank_for
 from adaptsurgery.nearest.kronecker import (
-    Cut,
-    LowRank,
+    CutMatrix,
+    LowRankCut,
     Tucker,
     Whole,
     leading_vector,
@@ -184,7 +184,7 @@ class LoKr(Delta):
         w1, w2 = self.outer().t().contiguous(), self.inner().t().contiguous()
         return LoKr(w1=w1, w2=w2, scale=self.scale)
 
-    def delta(self, x: Tensor, layer: Layer, form: Form = "factored") -> Tensor:
+    def delta(self, x: Tensor, layer: Layer, form: ApplyForm = "factored") -> Tensor:
         """x as (…, c, d): w2 along d, with the layer's geometry, and w1 along c; w1⊗w2 never built.
 
         Whichever of the two costs less goes first. Channels c go with the batch of a convolution.
@@ -230,7 +230,7 @@ class LoKr(Delta):
         after, before = c * inner + a * c * b, a * c * columns + a * inner
         return ("after", after, c * b) if after <= before else ("before", before, a * columns)
 
-    def prices(self, positions: int, layer: Layer, training: bool) -> dict[Form, int]:
+    def prices(self, positions: int, layer: Layer, training: bool) -> dict[ApplyForm, int]:
         o, n = self.extent
         _, products, between = self._mixing()
         return {
@@ -517,9 +517,9 @@ class _Search:
         if not self.size:
             return {name: self.delta.new_zeros(shape) for name, shape in shapes.items()}
         (a, b), (c, d) = self.storage.out, self.storage.into
-        cuts: tuple[Cut, Cut] = (
-            LowRank(rank) if "w1_a" in shapes else Whole(),
-            Tucker(rank) if "t2" in shapes else LowRank(rank) if "w2_a" in shapes else Whole(),
+        cuts: tuple[CutMatrix, CutMatrix] = (
+            LowRankCut(rank) if "w1_a" in shapes else Whole(),
+            Tucker(rank) if "t2" in shapes else LowRankCut(rank) if "w2_a" in shapes else Whole(),
         )
         sides = (a, c), (b, d, math.prod(self.delta.shape[2:]))
         product = nearest_product(self.rearranged, self.start, sides, cuts)

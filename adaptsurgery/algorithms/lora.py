@@ -19,7 +19,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from adaptsurgery.core.cost import Form
+from adaptsurgery.core.cost import ApplyForm
 from adaptsurgery.core.geometry import Layer
 from adaptsurgery.core.linalg import Approximation, split, truncate_factors
 from adaptsurgery.core.update import Delta, axis_norms
@@ -119,7 +119,7 @@ class LoRA(Delta):
     def bias_delta(self) -> Tensor | None:
         return self.up_bias
 
-    def delta(self, x: Tensor, layer: Layer, form: Form = "factored") -> Tensor:
+    def delta(self, x: Tensor, layer: Layer, form: ApplyForm = "factored") -> Tensor:
         """Two layers, down with the layer's geometry and up pointwise; three with a Tucker core."""
         ready = self.like(layer.sample(x))
         kernel = layer.shape[2:]

@@ -171,7 +171,7 @@ def _plain(name: str) -> str:
 
 def _folds(folder: Path) -> bool:
     """Whether a folder's file system takes names in another case for the same: tried on one in it."""
-    for path in (*_listed(folder), folder):
+    for path in (*_listed(folder), *([folder] if folder.name else [])):
         other = path.with_name(path.name.swapcase())
         if other.name != path.name:
             here = _identity(path)

@@ -172,7 +172,7 @@ def _locks_work(folder: Path) -> bool:
 
 def _settle(room: Path, target: Path) -> None:
     """End what a dead run began: of two steps that replace a folder, the second one is still to do."""
-    content, replaced = room / "content", read_json(room / _SWAP)
+    content, replaced = room / "content", read_record(room / _SWAP)
     if replaced and content.is_dir():
         with suppress(OSError):
             if os.path.lexists(target) and identity(target) == replaced:
@@ -182,7 +182,7 @@ def _settle(room: Path, target: Path) -> None:
     _remove_folder(room)
 
 
-def read_json(path: Path) -> dict[str, Any]:
+def read_record(path: Path) -> dict[str, Any]:
     """A small file's JSON object, empty where there is none."""
     try:
         data = json.loads(system.read_file(path, _RECORD_SIZE))
@@ -430,7 +430,7 @@ def record_path(target: Path) -> Path:
 
 def is_record(path: Path) -> bool:
     """Whether a file is what a merge tells of its output."""
-    return read_json(path).get("job") in _RECORD_JOBS
+    return read_record(path).get("job") in _RECORD_JOBS
 
 
 def _drop_record(target: Path) -> None:

@@ -116,8 +116,8 @@ class Base:
     @property
     def kinds(self) -> dict[str, str]:
         """Component → the model class its config names, where it names one."""
-        found = {c: _class_of(config) for c, config in self.configs.items()}
-        return {c: kind for c, kind in found.items() if kind}
+        classes = {c: _class_of(config) for c, config in self.configs.items()}
+        return {c: kind for c, kind in classes.items() if kind}
 
     def find(self, component: str, name: str) -> Located:
         """Where a parameter lies; raises NameLookupError with the nearest names if nowhere."""
@@ -233,8 +233,8 @@ def _read_pipeline(folder: Path) -> Base:
         place = folder / component
         if not place.is_dir() or not find_weights(os.listdir(place)):
             continue
-        found, named = _read_model(place, folder, component)
-        files += found
+        weights, named = _read_model(place, folder, component)
+        files += weights
         indexes += named
         if config := _config(place):
             configs[component] = config
@@ -292,27 +292,27 @@ _SHARD = re.compile(r"(.+)-(\d+)-of-(\d+)(\.safetensors|\.bin)")
 def _any_other(present: set[str], ending: str, where: str) -> str:
     """The one index, or the one weight file, of whatever name."""
     for group in (f"{ending}.index.json", ending):
-        found = sorted(n for n in present if n.endswith(group) and not _is_training_state(n))
-        shards = [s for s in map(_SHARD.fullmatch, found) if s and int(s[3]) > 1]
-        if shards and len(shards) == len(found):
+        names = sorted(n for n in present if n.endswith(group) and not _is_training_state(n))
+        shards = [s for s in map(_SHARD.fullmatch, names) if s and int(s[3]) > 1]
+        if shards and len(shards) == len(names):
             raise FileError(
                 "the folder holds shards, and no index that says what is in them",
                 where=where,
-                seen=", ".join(found[:5]),
+                seen=", ".join(names[:5]),
                 next=f"put `{shards[0][1]}{ending}.index.json` beside them: it comes from where they "
                 "do, or save_pretrained writes shards and index anew",
                 code="missing-index",
             )
-        if len(found) > 1:
+        if len(names) > 1:
             raise FileError(
                 "the folder holds several models",
                 where=where,
-                seen=", ".join(found[:5]),
+                seen=", ".join(names[:5]),
                 next="name the file itself",
                 code="ambiguous-weights",
             )
-        if found:
-            return found[0]
+        if names:
+            return names[0]
     return ""
 
 
@@ -379,9 +379,11 @@ def parse_index(index: Mapping[str, Any], where: Path) -> dict[str, set[str]]:
     for key, name in weight_map.items():
         if not isinstance(name, str):
             raise FileError(
-                f"the index names no file for `{key}`", where=str(where), seen=repr(name)[:80],
+                f"the index names no file for `{key}`",
+                where=str(where),
+                seen=repr(name)[:80],
                 code="bad-index",
-            )  # fmt: skip
+            )
         if name not in shards:
             check_name(name, str(where), UNTRUSTED)
         shards.setdefault(name, set()).add(key)
@@ -454,9 +456,9 @@ def _single_file_names(keys: Iterable[str]) -> dict[str, str]:
 
 
 def _refuse_adapter(tensors: Iterable[str], where: str) -> None:
-    found = next((key for key in tensors if _ADAPTER_KEY.search(key)), None)
-    if found:
-        raise _adapter_error(where, found)
+    adapter_key = next((key for key in tensors if _ADAPTER_KEY.search(key)), None)
+    if adapter_key:
+        raise _adapter_error(where, adapter_key)
 
 
 def _adapter_error(where: str, seen: str) -> FileError:

@@ -34,10 +34,10 @@ def torch_dtype(name: str) -> torch.dtype:
     """The torch dtype of a safetensors name; raises ValueRefused where this torch has none."""
     import torch
 
-    found = getattr(torch, DTYPES.get(name, ""), None)
-    if not isinstance(found, torch.dtype):
+    dtype = getattr(torch, DTYPES.get(name, ""), None)
+    if not isinstance(dtype, torch.dtype):
         raise ValueRefused(f"this torch has no dtype for {name}", code="unknown-dtype")
-    return found
+    return dtype
 
 
 def torch_device(name: str) -> torch.device:

@@ -31,7 +31,9 @@ _NAME = re.compile(r"(?!.*__import__)[^\W\d]\w*(\.\w+)*")
 _PLAIN = re.compile(r"[\w.:+ -]*")
 _INDEX = re.compile(r"[A-Za-z_]\d{7}")  # torch counts up to a symbol's number
 
-_OPERATOR = re.compile(r"torch\.ops\.([A-Za-z]\w*|_[A-Za-z]\w*)\.(\w+)\.([A-Za-z]\w*|_[A-Za-z]\w*)", re.ASCII)  # fmt: skip
+_OPERATOR = re.compile(
+    r"torch\.ops\.([A-Za-z]\w*|_[A-Za-z]\w*)\.(\w+)\.([A-Za-z]\w*|_[A-Za-z]\w*)", re.ASCII
+)
 # Operators that reach files, print, or are there for torch's own tests and tools.
 _OTHER_ENDS = ("debugprims", "profiler", "static_runtime", "_test", "_inductor_test")
 _FILES = ("aten.save", "aten.from_file", "prim.Print")
@@ -135,8 +137,8 @@ class _Walk:
         self.space = re.compile(r"[ \t\n\r]*").match
 
     def blank(self, at: int) -> int:
-        found = self.space(self.text, at)
-        return found.end() if found else at
+        match = self.space(self.text, at)
+        return match.end() if match else at
 
     def value(self, rule: Any, at: int) -> int:
         """Check the value that begins at ``at``; where it ends."""
@@ -364,7 +366,9 @@ def _tree(description: Description, node: Any) -> None:
 
 def _context(context: Any) -> None:
     """What a container says beside its members: keys, a class, a default."""
-    if isinstance(context, dict) and {"default_factory_module", "default_factory_name"} & set(context):  # fmt: skip
+    if isinstance(context, dict) and {"default_factory_module", "default_factory_name"} & set(
+        context
+    ):
         factory = f"{context.get('default_factory_module')}.{context.get('default_factory_name')}"
         if factory not in _FACTORIES:
             raise Unsafe(f"a default that is imported: {factory[:200]}")
@@ -393,16 +397,21 @@ def _keys(held: Any) -> None:
 def _member(held: dict[str, Any]) -> None:
     """A key that is a member of an enumeration, whose module must be imported already."""
     module, _, path = str(held.get("fqn")).partition(":")
-    found: Any = sys.modules.get(module)
+    kind: Any = sys.modules.get(module)
     for part in path.split("."):
-        found = getattr(found, part, None) if found is not None and part.isidentifier() else None
-    if not isinstance(found, type) or not issubclass(found, Enum):
+        kind = getattr(kind, part, None) if kind is not None and part.isidentifier() else None
+    if not isinstance(kind, type) or not issubclass(kind, Enum):
         raise Unsafe(f"a class that would be imported: {str(held.get('fqn'))[:200]}")
 
 
 # -- torch._export.serde.schema, of major version 8
 
-_SYMBOLIC = Fields({"expr_str": _formula, "hint": Fields({"as_int": _whole, "as_bool": _whole, "as_float": _number})})  # fmt: skip
+_SYMBOLIC = Fields(
+    {
+        "expr_str": _formula,
+        "hint": Fields({"as_int": _whole, "as_bool": _whole, "as_float": _number}),
+    }
+)
 _SIZE = Fields({"as_expr": _SYMBOLIC, "as_int": _whole, "as_float": _number, "as_bool": _whole})
 _DEVICE = Fields({"type": _name, "index": _whole})
 _META = Fields({
@@ -428,11 +437,16 @@ _ARGUMENT_RULES: dict[str, Any] = {
 }  # fmt: skip
 _ARGUMENT = Fields(_ARGUMENT_RULES)
 _ARGUMENT_RULES["as_string_to_argument"] = Named(_name, _ARGUMENT)
-_NODE = Fields({
-    "target": _operator, "name": _name, "is_hop_single_tensor_return": _whole,
-    "inputs": Each(Fields({"name": _name, "arg": _ARGUMENT, "kind": _whole})),
-    "outputs": Each(_ARGUMENT), "metadata": Named(_name, _text),
-})  # fmt: skip
+_NODE = Fields(
+    {
+        "target": _operator,
+        "name": _name,
+        "is_hop_single_tensor_return": _whole,
+        "inputs": Each(Fields({"name": _name, "arg": _ARGUMENT, "kind": _whole})),
+        "outputs": Each(_ARGUMENT),
+        "metadata": Named(_name, _text),
+    }
+)
 _GRAPH = Fields({
     "inputs": Each(_ARGUMENT), "outputs": Each(_ARGUMENT), "nodes": Each(_NODE),
     "tensor_values": Named(_name, _META), "sym_int_values": Named(_name, _SIZE),
@@ -440,24 +454,29 @@ _GRAPH = Fields({
     "custom_obj_values": Named(_name, _OBJECT), "is_single_tensor_return": _whole,
 })  # fmt: skip
 _VALUE = Fields({"as_none": _whole, "as_int": _whole, "as_float": _number, "as_string": _text, "as_bool": _whole})  # fmt: skip
-_INPUT = Fields({
-    "user_input": Fields({"arg": _ARGUMENT}),
-    "parameter": Fields({"arg": _TENSOR, "parameter_name": _path}),
-    "buffer": Fields({"arg": _TENSOR, "buffer_name": _path, "persistent": _whole}),
-    "tensor_constant": Fields({"arg": _TENSOR, "tensor_constant_name": _path}),
-    "custom_obj": Fields({"arg": _OBJECT, "custom_obj_name": _path}),
-    "token": Fields({"arg": _TENSOR}),
-    "constant_input": Fields({"name": _name, "value": _VALUE}),
-})  # fmt: skip
-_OUTPUT = Fields({
-    "user_output": Fields({"arg": _ARGUMENT}), "loss_output": Fields({"arg": _TENSOR}),
-    "buffer_mutation": Fields({"arg": _TENSOR, "buffer_name": _path}),
-    "parameter_mutation": Fields({"arg": _TENSOR, "parameter_name": _path}),
-    "gradient_to_parameter": Fields({"arg": _TENSOR, "parameter_name": _path}),
-    "gradient_to_user_input": Fields({"arg": _TENSOR, "user_input_name": _name}),
-    "user_input_mutation": Fields({"arg": _TENSOR, "user_input_name": _name}),
-    "token": Fields({"arg": _TENSOR}),
-})  # fmt: skip
+_INPUT = Fields(
+    {
+        "user_input": Fields({"arg": _ARGUMENT}),
+        "parameter": Fields({"arg": _TENSOR, "parameter_name": _path}),
+        "buffer": Fields({"arg": _TENSOR, "buffer_name": _path, "persistent": _whole}),
+        "tensor_constant": Fields({"arg": _TENSOR, "tensor_constant_name": _path}),
+        "custom_obj": Fields({"arg": _OBJECT, "custom_obj_name": _path}),
+        "token": Fields({"arg": _TENSOR}),
+        "constant_input": Fields({"name": _name, "value": _VALUE}),
+    }
+)
+_OUTPUT = Fields(
+    {
+        "user_output": Fields({"arg": _ARGUMENT}),
+        "loss_output": Fields({"arg": _TENSOR}),
+        "buffer_mutation": Fields({"arg": _TENSOR, "buffer_name": _path}),
+        "parameter_mutation": Fields({"arg": _TENSOR, "parameter_name": _path}),
+        "gradient_to_parameter": Fields({"arg": _TENSOR, "parameter_name": _path}),
+        "gradient_to_user_input": Fields({"arg": _TENSOR, "user_input_name": _name}),
+        "user_input_mutation": Fields({"arg": _TENSOR, "user_input_name": _name}),
+        "token": Fields({"arg": _TENSOR}),
+    }
+)
 _CALL = Fields({"fqn": _path, "signature": Fields({
     "inputs": Each(_ARGUMENT), "outputs": Each(_ARGUMENT), "in_spec": _inputs, "out_spec": _spec,
     "forward_arg_names": Each(_name),

@@ -41,7 +41,7 @@ _LARGE = frozenset(["math.factorial", "math.perm", "math.comb"])  # of a few dig
 _GUARD_METHODS = ("size", "stride", "storage_offset", "dim", "ndim", "numel")
 
 _SYMBOL = re.compile(r"[A-Za-z_]\w{0,63}", re.ASCII)
-_NUMBER = re.compile(r"[-+]?(\d{1,40}(\.\d{0,40})?|\.\d{1,40})(e[-+]?\d{1,3})?", re.ASCII)  # fmt: skip
+_NUMBER = re.compile(r"[-+]?(\d{1,40}(\.\d{0,40})?|\.\d{1,40})(e[-+]?\d{1,3})?", re.ASCII)
 _KEY = re.compile(r"[^\x00-\x1f\x7f\"'\\]{0,1000}")
 
 _ARITHMETIC = (

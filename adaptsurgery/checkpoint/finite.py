@@ -137,9 +137,9 @@ def find_nonfinite(tensor: Tensor) -> int | None:
     at = 0
     for part in whole_numbers(tensor):
         for block in _blocks(part):
-            found = first_nonfinite(tensor.dtype, block)
-            if found >= 0:
-                return (at + found) // width
+            index = first_nonfinite(tensor.dtype, block)
+            if index >= 0:
+                return (at + index) // width
             at += len(block)
     return None
 

@@ -38,7 +38,7 @@ from adaptsurgery_formats.errors import FileError, nearest
 from adaptsurgery_formats.paths import check_name, misnamed
 from adaptsurgery_formats.tensors import Tensor
 
-Kind = Literal["adapter", "base"]
+RepoKind = Literal["adapter", "base"]
 _T = TypeVar("_T")
 
 # stabilityai/stable-diffusion-xl-base-1.0@main:unet
@@ -62,7 +62,7 @@ class Spec:
         return f"{self.repo}{at}" + (f":{self.inner}" if self.inner else "")
 
 
-def resolve(spec: str, *, kind: Kind) -> Path:
+def resolve(spec: str, *, kind: RepoKind) -> Path:
     """The local path of what a spec names, fetched from the Hub if it is not a local path.
 
     Raises FileError: ``no-such-file`` (neither a path nor a Hub name), ``hub-offline``,
@@ -104,8 +104,8 @@ def base_headers(spec: str) -> Base:
 
 def parse_spec(spec: str) -> Spec:
     """A Hub name taken apart; raises FileError ``no-such-file``, ``path-escapes``, ``bad-name``."""
-    found = _SPEC.fullmatch(spec)
-    if not found or (not found["inner"] and spec.endswith(_WEIGHTS)):
+    match = _SPEC.fullmatch(spec)
+    if not match or (not match["inner"] and spec.endswith(_WEIGHTS)):
         error = missing_file(os.path.expanduser(spec))
         also = "a model on the Hub is named org/name[@revision][:file]"
         raise FileError(
@@ -114,11 +114,11 @@ def parse_spec(spec: str) -> Spec:
             next=f"{error.next}; {also}" if error.next else also,
             code=error.code,
         )
-    inner = (found["inner"] or "").strip("/")
+    inner = (match["inner"] or "").strip("/")
     for part in inner.split("/") if inner else ():
         check_name(part, spec)
-    _check_revision(found["revision"], spec)
-    return Spec(found["repo"], found["revision"], inner)
+    _check_revision(match["revision"], spec)
+    return Spec(match["repo"], match["revision"], inner)
 
 
 def _check_revision(revision: str | None, where: str) -> None:
@@ -139,7 +139,7 @@ def _check_revision(revision: str | None, where: str) -> None:
 
 
 def choose(
-    names: Iterable[str], kind: Kind, where: str, load: Callable[[str], dict[str, Any]]
+    names: Iterable[str], kind: RepoKind, where: str, load: Callable[[str], dict[str, Any]]
 ) -> list[str]:
     """The file names to fetch among a repository's, at the top and one folder down.
 
@@ -234,7 +234,7 @@ def _inside(names: Iterable[str], spec: Spec) -> list[str]:
     return [n.removeprefix(start) for n in names if n.startswith(start)]
 
 
-def _settle(root: Path, spec: Spec, kind: Kind, names: list[str]) -> Path:
+def _settle(root: Path, spec: Spec, kind: RepoKind, names: list[str]) -> Path:
     """The path to hand on: the folder, or the one file where an adapter is just a file."""
     folder = root / spec.inner if spec.inner else root
     if kind == "adapter":
@@ -256,14 +256,14 @@ def _cached_root(spec: Spec) -> Path | None:
     from huggingface_hub.errors import LocalEntryNotFoundError
 
     try:
-        found = snapshot_download(
+        folder = snapshot_download(
             spec.repo, revision=spec.revision, local_files_only=True, allow_patterns=["-"]
         )
     except (LocalEntryNotFoundError, ValueError):
         return None
     except OSError as error:
         raise _hub_error("the cache cannot be read", spec, error, "", "hub-failed") from error
-    return Path(found)
+    return Path(folder)
 
 
 def cached_path(spec: str) -> Path | None:
@@ -276,7 +276,7 @@ def cached_path(spec: str) -> Path | None:
     return root / named.inner if root is not None else None
 
 
-def _from_cache(spec: Spec, kind: Kind, one_file: bool, error: FileError) -> Path:
+def _from_cache(spec: Spec, kind: RepoKind, one_file: bool, error: FileError) -> Path:
     """What the cache has of a spec; raises the network's error where it has nothing."""
     root = _cached_root(spec)
     if root is None or not os.path.exists(root / spec.inner):
@@ -354,11 +354,11 @@ def _remote_header(spec: Spec, name: str, component: str) -> BaseFile:
 
     path = name if name == spec.inner else _join(spec.inner, name)
     with _said(spec, path):
-        found = HfApi().parse_safetensors_file_metadata(spec.repo, path, revision=spec.revision)
+        header = HfApi().parse_safetensors_file_metadata(spec.repo, path, revision=spec.revision)
     tensors = {
-        key: Tensor(str(info.dtype), tuple(info.shape), ()) for key, info in found.tensors.items()
+        key: Tensor(str(info.dtype), tuple(info.shape), ()) for key, info in header.tensors.items()
     }
-    return BaseFile(name, component, tensors, dict(found.metadata))
+    return BaseFile(name, component, tensors, dict(header.metadata))
 
 
 def _remote_names(spec: Spec) -> list[str]:
@@ -399,25 +399,37 @@ def _said(spec: Spec, file: str = "") -> Iterator[None]:
     except errors.GatedRepoError as error:
         raise _hub_error(
             "the Hub wants you to accept this model's terms first",
-            spec, error, f"open https://huggingface.co/{spec.repo}, then `hf auth login`", "hub-denied",
-        ) from error  # fmt: skip
+            spec,
+            error,
+            f"open https://huggingface.co/{spec.repo}, then `hf auth login`",
+            "hub-denied",
+        ) from error
     except errors.RevisionNotFoundError as error:
         raise _hub_error(
             f"the repository has no revision `{spec.revision}`",
-            spec, error, "name a branch, a tag or a full commit hash", "hub-not-found",
-        ) from error  # fmt: skip
+            spec,
+            error,
+            "name a branch, a tag or a full commit hash",
+            "hub-not-found",
+        ) from error
     except errors.RepositoryNotFoundError as error:
         raise _hub_error(
             "the Hub knows no such repository, or it is private",
-            spec, error, "check the name; for a private one, `hf auth login`", "hub-not-found",
-        ) from error  # fmt: skip
+            spec,
+            error,
+            "check the name; for a private one, `hf auth login`",
+            "hub-not-found",
+        ) from error
     except errors.LocalEntryNotFoundError as error:
         raise _not_cached(spec, _line(error)) from error
     except errors.EntryNotFoundError as error:
         raise _hub_error(
-            f"the repository has no file `{file}`", spec, error, _nearest_remote(spec, file),
+            f"the repository has no file `{file}`",
+            spec,
+            error,
+            _nearest_remote(spec, file),
             "hub-not-found",
-        ) from error  # fmt: skip
+        ) from error
     except errors.HFValidationError as error:
         raise _hub_error("this is no name on the Hub", spec, error, "", "no-such-file") from error
     except (errors.SafetensorsParsingError, errors.NotASafetensorsRepoError) as error:

@@ -36,17 +36,17 @@ def read_pickle(path: str | os.PathLike[str]) -> dict[str, Tensor]:
     tensors by name.
     """
     where = os.fspath(path)
-    found = _load(where)
-    if isinstance(found, dict) and isinstance(found.get("state_dict"), dict):
-        found = found["state_dict"]
-    if not isinstance(found, dict):
+    content = _load(where)
+    if isinstance(content, dict) and isinstance(content.get("state_dict"), dict):
+        content = content["state_dict"]
+    if not isinstance(content, dict):
         raise FileError(
             "the pickle holds no state dict",
             where=where,
-            seen=type(found).__name__,
+            seen=type(content).__name__,
             next="save model.state_dict() instead",
         )
-    return _tensors(found, where)
+    return _tensors(content, where)
 
 
 def _load(where: str) -> Any:
@@ -167,16 +167,16 @@ def _line(error: Exception) -> str:
     return kept[-1][:300] if kept else type(error).__name__
 
 
-def _tensors(found: dict[Any, Any], where: str) -> dict[str, Tensor]:
+def _tensors(state: dict[Any, Any], where: str) -> dict[str, Tensor]:
     import torch
 
     from adaptsurgery.checkpoint.bridge import from_torch
 
     alien = [
-        f"`{k}` ({type(v).__name__})" for k, v in found.items() if not isinstance(v, torch.Tensor)
+        f"`{k}` ({type(v).__name__})" for k, v in state.items() if not isinstance(v, torch.Tensor)
     ]
-    alien += [f"`{k}` (a {type(k).__name__} as a name)" for k in found if not isinstance(k, str)]
-    if alien or not found:
+    alien += [f"`{k}` (a {type(k).__name__} as a name)" for k in state if not isinstance(k, str)]
+    if alien or not state:
         raise FileError(
             "the pickle holds other things than tensors" if alien else "the pickle is empty",
             where=where,
@@ -184,7 +184,7 @@ def _tensors(found: dict[Any, Any], where: str) -> dict[str, Tensor]:
             next="save a state dict: names and tensors, nothing else",
         )
     tensors: dict[str, Tensor] = {}
-    for key, value in found.items():
+    for key, value in state.items():
         try:
             _check_memory(value)
             tensors[key] = from_torch(value, where)

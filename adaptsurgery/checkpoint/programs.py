@@ -43,15 +43,19 @@ _EMPTY = 256 << 20  # bytes of tensors whose record is smaller: expanded, or wit
 
 _MODEL, _SAMPLES = "models/model.json", "data/sample_inputs/model.pt"
 _WEIGHTS, _CONSTANTS = "data/weights/", "data/constants/"
-_CONFIGS = {_WEIGHTS: f"{_WEIGHTS}model_weights_config.json",
-            _CONSTANTS: f"{_CONSTANTS}model_constants_config.json"}  # fmt: skip
+_CONFIGS = {
+    _WEIGHTS: f"{_WEIGHTS}model_weights_config.json",
+    _CONSTANTS: f"{_CONSTANTS}model_constants_config.json",
+}
 _PLAIN_RECORDS = re.compile(
     r"models/model\.json|data/sample_inputs/model\.pt|data/weights/weight_\d+"
     r"|data/constants/tensor_\d+|data/weights/model_weights_config\.json"
     r"|data/constants/model_constants_config\.json|archive_format|archive_version|byteorder"
     r"|\.data/version|version|\.data/serialization_id|extra/[^\x00-\x1f\\]+"
 )
-_PICKLED_RECORDS = re.compile(r".*/data/?\d*|.*/(data\.pkl|\.?format_version|\.storage_alignment|byteorder|version|\.data/\w+)")  # fmt: skip
+_PICKLED_RECORDS = re.compile(
+    r".*/data/?\d*|.*/(data\.pkl|\.?format_version|\.storage_alignment|byteorder|version|\.data/\w+)"
+)
 _OWN = "rewrite(…, trust=True), or --trust, if the file is your own"
 _AGAIN = f"ask for a program that torch.export.save of a current torch wrote; {_OWN}"
 
@@ -192,7 +196,10 @@ class _Program:
 
     def check_version(self, text: str) -> None:
         """A program of a newer torch is named as one, whatever else it holds."""
-        versions = re.findall(r'"schema_version"\s*:\s*\{\s*"major"\s*:\s*(\d{1,9})\s*,\s*"minor"\s*:\s*(\d{1,9})', text[-(1 << 20) :])  # fmt: skip
+        versions = re.findall(
+            r'"schema_version"\s*:\s*\{\s*"major"\s*:\s*(\d{1,9})\s*,\s*"minor"\s*:\s*(\d{1,9})',
+            text[-(1 << 20) :],
+        )
         if not versions or int(versions[-1][0]) <= self.newest:
             return
         made = re.findall(r'"torch_version"\s*:\s*"([\w.+-]{1,60})"', text[-(1 << 20) :])
@@ -222,9 +229,11 @@ class _Program:
         path, record = value.get("path_name"), None
         if isinstance(path, str):
             record = self.records.get(folder + path)
-        if value.get("use_pickle") is not False or not isinstance(path, str) or not path.startswith(
-            ("weight_", "tensor_")
-        ):  # fmt: skip
+        if (
+            value.get("use_pickle") is not False
+            or not isinstance(path, str)
+            or not path.startswith(("weight_", "tensor_"))
+        ):
             raise self.pickled(f"`{folder}{str(path)[:100]}`")
         meta = value.get("tensor_meta")
         if record is None or not isinstance(meta, dict) or type(value.get("is_param")) is not bool:
@@ -300,7 +309,9 @@ class _Program:
         )
 
     def ambiguous(self, what: str, name: str) -> FileError:
-        return FileError(what, where=self.where, seen=f"`{name[:200]}`", next=_AGAIN, code="ambiguous-archive")  # fmt: skip
+        return FileError(
+            what, where=self.where, seen=f"`{name[:200]}`", next=_AGAIN, code="ambiguous-archive"
+        )
 
     def absurd(self, seen: str) -> FileError:
         return FileError(

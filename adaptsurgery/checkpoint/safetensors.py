@@ -59,12 +59,12 @@ def _pread(fd: int, count: int, offset: int, where: str) -> bytes:
     return data
 
 
-def cut_short(where: str, wanted: int, found: int) -> FileError:
+def cut_short(where: str, wanted: int, size: int) -> FileError:
     """The error for a file that ends before its tensors do."""
     return FileError(
         "the file ends too early",
         where=where,
-        seen=f"{found} bytes of at least {wanted}",
+        seen=f"{size} bytes of at least {wanted}",
         next="the download or copy was cut; fetch it again",
         code="truncated-file",
     )

@@ -182,11 +182,11 @@ class _Plan:
 
     def norms(self) -> dict[str, Norms]:
         """The norms of every tensor, summed in the order of its bytes: the same in every run."""
-        found: dict[str, Norms] = {}
+        totals: dict[str, Norms] = {}
         for _, key, norms in sorted(self.pieces, key=lambda piece: piece[0]):
-            sums = found.setdefault(key, type(norms)())
+            sums = totals.setdefault(key, type(norms)())
             sums += norms
-        return found
+        return totals
 
     def jobs(self, entries: Mapping[str, Entry], at: int) -> Iterator[Job]:
         """One job a piece; adjacent bytes that only move are one run, whoever they belong to."""

@@ -236,9 +236,9 @@ class _Behind:
 
     def buffer(self, size: int) -> bytearray:
         while self.free:
-            found = self.free.pop()
-            if len(found) == size:
-                return found
+            block = self.free.pop()
+            if len(block) == size:
+                return block
         return bytearray(size)
 
     def write(self, block: bytes | bytearray) -> None:

@@ -19,7 +19,13 @@ from typing import IO, Any, NoReturn
 import click
 
 from adaptsurgery import __version__
-from adaptsurgery.cli.output import Session, forget_landed, interrupted, printable_lines, say
+from adaptsurgery.cli.output import (
+    CommandLine,
+    forget_landed,
+    interrupted,
+    printable_lines,
+    say,
+)
 
 FAILED, INTERRUPTED = 1, 130
 # A command's name → where it lives; its function is called ``command``.
@@ -46,8 +52,8 @@ class _Commands(click.Group):
     def get_command(self, ctx: click.Context, cmd_name: str) -> click.Command | None:
         if cmd_name not in COMMANDS:
             return None
-        found: click.Command = importlib.import_module(COMMANDS[cmd_name]).command
-        return found
+        command: click.Command = importlib.import_module(COMMANDS[cmd_name]).command
+        return command
 
     def resolve_command(
         self, ctx: click.Context, args: list[str]
@@ -109,7 +115,7 @@ def run(args: Sequence[str] | None = None) -> int:
 
 
 def _guarded(args: list[str] | None) -> int:
-    session = Session()
+    session = CommandLine()
     streams = sys.stdout, sys.stderr
     try:
         result = group.main(args, "adaptsurgery", standalone_mode=False, obj=session)
@@ -155,9 +161,12 @@ def _plain_ascii(name: str) -> codecs.CodecInfo | None:
         return None
     ascii = codecs.lookup("ascii")
     return codecs.CodecInfo(
-        ascii.encode, ascii.decode, name=_PLAIN,
-        incrementalencoder=ascii.incrementalencoder, incrementaldecoder=ascii.incrementaldecoder,
-    )  # fmt: skip
+        ascii.encode,
+        ascii.decode,
+        name=_PLAIN,
+        incrementalencoder=ascii.incrementalencoder,
+        incrementaldecoder=ascii.incrementaldecoder,
+    )
 
 
 codecs.register(_plain_ascii)

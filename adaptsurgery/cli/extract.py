@@ -49,8 +49,8 @@ def _print(report: Report, out: str) -> None:
     if facts.get("norm"):
         moved = facts["norm"] / facts["weight"] if facts["weight"] else 0.0
         output.line("change", f"‖D‖ is {moved:.2%} of ‖W‖")
-    for name, told in facts.get("by_algorithm", {}).items():
-        text = f"error {told['error']:.3g} with {told['parameters']:,} parameters"
+    for name, row in facts.get("by_algorithm", {}).items():
+        text = f"error {row['error']:.3g} with {row['parameters']:,} parameters"
         output.line(name, text)
     for note in report.notes:
         output.note(note.code, note.where, note.text)

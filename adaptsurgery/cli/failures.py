@@ -10,21 +10,21 @@ from __future__ import annotations
 import os
 from contextlib import suppress
 
-from adaptsurgery.cli.output import Session, paint, print_json, printable, say
+from adaptsurgery.cli.output import CommandLine, paint, print_json, printable, say
 from adaptsurgery_formats.errors import SurgeryError
 
 FAILED = 1
 _SHOWN = 40  # of the things that an error lists
 
 
-def report(error: Exception, session: Session) -> int:
+def report(error: Exception, session: CommandLine) -> int:
     """Tell an error on stderr, and on stdout too where JSON was asked for; returns the exit code."""
-    told = error if isinstance(error, SurgeryError) else _unexpected(error)
+    failure = error if isinstance(error, SurgeryError) else _unexpected(error)
     if session.json:
         with suppress(OSError):  # a full disk behind stdout, which may be the error itself
-            print_json({"ok": False, "error": told.as_dict()})
-    say(text(told))
-    if told is not error and os.environ.get("ADAPTSURGERY_DEBUG"):
+            print_json({"ok": False, "error": failure.as_dict()})
+    say(text(failure))
+    if failure is not error and os.environ.get("ADAPTSURGERY_DEBUG"):
         import traceback
 
         say("".join(traceback.format_exception(error)).rstrip())

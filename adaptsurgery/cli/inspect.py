@@ -39,64 +39,64 @@ def command(path: str, base: str | None, hashes: bool, as_json: bool) -> None:
     """
     from adaptsurgery.jobs.inspect import inspect
 
-    found = inspect(path, base=base, hashes=hashes)
+    inspection = inspect(path, base=base, hashes=hashes)
     if as_json:
-        output.print_json({"ok": True, **found.as_dict()})
+        output.print_json({"ok": True, **inspection.as_dict()})
     else:
-        _print(found)
+        _print(inspection)
 
 
-def _print(found: Inspection) -> None:
-    click.echo(output.paint(output.printable(found.path), "white", bold=True))
-    output.line("layout", f"{found.layout['title']}, by {found.layout['known_by']}")
-    output.line("", f"such as `{found.layout['example']}`")
-    output.line("model", _model(found))
-    output.line("modules", _modules(found))
-    output.line("algorithm", _algorithms(found))
-    if found.ranks:
-        output.line("rank", _counts(found.ranks))
-    if found.alphas:
-        output.line("alpha", _counts(found.alphas))
-    for entry in found.scales[:_MANY]:
+def _print(inspection: Inspection) -> None:
+    click.echo(output.paint(output.printable(inspection.path), "white", bold=True))
+    output.line("layout", f"{inspection.layout['title']}, by {inspection.layout['known_by']}")
+    output.line("", f"such as `{inspection.layout['example']}`")
+    output.line("model", _model(inspection))
+    output.line("modules", _modules(inspection))
+    output.line("algorithm", _algorithms(inspection))
+    if inspection.ranks:
+        output.line("rank", _counts(inspection.ranks))
+    if inspection.alphas:
+        output.line("alpha", _counts(inspection.alphas))
+    for entry in inspection.scales[:_MANY]:
         output.line("scale", _scale(entry))
-    if len(found.scales) > _MANY:
-        output.line("", f"… and {len(found.scales) - _MANY} more; --json lists all")
-    output.line("targets", _counts(found.targets))
-    if found.saved:
-        output.line("replaced", ", ".join(s["name"] for s in found.saved[:_MANY]))
-    output.line("dtypes", _counts(found.dtypes))
-    output.line("size", _size(found))
-    _print_hashes(found.hashes)
-    for target, answer in found.convertible.items():
+    if len(inspection.scales) > _MANY:
+        output.line("", f"… and {len(inspection.scales) - _MANY} more; --json lists all")
+    output.line("targets", _counts(inspection.targets))
+    if inspection.saved:
+        output.line("replaced", ", ".join(s["name"] for s in inspection.saved[:_MANY]))
+    output.line("dtypes", _counts(inspection.dtypes))
+    output.line("size", _size(inspection))
+    _print_hashes(inspection.hashes)
+    for target, answer in inspection.convertible.items():
         output.line(f"to {target}", _convertible(answer))
-    for label, verdict in zip(_labels("read by"), found.readers.values()):
+    for label, verdict in zip(_labels("read by"), inspection.readers.values()):
         output.line(label, _reader(verdict))
-    for key, value in found.metadata.items():
+    for key, value in inspection.metadata.items():
         output.line("metadata", f"{key} = {_shortened(value)}")
-    for note in found.notes:
+    for note in inspection.notes:
         output.note(note["code"], note["where"], note["text"])
 
 
-def _model(found: Inspection) -> str:
-    if found.model:
-        return f"{found.model['name'] or 'its own'}, by {found.model['source']}"
-    if any(m["naming"] == "flat" for m in found.modules):
+def _model(inspection: Inspection) -> str:
+    if inspection.model:
+        return f"{inspection.model['name'] or 'its own'}, by {inspection.model['source']}"
+    if any(m["naming"] == "flat" for m in inspection.modules):
         return "in no bundled list; --base MODEL tells the flat names apart"
     return "names as they stand in the file"
 
 
-def _modules(found: Inspection) -> str:
-    if len(found.components) == 1:
-        (name,) = found.components
-        return f"{len(found.modules)} of {name}" if name else str(len(found.modules))
-    parts = ", ".join(f"{name or '?'} {count}" for name, count in found.components.items())
-    return f"{len(found.modules)}: {parts}"
+def _modules(inspection: Inspection) -> str:
+    if len(inspection.components) == 1:
+        (name,) = inspection.components
+        return f"{len(inspection.modules)} of {name}" if name else str(len(inspection.modules))
+    parts = ", ".join(f"{name or '?'} {count}" for name, count in inspection.components.items())
+    return f"{len(inspection.modules)}: {parts}"
 
 
-def _algorithms(found: Inspection) -> str:
-    parts = [_counts(found.algorithms)]
-    parts += [f"DoRA by {axis}put ({count})" for axis, count in found.dora.items()]
-    parts += [f"tucker ({found.tucker})"] if found.tucker else []
+def _algorithms(inspection: Inspection) -> str:
+    parts = [_counts(inspection.algorithms)]
+    parts += [f"DoRA by {axis}put ({count})" for axis, count in inspection.dora.items()]
+    parts += [f"tucker ({inspection.tucker})"] if inspection.tucker else []
     return ", ".join(parts)
 
 
@@ -121,9 +121,9 @@ def _scale(entry: Mapping[str, Any]) -> str:
     return f"{scale:g} = {rule} = {numbers} ({count})"
 
 
-def _size(found: Inspection) -> str:
-    count = f"{found.parameters:,} parameters"
-    return f"{output.size(found.bytes)} in {found.tensors} tensors, {count}"
+def _size(inspection: Inspection) -> str:
+    count = f"{inspection.parameters:,} parameters"
+    return f"{output.size(inspection.bytes)} in {inspection.tensors} tensors, {count}"
 
 
 def _print_hashes(hashes: Mapping[str, Any]) -> None:

@@ -32,9 +32,9 @@ def of(options: type) -> Callable[[_F], _F]:
 
 def _option(spec: Field[Any]) -> Callable[[_F], _F]:
     """One field as a click option; its annotation tells the kind of value."""
-    said, kind = spec.metadata, str(spec.type).removesuffix(" | None")
-    given: dict[str, Any] = {"help": said["help"] or None, "default": spec.default}
-    flag = said["flag"] or "--" + spec.name.replace("_", "-")
+    metadata, kind = spec.metadata, str(spec.type).removesuffix(" | None")
+    given: dict[str, Any] = {"help": metadata["help"] or None, "default": spec.default}
+    flag = metadata["flag"] or "--" + spec.name.replace("_", "-")
     if kind == "bool":
         negative = flag.startswith("--no-")
         if spec.default and not negative:
@@ -44,18 +44,21 @@ def _option(spec: Field[Any]) -> Callable[[_F], _F]:
         else:
             given["is_flag"] = True
     else:
-        given |= {"type": _type(kind, said), "metavar": said.get("metavar")}
-        given |= {"show_default": said.get("shown", False), **_FORMS.get(said.get("form", ""), {})}
+        given |= {"type": _type(kind, metadata), "metavar": metadata.get("metavar")}
+        given |= {
+            "show_default": metadata.get("shown", False),
+            **_FORMS.get(metadata.get("form", ""), {}),
+        }
     return click.option(flag, spec.name, **given)
 
 
-def _type(kind: str, said: Any) -> Any:
+def _type(kind: str, metadata: Any) -> Any:
     """The click type of a field that is no flag."""
-    if "choices" in said:
-        return Choice(said["choices"])
-    if kind == "int" and "least" in said and "form" not in said:
-        return click.IntRange(said["least"], said.get("most"))
-    return {"int": int, "float": float}.get(kind if "form" not in said else "", str)
+    if "choices" in metadata:
+        return Choice(metadata["choices"])
+    if kind == "int" and "least" in metadata and "form" not in metadata:
+        return click.IntRange(metadata["least"], metadata.get("most"))
+    return {"int": int, "float": float}.get(kind if "form" not in metadata else "", str)
 
 
 class Choice(click.Choice[str]):

@@ -21,7 +21,7 @@ _SHOWN = 10  # rows in the text; --json has them all
 INTERRUPTED = 130
 
 
-class Session:
+class CommandLine:
     """What the handling of errors has to know of the command line."""
 
     json = False
@@ -61,13 +61,17 @@ def json_option(command: _F) -> _F:
     """--json, remembered for errors too, wherever on the command line it stands."""
 
     def remember(ctx: click.Context, _: click.Parameter, value: bool) -> bool:
-        ctx.ensure_object(Session).json = value
+        ctx.ensure_object(CommandLine).json = value
         return value
 
     option = click.option(
-        "--json", "as_json", is_flag=True, callback=remember, is_eager=True,
+        "--json",
+        "as_json",
+        is_flag=True,
+        callback=remember,
+        is_eager=True,
         help="Print one JSON object on stdout, with every module.",
-    )  # fmt: skip
+    )
     return option(command)
 
 
@@ -120,9 +124,9 @@ def note(code: str, where: str, text: str) -> None:
     click.echo(f"{paint(f'note[{code}]', 'yellow')}: {at}{printable(text)}")
 
 
-def rows(found: Iterable[Row]) -> None:
+def rows(modules: Iterable[Row]) -> None:
     """The modules whose ΔW moved, the farthest first, and at most ten of them."""
-    moved = sorted((r for r in found if r.change != "identical"), key=lambda r: -r.error)
+    moved = sorted((r for r in modules if r.change != "identical"), key=lambda r: -r.error)
     for row in moved[:_SHOWN]:
         detail = f"  {row.detail}" if row.detail else ""
         error = f"{row.error:.2g}"

@@ -13,9 +13,7 @@ from adaptsurgery.cli import output
 if TYPE_CHECKING:
     from adaptsurgery.adapters.report import Report
 
-_HEADS = (
-    "adapter", "rank", "numbers", "file", "loss", "‖ΔW‖/‖W‖", "around", "ΔW off", "as LoRA"
-)  # fmt: skip
+_HEADS = ("adapter", "rank", "numbers", "file", "loss", "‖ΔW‖/‖W‖", "around", "ΔW off", "as LoRA")
 
 
 @click.command()
@@ -107,10 +105,11 @@ def _cells(adapter: dict[str, Any]) -> tuple[str, ...]:
         output.size(adapter["bytes"]),
         "" if before is None else f"{before:.2f} → {after:.2f}",
         f"{adapter['moved']:.1%}",
-        ("identical" if same else "CHANGED") + ("" if adapter["algorithm"] != "hra" else " as LoRA"),
+        ("identical" if same else "CHANGED")
+        + ("" if adapter["algorithm"] != "hra" else " as LoRA"),
         f"{adapter['error']:.1g}",
         f"rank {'/'.join(map(str, ranks))}, off {adapter['lora_error']:.1g}" if ranks else "",
-    )  # fmt: skip
+    )
 
 
 def _print_next(report: Report, base: str | None) -> None:
@@ -124,8 +123,17 @@ def _print_next(report: Report, base: str | None) -> None:
     commands = [
         ["inspect", home + "loha"],
         ["verify", home + "loha", home + "loha-kohya.safetensors", "--base", model],
-        ["convert", home + "lokr", "--to", "lycoris", "-o", home + "mine.safetensors", "--base", model],
-    ]  # fmt: skip
+        [
+            "convert",
+            home + "lokr",
+            "--to",
+            "lycoris",
+            "-o",
+            home + "mine.safetensors",
+            "--base",
+            model,
+        ],
+    ]
     click.echo(f"The files are in {output.printable(home)}; to go on:")
     for words in commands:
         click.echo(f"  adaptsurgery {output.printable(shlex.join(words))}")

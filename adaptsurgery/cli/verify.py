@@ -103,8 +103,8 @@ def _check_usage(
 
 def _tell(report: Report, error: SurgeryError | None, as_json: bool) -> None:
     if as_json:
-        told = {} if error is None else {"error": error.as_dict()}
-        output.print_json({"ok": error is None, **told, **report.as_dict()})
+        failure = {} if error is None else {"error": error.as_dict()}
+        output.print_json({"ok": error is None, **failure, **report.as_dict()})
         return
     for note in report.notes:
         output.note(note.code, note.where, note.text)

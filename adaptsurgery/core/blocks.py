@@ -46,7 +46,7 @@ FEW = 4 * 1024  # numbers that are looked at together for one that moves
 
 
 @dataclass(frozen=True, eq=False)
-class Place:
+class Placed:
     """An update, its weight, and what it covers of a stored tensor.
 
     ``rows`` are outputs [a, b) of the tensor (a query within a fused qkv), all where None; ``source``
@@ -75,7 +75,7 @@ class Grid:
     values: Tensor
     block: tuple[int, int] = (0, 0)
 
-    def step(self, rows: int, columns: int) -> Step:
+    def step(self, rows: int, columns: int) -> RegionChange:
         """The multiplication as the first step of an edit."""
         p, q = self.values.shape
         a, b = self.block[0] or -(-rows // p), self.block[1] or -(-columns // q)
@@ -85,7 +85,7 @@ class Grid:
             factors = self.values[lines]
             view.mul_(factors if q == 1 else factors.repeat_interleave(b, 1)[:, :columns])
 
-        return Step(_Region(0, rows, 0, columns, (rows, columns), False), False, scale)
+        return RegionChange(_Region(0, rows, 0, columns, (rows, columns), False), False, scale)
 
 
 class _Region(NamedTuple):
@@ -103,7 +103,7 @@ class _Region(NamedTuple):
         return rows and max(self.left, other.left) < min(self.right, other.right)
 
 
-class Step(NamedTuple):
+class RegionChange(NamedTuple):
     """One update on one region: ``change(view, n)`` for the region's stored rows from n on.
 
     A ``whole`` step takes all rows of the region at once, any other some of them.
@@ -128,7 +128,7 @@ class BlockEdit:
         rows: int,
         columns: int,
         unit: int,
-        steps: Sequence[Step],
+        steps: Sequence[RegionChange],
         compute: torch.dtype,
         turns: bool,
     ) -> None:
@@ -159,12 +159,12 @@ class BlockEdit:
         else:
             run_steps(steps, torch.split(block, self.stride), start)
 
-    def between(self, start: int, stop: int) -> list[Step]:
+    def between(self, start: int, stop: int) -> list[RegionChange]:
         """The steps that change any of the rows [start, stop)."""
         return [s for s in self.steps if s.region.top < stop and start < s.region.bottom]
 
 
-def run_steps(steps: Sequence[Step], pieces: Iterable[Tensor], start: int) -> None:
+def run_steps(steps: Sequence[RegionChange], pieces: Iterable[Tensor], start: int) -> None:
     """Every step on each piece in turn; the first piece begins with the row ``start``."""
     for piece in pieces:
         stop = start + piece.shape[0]
@@ -185,7 +185,7 @@ def stride_of(columns: int) -> int:
 
 @torch.no_grad()
 def edit_of(
-    places: Iterable[Place],
+    places: Iterable[Placed],
     shape: tuple[int, ...],
     compute: torch.dtype = torch.float32,
     device: torch.device | None = None,
@@ -253,8 +253,8 @@ def edit_for(
 
 
 def check_places(
-    places: Iterable[Place], shape: tuple[int, ...], *, inverse: bool = False
-) -> list[tuple[Place, Update]]:
+    places: Iterable[Placed], shape: tuple[int, ...], *, inverse: bool = False
+) -> list[tuple[Placed, Update]]:
     """The plain updates of places at their weights; raises what ``edit_of`` raises."""
     pairs = [(place, part) for place in places for part in _parts(place)]
     for place, part in pairs:
@@ -263,7 +263,7 @@ def check_places(
     return pairs
 
 
-def _parts(place: Place) -> Iterator[Update]:
+def _parts(place: Placed) -> Iterator[Update]:
     """The update at its weight, taken apart; for a bias, only what changes it."""
     for part in parts_of(compose([place.update.scaled(place.weight)])):
         _kind_of(part)
@@ -273,29 +273,31 @@ def _parts(place: Place) -> Iterator[Update]:
             yield part.plain
 
 
-def _check_place(place: Place, part: Update, shape: tuple[int, ...], inverse: bool = False) -> None:
+def _check_place(
+    place: Placed, part: Update, shape: tuple[int, ...], inverse: bool = False
+) -> None:
     """Raise unless ``part`` of a place's update fits a tensor stored with ``shape``."""
     if inverse:
         part.check_reversible()
     _kind_of(part).check(place, part, shape)
 
 
-def _check_rotation(place: Place, rotation: Rotation, shape: tuple[int, ...]) -> None:
+def _check_rotation(place: Placed, rotation: Rotation, shape: tuple[int, ...]) -> None:
     rotation.check_values()
     rotation.check_fits(_region(place, shape).shape)
 
 
-def _check_delta(place: Place, delta: Delta, shape: tuple[int, ...]) -> None:
+def _check_delta(place: Placed, delta: Delta, shape: tuple[int, ...]) -> None:
     _check_outputs(place, delta, _outputs(delta, place), shape)
 
 
-def _check_scaling(place: Place, scaling: Scaling, shape: tuple[int, ...]) -> None:
+def _check_scaling(place: Placed, scaling: Scaling, shape: tuple[int, ...]) -> None:
     outputs = (place.source or (0, _region(place, shape).shape[0]))[1]
     counted = scaling.less_one().numel() if scaling.axis == 0 else outputs
     _check_outputs(place, scaling, counted, shape)
 
 
-def _check_outputs(place: Place, part: Update, outputs: int, shape: tuple[int, ...]) -> None:
+def _check_outputs(place: Placed, part: Update, outputs: int, shape: tuple[int, ...]) -> None:
     """Raise ShapeError unless a place takes as many of an update's ``outputs`` as lie there."""
     region = _region(place, shape)
     first, last = place.source or (0, outputs)
@@ -308,7 +310,7 @@ def _check_outputs(place: Place, part: Update, outputs: int, shape: tuple[int, .
         part.check_fits((outputs, *region.shape[1:]))
 
 
-def _check_renorm(place: Place, renorm: Renorm, shape: tuple[int, ...]) -> None:
+def _check_renorm(place: Placed, renorm: Renorm, shape: tuple[int, ...]) -> None:
     if renorm.axis == 1 and place.source not in (None, (0, renorm.inner.extent[0])):
         raise InexactError(
             f"{renorm.name}: the norms of inputs are those of all outputs, and this weight holds some",
@@ -318,12 +320,12 @@ def _check_renorm(place: Place, renorm: Renorm, shape: tuple[int, ...]) -> None:
     _check_delta(place, renorm.inner, shape)
 
 
-def _outputs(delta: Delta, place: Place) -> int:
+def _outputs(delta: Delta, place: Placed) -> int:
     vector = delta.bias_delta() if place.bias else None
     return delta.extent[0] if vector is None else vector.shape[0]
 
 
-def _refuse_two_renorms(pairs: Sequence[tuple[Place, Update]], shape: tuple[int, ...]) -> None:
+def _refuse_two_renorms(pairs: Sequence[tuple[Placed, Update]], shape: tuple[int, ...]) -> None:
     taken: list[_Region] = []
     for place, part in pairs:
         if order_of(part) is Order.RENEW:
@@ -333,7 +335,7 @@ def _refuse_two_renorms(pairs: Sequence[tuple[Place, Update]], shape: tuple[int,
             taken.append(region)
 
 
-def _region(place: Place, shape: tuple[int, ...]) -> _Region:
+def _region(place: Placed, shape: tuple[int, ...]) -> _Region:
     """Where a place lies in the stored matrix. ShapeError where the tensor has no such place."""
     stacked = place.expert is not None
     inner = shape[1:] if stacked else shape
@@ -361,11 +363,11 @@ class _Building:
     device: torch.device | None
     inverse: bool
 
-    def step(self, place: Place, part: Update) -> Step:
+    def step(self, place: Placed, part: Update) -> RegionChange:
         """One plain update on its place."""
         return _kind_of(part).build(self, place, part)
 
-    def delta(self, place: Place, delta: Delta) -> Step:
+    def delta(self, place: Placed, delta: Delta) -> RegionChange:
         region = _region(place, self.shape)
         factor = -delta.scale if self.inverse else delta.scale
         if place.bias:
@@ -382,9 +384,9 @@ class _Building:
         def add(view: Tensor, start: int) -> None:
             ready.add_rows_(view, first + start, first + start + view.shape[0], factor)
 
-        return Step(region, False, add)
+        return RegionChange(region, False, add)
 
-    def _strided(self, region: _Region, delta: Delta, first: int, factor: float) -> Step:
+    def _strided(self, region: _Region, delta: Delta, first: int, factor: float) -> RegionChange:
         """A step that adds canonical rows to stored columns, for a Delta with no transpose."""
         ready = delta.prepared(self.compute, self.device)
 
@@ -394,9 +396,9 @@ class _Building:
                 piece = rows[at : at + 32]
                 ready.add_rows_(piece, first + at, first + at + piece.shape[0], factor)
 
-        return Step(region, True, add)
+        return RegionChange(region, True, add)
 
-    def _vector(self, region: _Region, place: Place, delta: Delta, factor: float) -> Step:
+    def _vector(self, region: _Region, place: Placed, delta: Delta, factor: float) -> RegionChange:
         vector = delta.bias_delta()
         assert vector is not None
         first, last = place.source or (0, vector.shape[0])
@@ -405,17 +407,17 @@ class _Building:
         def add(view: Tensor, start: int) -> None:
             view.add_(column[start : start + view.shape[0]], alpha=factor)
 
-        return Step(region, False, add)
+        return RegionChange(region, False, add)
 
-    def rotation(self, place: Place, rotation: Rotation) -> Step:
+    def rotation(self, place: Placed, rotation: Rotation) -> RegionChange:
         region = _region(place, self.shape)
         sample = torch.empty(0, dtype=self.compute, device=self.device)
         turn_ = rotation.turning_(sample, back=self.inverse)
         if region.transposed:
-            return Step(region, True, lambda view, start: turn_(view.t()))
-        return Step(region, False, lambda view, start: turn_(view))
+            return RegionChange(region, True, lambda view, start: turn_(view.t()))
+        return RegionChange(region, False, lambda view, start: turn_(view))
 
-    def scaling(self, place: Place, scaling: Scaling) -> Step:
+    def scaling(self, place: Placed, scaling: Scaling) -> RegionChange:
         region = _region(place, self.shape)
         find = scaling.divisors if self.inverse else scaling.factors
         factors = find(self.compute, self.device).detach()
@@ -424,15 +426,15 @@ class _Building:
         if scaling.axis == 1:
             factors = factors.repeat_interleave(math.prod(region.shape[2:]))
         if (scaling.axis == 1) != region.transposed:
-            return Step(region, False, lambda view, start: view.mul_(factors))
+            return RegionChange(region, False, lambda view, start: view.mul_(factors))
         column = factors[:, None]
 
         def scale(view: Tensor, start: int) -> None:
             view.mul_(column[start : start + view.shape[0]])
 
-        return Step(region, False, scale)
+        return RegionChange(region, False, scale)
 
-    def renorm(self, place: Place, renorm: Renorm) -> Step:
+    def renorm(self, place: Placed, renorm: Renorm) -> RegionChange:
         region = _region(place, self.shape)
         first = place.source[0] if place.source else 0
 
@@ -441,15 +443,15 @@ class _Building:
             weight = torch.unflatten(rows, 1, region.shape[1:]) if len(region.shape) > 2 else rows
             renorm.renorm_(weight, first + start)
 
-        return Step(region, region.transposed or renorm.axis == 1, renew)
+        return RegionChange(region, region.transposed or renorm.axis == 1, renew)
 
 
 class _Kind(NamedTuple):
     """How updates of one place in the law are held against a place, and made into a step."""
 
     type: type[Any]
-    check: Callable[[Place, Any, tuple[int, ...]], None]
-    build: Callable[[_Building, Place, Any], Step]
+    check: Callable[[Placed, Any, tuple[int, ...]], None]
+    build: Callable[[_Building, Placed, Any], RegionChange]
 
 
 _KINDS = {

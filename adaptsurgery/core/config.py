@@ -30,8 +30,13 @@ from adaptsurgery_formats.traits import traits_of
 
 FILE = "adapter_config.json"
 TASKS = (
-    "SEQ_CLS", "SEQ_2_SEQ_LM", "CAUSAL_LM", "TOKEN_CLS", "QUESTION_ANS", "FEATURE_EXTRACTION",
-)  # fmt: skip
+    "SEQ_CLS",
+    "SEQ_2_SEQ_LM",
+    "CAUSAL_LM",
+    "TOKEN_CLS",
+    "QUESTION_ANS",
+    "FEATURE_EXTRACTION",
+)
 Shapes = dict[str, tuple[int, ...]]
 Names = str | Collection[str] | None
 C = TypeVar("C")
@@ -201,7 +206,7 @@ class AdapterConfig(ABC, metaclass=_Checked):
     def scale(self, rank: int, alpha: float | None) -> float:
         """s of W + s·Δ from a module's rank and alpha, by the config's rule."""
         rule = peft_config.rule_of(self.algorithm, getattr(self, "use_rslora", False))
-        return peft_config.Setting(rank, alpha, rule).scale
+        return peft_config.ModuleScale(rank, alpha, rule).scale
 
     # --- the file --------------------------------------------------------------------------------
 

@@ -11,7 +11,7 @@ from __future__ import annotations
 
 from typing import Literal
 
-Form = Literal["auto", "factored", "bilinear", "folded"]
+ApplyForm = Literal["auto", "factored", "bilinear", "folded"]
 STREAM = 16
 
 
@@ -26,6 +26,6 @@ def folding(build: int, numbers: int, positions: int, training: bool) -> int:
     return price(build, 2 * numbers) + gradient
 
 
-def cheapest(prices: dict[Form, int]) -> Form:
+def cheapest(prices: dict[ApplyForm, int]) -> ApplyForm:
     """The form with the least price, the first of equals."""
     return min(prices, key=lambda form: prices[form])

@@ -22,7 +22,7 @@ import torch
 from torch import Tensor
 from torch._subclasses import FakeTensor
 
-from adaptsurgery.core.cost import Form, cheapest, folding
+from adaptsurgery.core.cost import ApplyForm, cheapest, folding
 from adaptsurgery.core.geometry import Layer
 from adaptsurgery.core.law import Order, in_order, order_of, unknown_update
 from adaptsurgery.core.rounding import round_into, rounded
@@ -87,7 +87,7 @@ class Update(ABC):
         self,
         x: Tensor,
         layer: Layer,
-        form: Form = "auto",
+        form: ApplyForm = "auto",
         gate: Gates = None,
         seen: Gates = None,
     ) -> Tensor:
@@ -191,10 +191,10 @@ class Delta(Update):
         """
 
     @abstractmethod
-    def delta(self, x: Tensor, layer: Layer, form: Form = "factored") -> Tensor:
+    def delta(self, x: Tensor, layer: Layer, form: ApplyForm = "factored") -> Tensor:
         """What ``layer`` gives with the weight Δ, unscaled and without a bias, from the factors."""
 
-    def prices(self, positions: int, layer: Layer, training: bool) -> dict[Form, int]:
+    def prices(self, positions: int, layer: Layer, training: bool) -> dict[ApplyForm, int]:
         """What each form of ``apply`` costs; see core/cost.py."""
         return {"factored": 0}
 
@@ -293,7 +293,7 @@ class Delta(Update):
         self,
         x: Tensor,
         layer: Layer,
-        form: Form = "auto",
+        form: ApplyForm = "auto",
         gate: Gates = None,
         seen: Gates = None,
     ) -> Tensor:
@@ -312,7 +312,7 @@ class Delta(Update):
         return layer.forward(x, self.folded(layer.canonical(), gate), bias)
 
     def onto(
-        self, out: Tensor, x: Tensor, layer: Layer, form: Form, gate: Tensor | None = None
+        self, out: Tensor, x: Tensor, layer: Layer, form: ApplyForm, gate: Tensor | None = None
     ) -> Tensor:
         """``out`` and what the update adds to the layer's output: g·s·Δ·x, without a bias."""
         if form == "folded":
@@ -324,7 +324,7 @@ class Delta(Update):
         # Not torch.add(out, y, alpha=…): torch 2.13's inductor loses alpha where y is a matrix product.
         return out + (y if self.scale == 1.0 else self.scale * y)
 
-    def choose(self, x: Tensor, layer: Layer, form: Form = "auto") -> Form:
+    def choose(self, x: Tensor, layer: Layer, form: ApplyForm = "auto") -> ApplyForm:
         """The form that ``apply`` takes: grouped layers fold, "auto" takes the cheapest."""
         if layer.groups > 1:
             return "folded"
@@ -434,7 +434,7 @@ class Rotation(Update):
         self,
         x: Tensor,
         layer: Layer,
-        form: Form = "auto",
+        form: ApplyForm = "auto",
         gate: Gates = None,
         seen: Gates = None,
     ) -> Tensor:
@@ -450,7 +450,7 @@ class Rotation(Update):
             return layer.forward(self.turned(x, layer, gate))
         return self.change(layer.canonical()).onto(layer.forward(x), x, layer, chosen, gate)
 
-    def choose(self, x: Tensor, layer: Layer, form: Form = "auto") -> Form:
+    def choose(self, x: Tensor, layer: Layer, form: ApplyForm = "auto") -> ApplyForm:
         """The form that ``apply`` takes: grouped layers and embeddings fold, a linear is factored."""
         if layer.groups > 1 or layer.kind == "embedding":
             return "folded"
@@ -467,7 +467,7 @@ class Rotation(Update):
         """W·R − W for a canonical ``weight``, of low rank; differentiable, right for it only."""
 
     @abstractmethod
-    def prices(self, positions: int, layer: Layer, training: bool) -> dict[Form, int]:
+    def prices(self, positions: int, layer: Layer, training: bool) -> dict[ApplyForm, int]:
         """What each form of ``apply`` costs on a convolution; see core/cost.py."""
 
     def turned(self, x: Tensor, layer: Layer, gate: Tensor | None = None) -> Tensor:
@@ -590,7 +590,7 @@ class Scaling(Update):
         self,
         x: Tensor,
         layer: Layer,
-        form: Form = "auto",
+        form: ApplyForm = "auto",
         gate: Gates = None,
         seen: Gates = None,
     ) -> Tensor:
@@ -720,7 +720,7 @@ class Composition(Update):
         self,
         x: Tensor,
         layer: Layer,
-        form: Form = "auto",
+        form: ApplyForm = "auto",
         gate: Gates = None,
         seen: Gates = None,
     ) -> Tensor:

@@ -20,17 +20,17 @@ from torch.fx import GraphModule, Node
 
 from adaptsurgery.algorithms import AdapterConfig
 from adaptsurgery.core.config import tensors_of
-from adaptsurgery.core.cost import Form, cheapest
+from adaptsurgery.core.cost import ApplyForm, cheapest
 from adaptsurgery.core.law import order_of
 from adaptsurgery.core.update import Delta, Update, is_finite, parts_of
 from adaptsurgery.graph.dropout import is_training, set_dropouts
 from adaptsurgery.graph.find import find_sites
-from adaptsurgery.graph.plan import Plan, planned
+from adaptsurgery.graph.plan import Plan, plan_sites
 from adaptsurgery.graph.record import Attached, count, described
 from adaptsurgery.graph.sites import Site, one_each
 from adaptsurgery.graph.splice import Splicer, joined
 from adaptsurgery.graph.strip import AdaptersBySite, adapters_of, bare, strip
-from adaptsurgery.graph.template import Place, Template, key, recorded, replay
+from adaptsurgery.graph.template import SiteCall, Template, key, recorded, replay
 from adaptsurgery.graph.workspace import Workspace
 from adaptsurgery_formats.errors import NameLookupError, ShapeError, ValueRefused, nearest
 
@@ -41,7 +41,7 @@ POSITIONS = 512  # how many tokens "auto" reckons with where the graph leaves it
 
 
 @dataclass
-class Session:
+class GraphChange:
     """A graph being changed: the copy, what is on it, and what shall be."""
 
     work: Workspace
@@ -51,7 +51,7 @@ class Session:
     _sites: list[Site] | None = None
 
     @classmethod
-    def of(cls, g: Any) -> Session:
+    def of(cls, g: Any) -> GraphChange:
         work = Workspace(g)
         by_site = adapters_of(g)
         wanted = {site: list(adapters) for site, adapters in by_site.items()}
@@ -147,7 +147,7 @@ def put(
     ``templates`` holds the nodes of earlier sites by the key of those alike, and gets this one's.
     """
     before = _known_replacements(work)
-    place = Place(work, site, site.calls[0], tuple(adapters))
+    place = SiteCall(work, site, site.calls[0], tuple(adapters))
     like = key(place)
     if template := templates.get(like):
         replay(place, template)
@@ -176,7 +176,7 @@ def _spliced(
         updates.append(update)
         names |= _names_of(attached, update)
     whole, configs = joined(adapters, updates)
-    form: Form = "folded" if all(a.form == "folded" for a in adapters) else "factored"
+    form: ApplyForm = "folded" if all(a.form == "folded" for a in adapters) else "factored"
     splicers: dict[tuple[str, ...], Splicer] = {}
     made: tuple[list[Node], dict[str, Node]] = ([], {})
     for number, call in enumerate(site.calls):
@@ -231,7 +231,7 @@ def attach(
     match no layer; ShapeError for an update that does not fit its layer. Warns of what a config says in vain,
     and of modules that an Adapter was saved with whole. ``g`` is as it was after any of them.
     """
-    session = Session.of(g)
+    session = GraphChange.of(g)
     _check_free(name, session)
     sites = _by_name(session.sites())
     chosen = _chosen(session, what, sites, generator, dtype)
@@ -257,7 +257,7 @@ def detach(g: G, name: str = "default") -> G:
 
     Raises NameLookupError where there is no adapter of that name.
     """
-    session = Session.of(g)
+    session = GraphChange.of(g)
     session.remove(name)
     result: G = session.finish()
     return result
@@ -272,7 +272,7 @@ def set_scale(g: G, scale: float, name: str = "default") -> G:
     """
     if not math.isfinite(scale):
         raise ValueRefused(f"{scale} is no scale", next="a finite number", code="bad-scale")
-    session = Session.of(g)
+    session = GraphChange.of(g)
     session.check_name(name)
     for site, adapters in session.wanted.items():
         session.wanted[site] = [
@@ -298,7 +298,7 @@ def _by_name(sites: list[Site]) -> dict[str, Site]:
     return named | {site.path: site for site in sites}
 
 
-def _check_free(name: str, session: Session) -> None:
+def _check_free(name: str, session: GraphChange) -> None:
     if not name.isidentifier():
         raise ValueRefused(
             f"`{name}` is no name for an adapter", next="letters, digits and _", code="bad-name"
@@ -312,7 +312,7 @@ def _check_free(name: str, session: Session) -> None:
 
 
 def _chosen(
-    session: Session,
+    session: GraphChange,
     what: Any,
     sites: Mapping[str, Site],
     generator: torch.Generator | None,
@@ -328,7 +328,7 @@ def _chosen(
         made = what
         made.check(session.base())
     else:
-        made = planned(session.base(), what, session.sites())
+        made = plan_sites(session.base(), what, session.sites())
         made.check_targets()
         for note in made.notes:
             warnings.warn(f"{note.where}: {note.text} [{note.code}]", stacklevel=4)
@@ -436,7 +436,7 @@ def _dropout(config: AdapterConfig | None) -> dict[str, Any]:
     return shares
 
 
-def _form(mode: Mode, site: Site, update: Update, config: AdapterConfig | None) -> Form:
+def _form(mode: Mode, site: Site, update: Update, config: AdapterConfig | None) -> ApplyForm:
     """How the adapter is computed at a site."""
     if mode not in ("auto", "factored", "weight"):
         raise ValueRefused(
@@ -448,7 +448,7 @@ def _form(mode: Mode, site: Site, update: Update, config: AdapterConfig | None) 
     if len(deltas) != len(parts_of(update)) or not site.weight or site.groups > 1:
         return "factored"
     layer = site.layer(torch.empty(_stored_shape(site), device="meta"))
-    prices: dict[Form, int] = {"factored": 0, "folded": 0}
+    prices: dict[ApplyForm, int] = {"factored": 0, "folded": 0}
     for delta in deltas:
         own = delta.prices(POSITIONS, layer, config is not None)
         prices["factored"] += own.get("factored", 0)

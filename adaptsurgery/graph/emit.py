@@ -21,9 +21,14 @@ from adaptsurgery_formats.errors import LayoutError, ValueRefused, printable
 Maker = Callable[[], Node]
 # Python's names of what aten calls otherwise.
 _ALIASES = {
-    "__rsub__": "rsub", "__rmul__": "mul", "__radd__": "add", "true_divide": "div",
-    "__eq__": "eq", "__ne__": "ne", "__floordiv__": "floor_divide",
-}  # fmt: skip
+    "__rsub__": "rsub",
+    "__rmul__": "mul",
+    "__radd__": "add",
+    "true_divide": "div",
+    "__eq__": "eq",
+    "__ne__": "ne",
+    "__floordiv__": "floor_divide",
+}
 _SIZES = ("view", "reshape", "permute", "expand")  # their sizes may come one by one
 
 

@@ -16,7 +16,7 @@ from torch.fx import GraphModule, Node
 from adaptsurgery.core.geometry import Layer
 from adaptsurgery.graph.boundary import Boundary, boundary, is_floating
 from adaptsurgery.graph.forms import Form, form_of, is_cast, op_name, shape_of, weight_of
-from adaptsurgery.graph.naming import Names, is_layer_type, is_linear_type, module_of
+from adaptsurgery.graph.naming import GraphNames, is_layer_type, is_linear_type, module_of
 from adaptsurgery.graph.sites import Call, Site
 from adaptsurgery.graph.walk import Graph, Scope, View, is_ours, owners
 from adaptsurgery_formats.errors import ValueRefused
@@ -54,7 +54,7 @@ def find_sites(g: Graph, view: View | None = None) -> list[Site]:
 class _Finder:
     def __init__(self, view: View) -> None:
         self.view = view
-        self.names = Names(view)
+        self.names = GraphNames(view)
         self.twice = _repeated([scope.path for scope in view.scopes])
         self.read = {name for s in view.scopes for node, name in s.names.items() if node.users}
 
@@ -347,7 +347,7 @@ def _of_layer(path: str, module: nn.Module, call: Call) -> Site:
     )
 
 
-def _together(calls: list[_LayerCall], view: View, names: Names) -> list[Site]:
+def _together(calls: list[_LayerCall], view: View, names: GraphNames) -> list[Site]:
     """One site for the calls of one module: of one weight and bias, unless the trace noted more."""
     sites: dict[object, list[_LayerCall]] = {}
     for one in calls:
@@ -375,7 +375,7 @@ def _objects(calls: list[_LayerCall]) -> list[list[_LayerCall]]:
     return list(groups.values())
 
 
-def _joined(group: list[_LayerCall], view: View, names: Names) -> Site:
+def _joined(group: list[_LayerCall], view: View, names: GraphNames) -> Site:
     """One site of several calls, under the first of the module's names in the model's order."""
     sites = [one.site for one in group]
     first = sites[0]
@@ -413,7 +413,7 @@ def _told_apart(sites: list[Site]) -> list[Site]:
     ]
 
 
-def _with_shares(sites: list[Site], view: View, names: Names) -> list[Site]:
+def _with_shares(sites: list[Site], view: View, names: GraphNames) -> list[Site]:
     users = _users(sites, view, names)
     return [
         replace(site, shares=_others(site, users[view.same(site.weight)[0]]))
@@ -427,7 +427,7 @@ def _others(site: Site, users: dict[str, None]) -> tuple[str, ...]:
     return tuple(p for p in users if p not in (site.path, *site.aliases))
 
 
-def _users(sites: list[Site], view: View, names: Names) -> dict[str, dict[str, None]]:
+def _users(sites: list[Site], view: View, names: GraphNames) -> dict[str, dict[str, None]]:
     """Weight → the paths (or nodes) that use it."""
     labels = {
         (call.graph, name): site.path

@@ -14,7 +14,7 @@ from torch.fx import GraphModule, Node
 from adaptsurgery.core.geometry import Layer
 from adaptsurgery.core.law import Order, order_of
 from adaptsurgery.core.update import Update, compose, is_finite, parts_of
-from adaptsurgery.graph.attach import Session
+from adaptsurgery.graph.attach import GraphChange
 from adaptsurgery.graph.emit import retarget
 from adaptsurgery.graph.find import find_sites
 from adaptsurgery.graph.forms import is_view, op_name
@@ -36,7 +36,7 @@ def merge(g: G, name: str | None = None) -> G:
     that the graph has not, ValueRefused for a weight that is computed in the graph, for one that would
     not be finite, and for an adapter that cannot go in before those that stay.
     """
-    session = Session.of(g)
+    session = GraphChange.of(g)
     if name is None and not session.names:
         session.check_name("default")
     if name is not None:

@@ -20,7 +20,7 @@ _CONVOLUTION = re.compile(r"Conv[123]d$")
 _STRANGE = re.compile(r"slice\(|[^\w.\-/]")  # layers.slice(None, 2, None).0, of a strict trace
 
 
-class Names:
+class GraphNames:
     """The module paths of a program and the class of each, as far as the trace noted them."""
 
     def __init__(self, view: View) -> None:

@@ -13,7 +13,7 @@ from dataclasses import dataclass, field, replace
 
 from adaptsurgery.core.config import AdapterConfig
 from adaptsurgery.graph.find import find_sites
-from adaptsurgery.graph.naming import Names
+from adaptsurgery.graph.naming import GraphNames
 from adaptsurgery.graph.sites import Site
 from adaptsurgery.graph.strip import base_of
 from adaptsurgery.graph.walk import Graph, View
@@ -99,10 +99,10 @@ def plan(
     no layer was found at all.
     """
     base = base_of(g)
-    return planned(base, config, find_sites(base), model_type=model_type, outputs=outputs)
+    return plan_sites(base, config, find_sites(base), model_type=model_type, outputs=outputs)
 
 
-def planned(
+def plan_sites(
     g: Graph,
     config: AdapterConfig,
     candidates: Sequence[Site],
@@ -162,7 +162,7 @@ def _kinds(view: View, sites: dict[str, Site], config: AdapterConfig) -> dict[st
     A product that a larger module computes with a parameter of its own (a router, an attention's
     in_proj) is a layer where it is named; "all-linear" means modules that are linear.
     """
-    names = Names(view)
+    names = GraphNames(view)
     targets = config.target_modules
     by_class = isinstance(targets, str) and targets.lower() == ALL_LINEAR
     paths = [name for site in sites.values() for name in (site.names or (site.path,))]

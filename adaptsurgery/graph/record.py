@@ -21,7 +21,7 @@ from torch.fx import Node
 
 from adaptsurgery.algorithms import AdapterConfig, build
 from adaptsurgery.core.config import tensors_of
-from adaptsurgery.core.cost import Form
+from adaptsurgery.core.cost import ApplyForm
 from adaptsurgery.core.update import Composition, Update, compose, parts_of
 from adaptsurgery.graph.sites import COUNTS, RECORD
 from adaptsurgery_formats.errors import LayoutError, printable
@@ -33,7 +33,7 @@ _UNSAID: dict[str, Any] = {"site": "", "call": 0}
 
 
 @dataclass(frozen=True)
-class Part:
+class PlainUpdate:
     """One plain update: ``slots`` maps its tensors to names in the state_dict."""
 
     algorithm: str
@@ -51,9 +51,9 @@ class Attached:
     """
 
     name: str
-    form: Form
+    form: ApplyForm
     shape: tuple[int, ...]
-    parts: tuple[Part, ...]
+    parts: tuple[PlainUpdate, ...]
     dropout: dict[str, Any] = field(default_factory=dict)
     places: int = 0
     strength: float = 1.0
@@ -74,7 +74,7 @@ class Attached:
         """The Update of the tensors that a state_dict holds."""
         return compose([self._built(part, tensors) for part in self.parts])
 
-    def _built(self, part: Part, tensors: Mapping[str, Tensor]) -> Update:
+    def _built(self, part: PlainUpdate, tensors: Mapping[str, Tensor]) -> Update:
         if lost := [name for name in part.slots.values() if name not in tensors]:
             raise LayoutError(
                 f"the program's note of `{self.name}` names a tensor that is not there",
@@ -109,7 +109,9 @@ class Tag:
 
 def tag_of(node: Node) -> Tag | None:
     """The note of a node, None where surgery did not make it; LayoutError "bad-note" for none of ours."""
-    note: Tag | None = _noted(node, RECORD, lambda said: record({**_UNSAID, **said}, Tag, "note"))
+    note: Tag | None = _noted(
+        node, RECORD, lambda fields: record({**_UNSAID, **fields}, Tag, "note")
+    )
     return note
 
 
@@ -152,7 +154,7 @@ def _noted(node: Node, key: str, read: Callable[[dict[str, Any]], Any]) -> Any:
 
 def described(
     update: Update, prefix: str, taken: Iterable[str]
-) -> tuple[tuple[Part, ...], dict[str, Tensor]]:
+) -> tuple[tuple[PlainUpdate, ...], dict[str, Tensor]]:
     """An update as parts whose tensors have names under ``prefix``, and the tensors by name."""
     used, tensors, parts = set(taken), {}, []
     for update_part in parts_of(update):
@@ -163,7 +165,7 @@ def described(
             used.add(name)
             slots[slot], tensors[name] = name, tensor
         scale = getattr(plain, "scale", 1.0)
-        parts.append(Part(plain.name, slots, scale, _options(plain)))
+        parts.append(PlainUpdate(plain.name, slots, scale, _options(plain)))
     return tuple(parts), tensors
 
 

@@ -19,7 +19,7 @@ from torch import Tensor, nn
 from torch.fx import Node
 
 from adaptsurgery.core.config import AdapterConfig
-from adaptsurgery.core.cost import Form
+from adaptsurgery.core.cost import ApplyForm
 from adaptsurgery.core.exporting import exporting
 from adaptsurgery.core.geometry import Layer
 from adaptsurgery.core.update import Update, compose, parts_of
@@ -74,7 +74,7 @@ class Splicer:
     site: Site
     update: Update  # of all adapters, by the one law
     adapters: tuple[Attached, ...]
-    form: Form
+    form: ApplyForm
     tensors: Mapping[int, str]  # id of an adapter's tensor → its name
     configs: list[AdapterConfig | None]  # one for each part of the update
     path: tuple[str, ...] = ()

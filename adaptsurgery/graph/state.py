@@ -11,7 +11,7 @@ from torch.export import ExportedProgram
 from torch.fx import GraphModule
 
 from adaptsurgery.core.update import Update
-from adaptsurgery.graph.attach import Session, check_finite, check_site, prefix, taken_names
+from adaptsurgery.graph.attach import GraphChange, check_finite, check_site, prefix, taken_names
 from adaptsurgery.graph.record import described
 from adaptsurgery.graph.strip import adapters_of
 from adaptsurgery.graph.walk import Graph, View
@@ -57,7 +57,7 @@ def load_state(g: G, updates: Mapping[str, Update], name: str = "default") -> G:
     Raises NameLookupError where ``updates`` has other modules than the adapter, ShapeError where
     one does not fit its layer, ValueRefused for numbers that are not finite; ``g`` stays as it is.
     """
-    session = Session.of(g)
+    session = GraphChange.of(g)
     session.check_name(name)
     on = {
         site for site, adapters in session.wanted.items() if any(a.name == name for a in adapters)

@@ -34,7 +34,7 @@ class Ref:
 
 
 @dataclass(frozen=True)
-class Step:
+class RecordedNode:
     """One node to make; one that is ``after`` stands behind the layer, not before it."""
 
     target: Any
@@ -49,12 +49,12 @@ class Step:
 class Template:
     """The nodes in their order, and which of them stand in for the layer's values."""
 
-    steps: tuple[Step, ...]
+    steps: tuple[RecordedNode, ...]
     roles: Mapping[str, Ref]
 
 
 @dataclass
-class Place:
+class SiteCall:
     """One call of a layer, where adapters are put."""
 
     work: Workspace
@@ -103,7 +103,7 @@ class Place:
                 user.replace_input_with(own, end)
 
 
-def key(place: Place) -> object:
+def key(place: SiteCall) -> object:
     """The key that calls which get the same nodes share; None where copies are not made."""
     site = place.site
     if len(site.calls) > 1 or place.group[0].op != "call_function":
@@ -123,7 +123,7 @@ def key(place: Place) -> object:
     )
 
 
-def _value(place: Place, slot: str, node: Node) -> Any:
+def _value(place: SiteCall, slot: str, node: Node) -> Any:
     value = node.meta.get("val")
     if value is None and slot in ("weight", "bias") and node.op == "get_attr":
         return place.work.tensor(str(node.target))
@@ -145,14 +145,19 @@ def _look(value: Any) -> object:
 
 def _adapter_key(work: Workspace, attached: Attached) -> object:
     parts = [
-        (p.algorithm, p.scale, repr(p.options), [(s, _look(work.tensor(n))) for s, n in p.slots.items()])
+        (
+            p.algorithm,
+            p.scale,
+            repr(p.options),
+            [(s, _look(work.tensor(n))) for s, n in p.slots.items()],
+        )
         for p in attached.parts
-    ]  # fmt: skip
+    ]
     return attached.form, attached.strength, repr(attached.dropout), repr(parts)
 
 
 def recorded(
-    place: Place, made: list[Node], roles: Mapping[str, Node], own: dict[str, Node]
+    place: SiteCall, made: list[Node], roles: Mapping[str, Node], own: dict[str, Node]
 ) -> Template | None:
     """The nodes that a call got, to be copied; None where a copy could not hold all of it.
 
@@ -172,7 +177,7 @@ def recorded(
 
     return Template(
         tuple(
-            Step(
+            RecordedNode(
                 node.target,
                 map_aggregate(node.args, as_ref),
                 map_aggregate(node.kwargs, as_ref),
@@ -192,7 +197,7 @@ def _call_of(node: Node) -> int:
     return tag.call
 
 
-def replay(place: Place, template: Template) -> None:
+def replay(place: SiteCall, template: Template) -> None:
     """Give a call copies of the nodes that another like it got."""
     graph, own = place.output.graph, place.own()
     names, made = place.names, list[Node]()
@@ -230,6 +235,9 @@ def replay(place: Place, template: Template) -> None:
 
 def note(node: Node, base: Node, text: str) -> None:
     """Give a new node its metadata: its layer's, and the surgery's note."""
-    node.meta = {name: dict(kept) if isinstance(kept := base.meta[name], dict) else kept
-                 for name in BASE if name in base.meta}  # fmt: skip
+    node.meta = {
+        name: dict(kept) if isinstance(kept := base.meta[name], dict) else kept
+        for name in BASE
+        if name in base.meta
+    }
     node.meta["custom"] = {RECORD: text}

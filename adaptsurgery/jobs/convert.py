@@ -8,7 +8,7 @@ from dataclasses import replace
 from functools import partial
 from pathlib import Path
 
-from adaptsurgery.adapters.loading import AnyPath, Loaded, load_state
+from adaptsurgery.adapters.loading import AnyPath, Loaded, read_adapter
 from adaptsurgery.adapters.report import Report
 from adaptsurgery.adapters.writing import Progress, check_paths, writable, write_adapter
 from adaptsurgery.jobs.change import as_lora
@@ -57,7 +57,7 @@ def convert(
         raise LayoutError("--rank goes with --as lora", code="rank-without-as")
     sources = [source] if isinstance(source, (str, os.PathLike)) else list(source)
     check_paths(sources, out, target, overwrite, base)
-    loaded = load_state(sources, base=base, layout=layout)
+    loaded = read_adapter(sources, base=base, layout=layout)
     _set_prefix(loaded, prefix.rstrip("_"), target)
     return write_adapter(
         loaded,

@@ -24,7 +24,7 @@ from adaptsurgery.checkpoint.bridge import to_torch
 from adaptsurgery.checkpoint.pool import about, run
 from adaptsurgery.core.blocks import (
     BlockEdit,
-    Place,
+    Placed,
     change_rows,
     check_places,
     check_rows,
@@ -133,13 +133,13 @@ class _Site:
     module: nn.Module
     slot: str
     shape: tuple[int, ...]
-    places: list[Place] = field(default_factory=list)
+    places: list[Placed] = field(default_factory=list)
 
     @property
     def stored(self) -> Tensor:
-        found = getattr(self.module, self.slot)
-        assert isinstance(found, Tensor)
-        return found.detach()
+        parameter = getattr(self.module, self.slot)
+        assert isinstance(parameter, Tensor)
+        return parameter.detach()
 
     @property
     def missing(self) -> bool:
@@ -200,13 +200,13 @@ class _Work:
         if any(part.on_weight for part in parts):
             turned = not isinstance(parts[0], Norm) and Layer.from_module(module).transposed
             shape = tuple(module.weight.shape)
-            self._site(name, "weight", shape).places.append(Place(scaled, transposed=turned))
+            self._site(name, "weight", shape).places.append(Placed(scaled, transposed=turned))
         if any(part.on_bias for part in parts):
             held = getattr(module, "bias", None)
             bias = scaled.fold_bias(None) if held is None else held
             if bias is not None:
                 shape = tuple(bias.shape)
-                self._site(name, "bias", shape).places.append(Place(scaled, bias=True))
+                self._site(name, "bias", shape).places.append(Placed(scaled, bias=True))
         algorithms = "+".join(part.name for part in parts)
         self.report.rows.append(Row(name, algorithms, self.report.job))
 
@@ -343,13 +343,13 @@ def _saved(adapter: Mapping[str, Update], component: str | None) -> dict[str, Te
     if not isinstance(adapter, Adapter):
         return {}
     several = len(adapter.components) > 1
-    found = {}
+    parameters = {}
     for name, tensors in adapter.saved.items():
         if component is None or not several or name == component:
             prefix = f"{name}." if several and component is None else ""
-            found.update({prefix + key: to_torch(tensor) for key, tensor in tensors.items()})
+            parameters.update({prefix + key: to_torch(tensor) for key, tensor in tensors.items()})
     adapter.check_unchanged()
-    return found
+    return parameters
 
 
 def _check_stored(stored: Tensor, shape: tuple[int, ...]) -> None:
@@ -379,12 +379,12 @@ def _holders(
     modules: Mapping[str, nn.Module],
 ) -> dict[tuple[object, ...], list[tuple[tuple[int, str], str]]]:
     """Every parameter's memory → (module, slot) and name of all that hold it."""
-    found: dict[tuple[object, ...], dict[tuple[int, str], str]] = {}
+    holders: dict[tuple[object, ...], dict[tuple[int, str], str]] = {}
     for name, module in modules.items():
         for slot, parameter in module.named_parameters(recurse=False):
-            held = found.setdefault(_address(parameter.detach()), {})
+            held = holders.setdefault(_address(parameter.detach()), {})
             held.setdefault((id(module), slot), f"{name}.{slot}")
-    return {address: list(held.items()) for address, held in found.items()}
+    return {address: list(held.items()) for address, held in holders.items()}
 
 
 def _alike(a: _Site, b: _Site) -> bool:

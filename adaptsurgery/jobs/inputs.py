@@ -72,9 +72,9 @@ def base_input(base: Base, file: BaseFile) -> Input:
     with system.open_file(path) as stream:
         length = stream.read(8)
         header = stream.read(int.from_bytes(length, "little"))
-        told = os.fstat(stream.fileno())
+        stat = os.fstat(stream.fileno())
     digest = hashlib.sha256(length + header).hexdigest()
-    return Input(str(Path(path).resolve()), told.st_size, digest, told.st_mtime_ns)
+    return Input(str(Path(path).resolve()), stat.st_size, digest, stat.st_mtime_ns)
 
 
 def beside_input(base: Base, name: str) -> Input:

@@ -9,7 +9,7 @@ from collections.abc import Iterable
 from dataclasses import dataclass, field, replace
 from typing import Any
 
-from adaptsurgery.adapters.loading import Loaded, load_state
+from adaptsurgery.adapters.loading import Loaded, read_adapter
 from adaptsurgery.adapters.renaming import Levelled, fold_step, names_for, renamed
 from adaptsurgery.checkpoint.watched import unchanged
 from adaptsurgery_formats import FORMATS, WRITABLE, AdapterFile, AdapterState, Format, ModuleState
@@ -78,7 +78,7 @@ def inspect(
     whatever is wrong with the file.
     """
     with unchanged():
-        loaded = load_state(path, base=base, layout=layout, look_up=False)
+        loaded = read_adapter(path, base=base, layout=layout, look_up=False)
         return _inspection(loaded, layout, hashes)
 
 
@@ -112,11 +112,11 @@ def _inspection(loaded: Loaded, layout: str | None, hashes: bool) -> Inspection:
     )
 
 
-def _layout(loaded: Loaded, told: str | None) -> Data:
+def _layout(loaded: Loaded, layout: str | None) -> Data:
     form = FORMATS[loaded.state.layout]
     example = next((key for f in loaded.files for key in f.tensors if form.claims(key)), "")
-    known_by = "as told" if told else "its keys"
-    if any(f.config is not None for f in loaded.files) and not told:
+    known_by = "as told" if layout else "its keys"
+    if any(f.config is not None for f in loaded.files) and not layout:
         known_by = "its keys and adapter_config.json"
     return {"name": form.name, "title": form.title, "known_by": known_by, "example": example}
 
@@ -138,19 +138,19 @@ def number(value: float) -> str:
 
 def _scales(modules: list[ModuleState]) -> list[Data]:
     """Every scale with the alpha, rank and rule that it follows from, the commonest first."""
-    found = Counter((m.rule, m.alpha, m.rank, m.scale) for m in modules)
+    counts = Counter((m.rule, m.alpha, m.rank, m.scale) for m in modules)
     return [
         {"scale": scale, "rule": rule, "alpha": alpha, "rank": rank, "modules": count}
-        for (rule, alpha, rank, scale), count in found.most_common()
+        for (rule, alpha, rank, scale), count in counts.most_common()
     ]
 
 
 def _targets(modules: list[ModuleState]) -> dict[str, int]:
     """The modules' last names; of flat names, which cannot be cut, the shape with * for numbers."""
-    found = Counter(
+    counts = Counter(
         _NUMBER.sub("*", m.path) if m.naming == "flat" else last_name(m.written) for m in modules
     )
-    return dict(found.most_common())
+    return dict(counts.most_common())
 
 
 _NUMBER = re.compile(r"(?<![A-Za-z0-9])\d+(?![A-Za-z0-9])")
@@ -209,13 +209,13 @@ def _hashes(files: list[AdapterFile], compute: bool) -> Data:
     ``stale`` lists the recorded ones that are wrong, and is None where nothing was computed.
     """
     recorded = {k: v for f in files for k, v in f.metadata.items() if k in HASH_KEYS}
-    found: Data = {"recorded": recorded, "computed": {}, "sha256": {}, "stale": None}
+    hashes: Data = {"recorded": recorded, "computed": {}, "sha256": {}, "stale": None}
     if compute:
-        found["sha256"] = {file.where: sha256_of(file.where) for file in files}
+        hashes["sha256"] = {file.where: sha256_of(file.where) for file in files}
         if len(files) == 1 and files[0].config is None:
-            found["computed"] = _sshs(files[0])
-            found["stale"] = [k for k, v in recorded.items() if found["computed"][k] != v]
-    return found
+            hashes["computed"] = _sshs(files[0])
+            hashes["stale"] = [k for k, v in recorded.items() if hashes["computed"][k] != v]
+    return hashes
 
 
 def _sshs(file: AdapterFile) -> dict[str, str]:

@@ -165,7 +165,7 @@ class Partial:
         return self._noted(out)
 
     def _noted(self, path: Path) -> bool:
-        noted = atomic.read_json(self.landing)
+        noted = atomic.read_record(self.landing)
         with suppress(OSError):
             return bool(noted) and noted == atomic.identity(path)
         return False
@@ -184,7 +184,7 @@ class Partial:
     def recorded(self, number: int, file: Path | None) -> Any:
         """What was measured on a finished part; None where it is not there, or not as it was."""
         if number not in self._known:
-            noted = atomic.read_json(self.norms(number))
+            noted = atomic.read_record(self.norms(number))
             if noted.pop("sha256", "") != _digest(noted):
                 return None
             with suppress(OSError, KeyError):
@@ -249,8 +249,8 @@ class Partial:
 
     def abandoned(self) -> list[Path]:
         """What killed runs of other plans have left beside the output, if nobody works on it now."""
-        found = sorted(self.root.parent.glob(".adaptsurgery-*.partial"))
-        return [root for root in found if root != self.root and not busy(root)]
+        folders = sorted(self.root.parent.glob(".adaptsurgery-*.partial"))
+        return [root for root in folders if root != self.root and not busy(root)]
 
 
 def busy(root: Path, but: Path | None = None) -> bool:

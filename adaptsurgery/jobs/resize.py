@@ -19,7 +19,7 @@ from adaptsurgery.adapters.comparing import EXACT
 from adaptsurgery.adapters.loading import Loaded
 from adaptsurgery.adapters.lowrank import Spec, in_naming, lora_form, with_factors
 from adaptsurgery.adapters.report import Report, Row
-from adaptsurgery.adapters.rewritings import stored
+from adaptsurgery.adapters.rewritings import as_stored
 from adaptsurgery.adapters.updates import is_nonfinite_allowed, nonfinite_allowed, nonfinite_of
 from adaptsurgery.adapters.writing import Progress, check_paths, writable, write_adapter
 from adaptsurgery.checkpoint.bridge import from_torch, torch_dtype
@@ -154,7 +154,7 @@ def _cut(module: ModuleState, loaded: Loaded, goal: _Goal) -> _Cut:
     root = s[:k].sqrt()
     written = _written(module, form, u[:, :k] * root, root[:, None] * vt[:k])
     after = lora_form(written, loaded.names, loaded.state.where)
-    apart, total = lowrank.distance([(module.scale, form)], [(written.scale, after)])
+    apart, total = lowrank.terms_apart([(module.scale, form)], [(written.scale, after)])
     return _Cut(module, written, apart, total)
 
 
@@ -181,7 +181,7 @@ def _rounded(wide: torch.Tensor, factors: dict[str, Tensor]) -> Tensor:
     for tensor in factors.values():
         dtype = torch.promote_types(dtype, torch_dtype(tensor.dtype))
     narrow = rounded(wide.contiguous(), dtype)
-    return from_torch(narrow) if bool(torch.isfinite(narrow).all()) else stored(wide, [])
+    return from_torch(narrow) if bool(torch.isfinite(narrow).all()) else as_stored(wide, [])
 
 
 def _note_changes(loaded: Loaded, cuts: Sequence[_Cut]) -> None:
@@ -208,10 +208,14 @@ def _told(report: Report, cuts: Sequence[_Cut]) -> Report:
     before, after = _ranks([c.before for c in cuts]), _ranks([c.written for c in cuts])
     report.job, report.rows = "resize", rows
     report.verdict = f"{len(rows)} modules, rank {_shown(before)} → {_shown(after)}: "
-    report.verdict += f"{len(rows) - len(moved)} as they were" if not moved else (
-        f"{len(moved)} cut, relative error up to {max(r.error for r in moved):.2g}, "
-        f"over all {overall:.2g}"
-    )  # fmt: skip
+    report.verdict += (
+        f"{len(rows) - len(moved)} as they were"
+        if not moved
+        else (
+            f"{len(moved)} cut, relative error up to {max(r.error for r in moved):.2g}, "
+            f"over all {overall:.2g}"
+        )
+    )
     report.facts |= {"ranks": {"before": before, "after": after}, "relative_error": overall}
     return report
 

@@ -13,7 +13,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any, BinaryIO
 
 from adaptsurgery.adapters.adapter import Adapter
-from adaptsurgery.adapters.loading import load_state
+from adaptsurgery.adapters.loading import read_adapter
 from adaptsurgery.adapters.report import Report, Row
 from adaptsurgery.checkpoint import atomic, privacy, system
 from adaptsurgery.checkpoint.apart import keep_apart
@@ -96,8 +96,8 @@ def rewrite(
 
 def _check_effect(options: RewriteOptions, listing: bool) -> None:
     """No option is passed over: without an adapter none has an effect, some with one kind alone."""
-    said = ("merge", "mode", "base", "name", "seed")
-    idle = said if listing else ("base",) if options.config is not None else ("seed",)
+    names = ("merge", "mode", "base", "name", "seed")
+    idle = names if listing else ("base",) if options.config is not None else ("seed",)
     lost = [name for name in idle if getattr(options, name) != default_of(options, name)]
     if lost:
         raise LayoutError(
@@ -255,11 +255,11 @@ def _chosen(program: ExportedProgram, source: AnyPath, options: RewriteOptions) 
     sites = find_sites(program)
     if options.adapter is None:
         return _Chosen(sites)
-    found = _adapter_for(sites, source, options.adapter, options.base)
+    adapter = _adapter_for(sites, source, options.adapter, options.base)
     named = {path: site for site in sites for path in (*site.aliases, site.path)}
-    on = [named[path] for path in found if path in named]
-    notes = [*found.notes, *(_left(name) for held in found.saved.values() for name in held)]
-    return _Chosen(on, updates=found, notes=tuple(notes))
+    on = [named[path] for path in adapter if path in named]
+    notes = [*adapter.notes, *(_left(name) for held in adapter.saved.values() for name in held)]
+    return _Chosen(on, updates=adapter, notes=tuple(notes))
 
 
 def _strange(config: AdapterConfig, path: AnyPath) -> Iterator[Note]:
@@ -286,9 +286,9 @@ def _adapter_for(
     shapes = {s.path: s.shape[::-1] if s.transposed else s.shape for s in sites if s.shape}
     if base is None:
         names = names_of_modules(shapes, os.fspath(source))
-        read = Adapter(load_state(adapter, names=names))
+        read = Adapter(read_adapter(adapter, names=names))
     else:
-        read = Adapter(load_state(adapter, base=base))
+        read = Adapter(read_adapter(adapter, base=base))
     known = {path for site in sites for path in (*site.aliases, site.path)}
     if len(read.components) > 1 or all(path in known for path in read):
         return read

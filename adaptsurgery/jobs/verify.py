@@ -8,7 +8,7 @@ from dataclasses import replace
 from typing import TYPE_CHECKING
 
 from adaptsurgery.adapters.comparing import LOSSY, SAME, VerificationError, compare, verdict
-from adaptsurgery.adapters.loading import Loaded, load_state
+from adaptsurgery.adapters.loading import Loaded, read_adapter
 from adaptsurgery.adapters.report import Report
 from adaptsurgery.checkpoint.finite import count_nonfinite
 from adaptsurgery.checkpoint.watched import unchanged
@@ -74,7 +74,7 @@ def _not_numbers(state: AdapterState) -> str:
 
 def _loaded(name: str | os.PathLike[str], base: str | os.PathLike[str] | None) -> Loaded:
     try:
-        return load_state(name, base=base)
+        return read_adapter(name, base=base)
     except LayoutError as error:
         if error.code == "unknown-layout":
             error.next += (
@@ -85,12 +85,12 @@ def _loaded(name: str | os.PathLike[str], base: str | os.PathLike[str] | None) -
 
 def _share_names(a: Loaded, b: Loaded) -> None:
     """Let an adapter without names of its own be looked up where the other one's were found."""
-    from adaptsurgery_formats.resolve import resolve
+    from adaptsurgery_formats.resolve import find_modules
 
     for one, other in ((a, b), (b, a)):
         if one.names is None and other.names is not None:
             try:
-                one.state = resolve(one.state, other.names)
+                one.state = find_modules(one.state, other.names)
             except NameLookupError:
                 continue  # it is for another model: compare says which modules are missing
             one.names, one.base = other.names, other.base

@@ -49,7 +49,7 @@ WEIGHTS = "adapter_model.safetensors"
 _IN_FILES = {"lora_magnitude_vector.weight": "lora_magnitude_vector"}
 
 
-def adapter_state(model: AdaptedModel, adapter: str) -> dict[str, Tensor]:
+def peft_tensors(model: AdaptedModel, adapter: str) -> dict[str, Tensor]:
     """An adapter's tensors under PEFT's keys for files."""
     state: dict[str, Tensor] = {}
     layers = [(name, layer) for name, layer in model.layers() if adapter in layer.settings]
@@ -68,12 +68,12 @@ def adapter_state(model: AdaptedModel, adapter: str) -> dict[str, Tensor]:
 def _biases(
     model: AdaptedModel, adapter: str, layers: Iterable[tuple[str, AdaptedLayer]]
 ) -> Iterator[tuple[str, Tensor]]:
-    said = getattr(model.peft_config[adapter], "bias", "none")
-    if said == "all":
+    setting = getattr(model.peft_config[adapter], "bias", "none")
+    if setting == "all":
         for name, parameter in model.model.named_parameters():
             if name.rpartition(".")[2] == "bias" and ".modules_to_save." not in f".{name}":
                 yield name.replace(".original_module.", "."), parameter
-    elif said != "none":
+    elif setting != "none":
         for name, layer in layers:
             if isinstance(bias := getattr(layer.base_layer, "bias", None), Tensor):
                 yield f"{name}.base_layer.bias", bias
@@ -95,12 +95,12 @@ def write_folder(model: AdaptedModel, adapter: str, folder: Path) -> None:
 
     Raises ValueRefused for numbers that are not finite or on the meta device, FileError.
     """
-    tensors = {key: from_torch(t.contiguous()) for key, t in adapter_state(model, adapter).items()}
-    said = replace(model.peft_config[adapter], inference_mode=True).to_dict()
+    tensors = {key: from_torch(t.contiguous()) for key, t in peft_tensors(model, adapter).items()}
+    config = replace(model.peft_config[adapter], inference_mode=True).to_dict()
     new = [path for path in (folder, *folder.parents) if not path.exists()]
     folder.mkdir(parents=True, exist_ok=True)
     try:
-        _write_both(folder, tensors, json.dumps(said, indent=2, sort_keys=True))
+        _write_both(folder, tensors, json.dumps(config, indent=2, sort_keys=True))
     except BaseException:
         with suppress(OSError):  # another has put something there
             for path in new:
@@ -194,14 +194,14 @@ def _suffix(key: str) -> str:
 
 def _check_one_model(place: Path) -> None:
     """Raise FileError for the adapters of a pipeline's several models."""
-    found = parts(place)
-    if len(found) < 2:
+    counts = parts(place)
+    if len(counts) < 2:
         return
     folders = f"adaptsurgery convert {place} -o PARTS --to peft"
     raise FileError(
         "this adapts several models, and a live model is one of them",
         where=str(place),
-        seen=", ".join(f"{part}: {count} modules" for part, count in sorted(found.items())),
+        seen=", ".join(f"{part}: {count} modules" for part, count in sorted(counts.items())),
         next="load the folder of the model's part"
         if place.is_dir()
         else f"`{folders}` makes a folder of each part (--base names a model of no bundled "
@@ -223,7 +223,7 @@ def _read(folder: Path) -> Mapping[str, LazyTensor]:
     raise FileError(f"there is no {WEIGHTS} in it", where=str(folder), code="no-such-file")
 
 
-def load_state(
+def set_tensors(
     model: AdaptedModel,
     adapter: str,
     state: Mapping[str, Tensor],
@@ -312,9 +312,9 @@ class _Home:
     @property
     def held(self) -> Tensor:
         held = self.module._parameters.get(self.name)
-        found = self.module._buffers[self.name] if held is None else held
-        assert found is not None
-        return found
+        tensor = self.module._buffers[self.name] if held is None else held
+        assert tensor is not None
+        return tensor
 
     @property
     def shape(self) -> torch.Size:

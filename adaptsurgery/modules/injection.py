@@ -91,7 +91,7 @@ def check_name(name: str, taken: Collection[str]) -> None:
         )
 
 
-def planned(
+def new_updates(
     walk: Walk, chosen: Iterable[Target], config: AdapterConfig, empty: bool, wide: bool
 ) -> list[tuple[AdaptedLayer, Update]]:
     """The layers and their new updates, while nothing is changed; ``empty`` ones have no numbers.
@@ -139,12 +139,12 @@ def save_whole(walk: Walk, adapter: str, names: Iterable[str]) -> None:
 
 def train_biases(model: nn.Module, config: AdapterConfig, layers: Iterable[AdaptedLayer]) -> None:
     """Make the base's biases trainable that the config says."""
-    said = getattr(config, "bias", "none")
-    if said == "all":
+    setting = getattr(config, "bias", "none")
+    if setting == "all":
         for name, parameter in model.named_parameters():
             if name.rpartition(".")[2] == "bias" and not _whole(name):
                 parameter.requires_grad_(True)
-    elif said != "none":
+    elif setting != "none":
         for layer in layers:
             if isinstance(bias := getattr(layer.base_layer, "bias", None), Tensor):
                 bias.requires_grad_(True)
@@ -163,12 +163,12 @@ def _new_update(
         )
     device = torch.device("meta") if empty else base.weight.device
     dtype = torch.promote_types(base.weight.dtype, torch.float32) if wide else base.weight.dtype
-    said: dict[str, Any] = {"rank": target.rank, "alpha": target.alpha, "kind": base.kind}
+    settings: dict[str, Any] = {"rank": target.rank, "alpha": target.alpha, "kind": base.kind}
     if device.type == "meta":
-        return config.blank(base.shape, device=device, dtype=dtype, **said)
+        return config.blank(base.shape, device=device, dtype=dtype, **settings)
     with torch.no_grad():
         weight = base.canonical().detach()
-        return config.fresh(base.shape, device=device, dtype=dtype, weight=weight, **said)
+        return config.fresh(base.shape, device=device, dtype=dtype, weight=weight, **settings)
 
 
 def _check_same(first: Target, second: Target) -> None:
@@ -212,7 +212,7 @@ def of_keys(config: AdapterConfig, keys: Iterable[str]) -> AdapterConfig:
 
 def tied(model: nn.Module) -> dict[int, list[str]]:
     """The names of every parameter that has several."""
-    found: dict[int, list[str]] = {}
+    groups: dict[int, list[str]] = {}
     for name, parameter in model.named_parameters(remove_duplicate=False):
-        found.setdefault(id(parameter), []).append(name.replace(".base_layer.", "."))
-    return {key: names for key, names in found.items() if len(names) > 1}
+        groups.setdefault(id(parameter), []).append(name.replace(".base_layer.", "."))
+    return {key: names for key, names in groups.items() if len(names) > 1}

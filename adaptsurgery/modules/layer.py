@@ -19,7 +19,7 @@ from torch.fx import Proxy
 from adaptsurgery import algorithms
 from adaptsurgery.algorithms import made, with_norms
 from adaptsurgery.core.config import AdapterConfig, tensors_of
-from adaptsurgery.core.cost import Form
+from adaptsurgery.core.cost import ApplyForm
 from adaptsurgery.core.geometry import Layer
 from adaptsurgery.core.law import order_of, unknown_update
 from adaptsurgery.core.update import (
@@ -221,16 +221,18 @@ class AdaptedLayer(nn.Module):
 
     def update(self, adapter: str) -> Update:
         """An adapter's update as it stands, of its live parameters, at the adapter's weight."""
-        said = self.settings[adapter]
+        setting = self.settings[adapter]
         held: dict[str, Any] = {
             slot: slots.as_slot(slot, slots.take(self, suffix, adapter), self.dims)
-            for slot, suffix in said.suffixes.items()
+            for slot, suffix in setting.suffixes.items()
         }
         magnitude = held.pop("magnitude", None)
-        scale = said.scale * (said.weight if magnitude is None else 1.0)
-        update = made(said.algorithm, {**held, **said.options}, scale, self.shape)
+        scale = setting.scale * (setting.weight if magnitude is None else 1.0)
+        update = made(setting.algorithm, {**held, **setting.options}, scale, self.shape)
         return (
-            update if magnitude is None else only_whole(with_norms(update, magnitude), said.weight)
+            update
+            if magnitude is None
+            else only_whole(with_norms(update, magnitude), setting.weight)
         )
 
     def live(self) -> tuple[str, ...]:
@@ -297,7 +299,7 @@ class AdaptedLayer(nn.Module):
             lasting=all(t is None or type(t) is nn.Parameter for t in made),
         )
 
-    def form(self, x: Tensor, update: Update, layer: Layer) -> Form:
+    def form(self, x: Tensor, update: Update, layer: Layer) -> ApplyForm:
         """By cost; a module with a forward of its own is given W', one with hooks is called.
 
         Where the sizes of ``x`` cannot be read the cost is that of many positions.
@@ -321,8 +323,8 @@ class AdaptedLayer(nn.Module):
     def layer(self) -> LiveLayer:
         """The base layer as the algebra sees it, with its parameters as they are now."""
         base = self.base_layer
-        weight = slots.stored(base, "weight")
-        bias = None if getattr(base, "bias", None) is None else slots.stored(base, "bias")
+        weight = slots.own_parameter(base, "weight")
+        bias = None if getattr(base, "bias", None) is None else slots.own_parameter(base, "bias")
         return LiveLayer(weight=weight, bias=bias, module=base, plain=self.plain, **self.geometry)
 
     def _seen(self, name: str) -> Tensor | None:
@@ -410,7 +412,7 @@ class AdaptedLayer(nn.Module):
                 next="torch.nn.utils.parametrize.remove_parametrizations first",
                 code="not-a-parameter",
             )
-        if slots.stored(self.base_layer, "weight").is_meta:
+        if slots.own_parameter(self.base_layer, "weight").is_meta:
             raise ValueRefused(
                 "the weight is on the meta device: it has no numbers",
                 next="load the base's numbers first",
@@ -437,7 +439,7 @@ class AdaptedLayer(nn.Module):
             self._original = (None, self._original[1])
 
     def extra_repr(self) -> str:
-        return ", ".join(f"{name}: {said.algorithm}" for name, said in self.settings.items())
+        return ", ".join(f"{name}: {setting.algorithm}" for name, setting in self.settings.items())
 
 
 def _surely_finite(layer: Layer, update: Update) -> bool:

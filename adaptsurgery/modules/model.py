@@ -21,8 +21,8 @@ from adaptsurgery.modules.injection import (
     check_name,
     check_unadapted,
     located,
+    new_updates,
     of_keys,
-    planned,
     save_whole,
     tied,
     train_biases,
@@ -42,7 +42,7 @@ from adaptsurgery_formats.errors import (
 )
 from adaptsurgery_formats.traits import TRAITS, traits_of
 
-Names = str | Sequence[str]
+AdapterNames = str | Sequence[str]
 
 
 class AdaptedModel(nn.Module):
@@ -145,8 +145,8 @@ class AdaptedModel(nn.Module):
         """The adapters that are merged in some layer."""
         if "model" not in self._modules:
             return []
-        found = (m.merged for m in self._holders() if isinstance(m, AdaptedLayer))
-        return list(dict.fromkeys(name for merged in found for name in merged))
+        per_layer = (m.merged for m in self._holders() if isinstance(m, AdaptedLayer))
+        return list(dict.fromkeys(name for merged in per_layer for name in merged))
 
     def update(self, path: str, adapter: str) -> Update:
         """An adapter's update of one layer, of its live tensors. NameLookupError for no such layer."""
@@ -157,8 +157,8 @@ class AdaptedModel(nn.Module):
 
     def scales(self, config: AdapterConfig) -> dict[str, float]:
         """The scale that a config gives each layer that it targets."""
-        found = self._targets(Walk.of(self.model), config)
-        return {t.name: config.scale(t.rank, t.alpha) for t in found.chosen}
+        targets = self._targets(Walk.of(self.model), config)
+        return {t.name: config.scale(t.rank, t.alpha) for t in targets.chosen}
 
     # --- putting in ------------------------------------------------------------------------------
 
@@ -183,16 +183,18 @@ class AdaptedModel(nn.Module):
         config = copy.deepcopy(config)
         walk = Walk.of(self.model)
         wanted = config if state_dict is None else of_keys(config, state_dict)
-        found = self._targets(walk, wanted)
-        for note in found.notes:
+        targets = self._targets(walk, wanted)
+        for note in targets.notes:
             warnings.warn(f"{note.where}: {note.text} [{note.code}]", stacklevel=4)
         with uncollected():
-            layers = planned(walk, found.chosen, config, low_cpu_mem_usage, autocast_adapter_dtype)
+            layers = new_updates(
+                walk, targets.chosen, config, low_cpu_mem_usage, autocast_adapter_dtype
+            )
         before = Before(self)
         try:
             with uncollected():
                 attach(walk, adapter_name, config, layers)
-            save_whole(walk, adapter_name, found.saved)
+            save_whole(walk, adapter_name, targets.saved)
             self.peft_config[adapter_name] = config
             train_biases(self.model, config, [layer for layer, _ in layers])
             self._activate()
@@ -230,7 +232,7 @@ class AdaptedModel(nn.Module):
     @alone
     def set_adapter(
         self,
-        adapter_name: Names,
+        adapter_name: AdapterNames,
         inference_mode: bool = False,
         weights: Sequence[float] | None = None,
     ) -> None:
@@ -264,14 +266,14 @@ class AdaptedModel(nn.Module):
         try:
             for layer in layers:
                 for name in strengths.keys() & layer.settings.keys():
-                    said = layer.settings[name]
-                    if said.weight != strengths[name]:
-                        before.append((layer, name, said))
-                        layer.settings[name] = replace(said, weight=strengths[name])
+                    setting = layer.settings[name]
+                    if setting.weight != strengths[name]:
+                        before.append((layer, name, setting))
+                        layer.settings[name] = replace(setting, weight=strengths[name])
                         layer.update(name)  # refused where a weight has no meaning
         except SurgeryError:
-            for layer, name, said in before:
-                layer.settings[name] = said
+            for layer, name, setting in before:
+                layer.settings[name] = setting
             raise
 
     def _activate(self) -> None:
@@ -285,7 +287,7 @@ class AdaptedModel(nn.Module):
                 for tensor in parameters_of(module, name):
                     tensor.requires_grad_(trained)
 
-    def _each(self, names: Names) -> list[str]:
+    def _each(self, names: AdapterNames) -> list[str]:
         """The adapters of a name or several, each known."""
         several = isinstance(names, Iterable) and not isinstance(names, str)
         return [self._known(name) for name in (names if several else [names])]
@@ -364,7 +366,11 @@ class AdaptedModel(nn.Module):
 
     @alone
     def merge_adapter(
-        self, adapter_names: Names | None = None, safe_merge: bool = False, *, keep: bool = True
+        self,
+        adapter_names: AdapterNames | None = None,
+        safe_merge: bool = False,
+        *,
+        keep: bool = True,
     ) -> None:
         """Fold adapters (the active ones) into the base's weights; ``unmerge_adapter`` undoes it.
 
@@ -391,7 +397,7 @@ class AdaptedModel(nn.Module):
             warnings.warn(f"merged already: {', '.join(again)}", stacklevel=2)
         self._merge(names, keep)
 
-    def _chosen(self, names: Names | None) -> list[str]:
+    def _chosen(self, names: AdapterNames | None) -> list[str]:
         if names is None:
             if not self.active_adapters:
                 raise ValueRefused(
@@ -448,7 +454,7 @@ class AdaptedModel(nn.Module):
         self,
         progressbar: bool = False,
         safe_merge: bool = False,
-        adapter_names: Names | None = None,
+        adapter_names: AdapterNames | None = None,
     ) -> nn.Module:
         """Fold adapters (the active ones) into the base for good, and give it back as it was built.
 

@@ -154,7 +154,7 @@ class PeftModel(nn.Module):
                 model, config, adapter_name, mixed, low_cpu_mem_usage=not ignore,
                 autocast_adapter_dtype=autocast_adapter_dtype,
             )  # fmt: skip
-            files.load_state(
+            files.set_tensors(
                 made.base_model, adapter_name, state, ignore=ignore, where=os.fspath(model_id)
             )
             return made
@@ -182,7 +182,7 @@ class PeftModel(nn.Module):
                 adapter_name, config, low_cpu_mem_usage=not ignore,
                 autocast_adapter_dtype=autocast_adapter_dtype,
             )  # fmt: skip
-            files.load_state(
+            files.set_tensors(
                 self.base_model, adapter_name, state, ignore=ignore, where=os.fspath(model_id)
             )
         except BaseException:
@@ -220,7 +220,7 @@ class PeftModel(nn.Module):
                     setting, scale=scale, options=config.options, config=config
                 )
             self.base_model.peft_config[adapter] = taken
-            files.load_state(self.base_model, adapter, state, where=os.fspath(model_id), hint=hint)
+            files.set_tensors(self.base_model, adapter, state, where=os.fspath(model_id), hint=hint)
         except BaseException:
             before.restore()
             raise
@@ -231,8 +231,8 @@ class PeftModel(nn.Module):
         """An adapter's layers, each with the scale that another config gives it."""
         scales = self.base_model.scales(config)
         held = [(n, x) for n, x in self.base_model.layers() if adapter in x.settings]
-        found = {id(layer): (layer, scales[name]) for name, layer in held if name in scales}
-        if strange := [name for name, layer in held if id(layer) not in found]:
+        layers = {id(layer): (layer, scales[name]) for name, layer in held if name in scales}
+        if strange := [name for name, layer in held if id(layer) not in layers]:
             raise ValueRefused(
                 f"the file's config does not target {len(strange)} of the modules of `{adapter}`",
                 where=where,
@@ -240,7 +240,7 @@ class PeftModel(nn.Module):
                 next="load_adapter under another name",
                 code="cannot-swap",
             )
-        return list(found.values())
+        return list(layers.values())
 
     # --- what there is ---------------------------------------------------------------------------
 

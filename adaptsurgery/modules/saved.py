@@ -40,9 +40,9 @@ class SavedModule(nn.Module):
         copies = self._modules["modules_to_save"]
         assert isinstance(copies, nn.ModuleDict)
         live = [name for name in self.active if name in copies._modules] if self.enabled else []
-        found = copies._modules[live[0]] if live else self._modules["original_module"]
-        assert found is not None
-        return found
+        module = copies._modules[live[0]] if live else self._modules["original_module"]
+        assert module is not None
+        return module
 
     def tensors(self, adapter: str) -> dict[str, Tensor]:
         """The parameters and buffers of an adapter's copy, by their names in the module."""

@@ -18,12 +18,12 @@ _EMBEDDING = "lora_embedding_"
 
 def suffixes(algorithm: str, embedding: bool) -> dict[str, str]:
     """Slot → PEFT's suffix for it in a state dict, without the adapter's name."""
-    found: dict[str, str] = {}
+    names: dict[str, str] = {}
     for suffix, (owner, slot) in SUFFIXES.items():
         plain = slot in ("up", "down") and suffix.startswith(_EMBEDDING) != embedding
         if owner == algorithm and not plain:
-            found[slot] = suffix  # of the two spellings of a magnitude, the one in a model is last
-    return found
+            names[slot] = suffix  # of the two spellings of a magnitude, the one in a model is last
+    return names
 
 
 def as_peft(slot: str, tensor: Tensor, dims: int) -> Tensor:
@@ -73,7 +73,7 @@ def place(layer: nn.Module, suffix: str, adapter: str) -> tuple[nn.Module, str]:
 
 def take(layer: nn.Module, suffix: str, adapter: str) -> Tensor:
     """The tensor of ``adapter`` under PEFT's suffix."""
-    return stored(*place(layer, suffix, adapter))
+    return own_parameter(*place(layer, suffix, adapter))
 
 
 def drop(layer: nn.Module, suffix: str, adapter: str) -> None:
@@ -96,9 +96,9 @@ def _child(module: nn.Module, name: str) -> nn.Module:
     return child
 
 
-def stored(module: nn.Module, name: str) -> Tensor:
+def own_parameter(module: nn.Module, name: str) -> Tensor:
     """A module's parameter itself, where a symbolic trace would give its proxy for the attribute."""
     held = module._parameters.get(name)
-    found = getattr(module, name) if held is None else held
-    assert isinstance(found, Tensor)
-    return found
+    tensor = getattr(module, name) if held is None else held
+    assert isinstance(tensor, Tensor)
+    return tensor

@@ -109,5 +109,5 @@ def count(model: nn.Module) -> tuple[int, int]:
 
 
 def _one(values: Iterable[T]) -> T | str:
-    found = list(values)
-    return found[0] if found and all(value == found[0] for value in found) else IRREGULAR
+    items = list(values)
+    return items[0] if items and all(value == items[0] for value in items) else IRREGULAR

@@ -36,8 +36,8 @@ class Recording(TorchFunctionMode):
 
     def _argument(self, value: Any) -> Any:
         """A node's argument: a tensor that comes from parameters is the node that it came from."""
-        found = self.known.get(id(value))
-        return self._plain(value) if found is None else found[1]
+        entry = self.known.get(id(value))
+        return self._plain(value) if entry is None else entry[1]
 
     def __torch_function__(
         self, func: Any, types: Any, args: Any = (), kwargs: dict[str, Any] | None = None

@@ -85,12 +85,12 @@ def _named(name: str, module: nn.Module) -> Iterator[tuple[str, nn.Module]]:
 def model_type(model: nn.Module) -> str | None:
     """The architecture by its config, where the model has one."""
     config = getattr(model, "config", None)
-    found = (
+    name = (
         config.get("model_type")
         if isinstance(config, dict)
         else getattr(config, "model_type", None)
     )
-    return found if isinstance(found, str) else None
+    return name if isinstance(name, str) else None
 
 
 def outputs(walk: Walk, model: nn.Module) -> list[str]:

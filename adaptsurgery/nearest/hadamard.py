@@ -41,7 +41,7 @@ START_SWEEPS = 40
 FEW = 4  # of so many that set out together the nearest one sets out again, where there are as many
 FRESH = 0.3  # of the rows of those that came nearest, which are where the next set out from
 CLIFF = 1.25  # singular values r² and r² + 1 differ by that where D came from a product
-EXACT = 1e-14  # of ‖D‖²: nothing to gain in float32
+NOTHING_LEFT = 1e-14  # of ‖D‖²: nothing to gain in float32
 ROUNDING = 1e-10  # of ‖D‖²: what float32 leaves outside of an exact product's space
 CANCELLING = 1e3  # of ‖D‖: terms as large as that leave nothing of the result in low precision
 UNSOUND = 1e4  # of ‖D‖²: the same, in the sum of the squares, while the search is on
@@ -71,7 +71,7 @@ def product(rows: Tensor, columns: Tensor) -> Tensor:
     return (rows @ columns.mT).prod(-3)
 
 
-class Target(ABC):
+class Difference(ABC):
     """D as a sweep sees it: its products with columns, and its transpose."""
 
     square: float  # ‖D‖²
@@ -82,11 +82,11 @@ class Target(ABC):
         """D·columns, in float64."""
 
     @abstractmethod
-    def flipped(self) -> Target:
+    def flipped(self) -> Difference:
         """The same view of Dᵀ."""
 
 
-class Dense(Target):
+class DenseDifference(Difference):
     """D as it is, a dense matrix."""
 
     def __init__(self, matrix: Tensor, square: float | None = None) -> None:
@@ -98,11 +98,11 @@ class Dense(Target):
     def times(self, columns: Tensor) -> Tensor:
         return (self.matrix @ columns.to(self.matrix)).double()
 
-    def flipped(self) -> Dense:
-        return Dense(self.matrix.t(), self.square)
+    def flipped(self) -> DenseDifference:
+        return DenseDifference(self.matrix.t(), self.square)
 
 
-class Factored(Target):
+class Factored(Difference):
     """D = left (m, k) · right (n, k)ᵀ, in float64."""
 
     ridge = 1e-10
@@ -121,7 +121,7 @@ class Factored(Target):
 class _Rows:
     """The least squares of every row, given the other side: fQfᵀ − 2⟨p, f⟩ with f = a1 ⊗ a2."""
 
-    def __init__(self, target: Target, other: Tensor) -> None:
+    def __init__(self, target: Difference, other: Tensor) -> None:
         c = khatri_rao(other)
         r = other.shape[-1]
         self.rank, self.ridge = r, target.ridge
@@ -204,10 +204,10 @@ def _ridged(normal: Tensor, right: Tensor, own: Tensor, ridge: float) -> Tensor:
     return torch.cholesky_solve((right + extra * own)[..., None], factor)[..., 0]
 
 
-def _side(target: Target, other: Tensor, own: Tensor, lift: bool) -> tuple[Tensor, Tensor]:
+def _side(target: Difference, other: Tensor, own: Tensor, lift: bool) -> tuple[Tensor, Tensor]:
     """A better ``own`` side, and ‖D − D̂‖² of it."""
     r = own.shape[-1]
-    if isinstance(target, Dense) and 4 * r * r > min(target.matrix.shape):
+    if isinstance(target, DenseDifference) and 4 * r * r > min(target.matrix.shape):
         return _uncompressed(target.matrix, other, own, target.ridge)
     rows = _Rows(target, other)
     new = rows.solved(own)
@@ -247,14 +247,14 @@ def _uncompressed(
 
 
 def refine(
-    target: Target,
+    target: Difference,
     rows: Tensor,
     columns: Tensor,
     sweeps: int,
     *,
     gain: float = GAIN,
     lifted: int = LIFTED,
-    enough: float = EXACT,
+    enough: float = NOTHING_LEFT,
 ) -> tuple[Tensor, Tensor, Tensor]:
     """The best sides of some sweeps from a start, and their ‖D − D̂‖²/‖D‖².
 
@@ -300,7 +300,7 @@ def nearest_product(delta: Tensor, rank: int, seed: int = 0) -> Product:
         much = f"rank {rank} is above {MOST}: written as the LoRA of that rank, times ones"
         return Product(*lora, svd.s, (much,) if svd.norm else ())
     generator = torch.Generator().manual_seed(seed)
-    tried, target = [], Dense(matrix)
+    tried, target = [], DenseDifference(matrix)
     inside = _inside(matrix, svd, rank, generator) if wanted > rank else None
     if inside is not None:
         tried.append(inside.sides)
@@ -368,7 +368,7 @@ def _inside(matrix: Tensor, svd: Leading, rank: int, generator: torch.Generator)
     target = Factored(left, wide.t() @ left)
     outside = 1 - target.square / float(wide.square().sum())
     m, n = matrix.shape
-    enough = max(EXACT, outside * min(1.0, 2 * k * (m + n) / (m * n)))
+    enough = max(NOTHING_LEFT, outside * min(1.0, 2 * k * (m + n) / (m * n)))
     at_once = max(1, min(STARTS, TOGETHER // (m * n)))
     lifted = START_SWEEPS if at_once > 1 else LIFTED  # few rows: more basins, and cheap to leave
     best: tuple[Tensor, Tensor] | None = None
@@ -386,10 +386,12 @@ def _inside(matrix: Tensor, svd: Leading, rank: int, generator: torch.Generator)
         start = fresh = _random(target, at_once, rank, generator)
         if at_once >= FEW:
             ahead = reached.argsort()[: at_once // FEW].repeat(at_once)[:at_once]
-            start = (_mixed(sides[0][ahead], fresh[0], generator),
-                     _mixed(sides[1][ahead], fresh[1], generator))  # fmt: skip
+            start = (
+                _mixed(sides[0][ahead], fresh[0], generator),
+                _mixed(sides[1][ahead], fresh[1], generator),
+            )
     assert best is not None
-    if least > EXACT:  # slow is not stuck
+    if least > NOTHING_LEFT:  # slow is not stuck
         *sides, reached = refine(target, *best, 4 * START_SWEEPS, gain=1e-3)
         best, least = (sides[0], sides[1]), float(reached)
     return _Inside(best, least, outside, enough)

@@ -25,7 +25,7 @@ GAIN = 1e-8  # of ‖R‖²: a step that captures no more than that is the last
 LANCZOS = 400
 CONVERGED = 1e-7  # of σ1²
 SMALL = 256  # sides of R up to this: the Gram matrix, solved outright
-EXACT = 96  # sides of a factor up to this: cut by an exact decomposition at every step
+SMALL_SIDE = 96  # sides of a factor up to this: cut by an exact decomposition at every step
 CHUNK = 8192  # numbers of a float32 sum, at most
 
 
@@ -103,7 +103,7 @@ def _unit(vector: Tensor) -> Tensor:
     return unit
 
 
-class Cut(ABC):
+class CutMatrix(ABC):
     """The set that a factor is taken from; each search starts from the answer of the last."""
 
     @abstractmethod
@@ -115,7 +115,7 @@ class Cut(ABC):
         """The stored tensors of a member."""
 
 
-class Whole(Cut):
+class Whole(CutMatrix):
     """The set of all matrices; a member is one tensor."""
 
     def nearest(self, factor: Tensor) -> Tensor:
@@ -126,7 +126,7 @@ class Whole(Cut):
 
 
 @dataclass
-class LowRank(Cut):
+class LowRankCut(CutMatrix):
     """The matrices (m, n[·k]) of rank ``rank``; a member is (m, r), (r, n·k), zero past m or n."""
 
     rank: int
@@ -147,7 +147,7 @@ class LowRank(Cut):
 
 
 @dataclass
-class Tucker(Cut):
+class Tucker(CutMatrix):
     """The tensors (m, n, k) of multilinear rank (r, r, k), by higher-order orthogonal iteration.
 
     De Lathauwer, De Moor and Vandewalle, SIAM J. Matrix Anal. Appl. 21 (2000). A member is three
@@ -198,7 +198,7 @@ def leading_space(matrix: Tensor, rank: int, warm: Tensor | None = None) -> Tens
     steps of orthogonal iteration from that, which never capture less than it did.
     """
     rank = min(rank, *matrix.shape)
-    if min(matrix.shape) <= EXACT:
+    if min(matrix.shape) <= SMALL_SIDE:
         return _exact_space(matrix, rank)
     if warm is None:
         return _orthonormal(leading(matrix, rank).u)
@@ -238,7 +238,7 @@ def nearest_product(
     r: Tensor,
     start: Tensor,
     shapes: tuple[tuple[int, ...], tuple[int, ...]],
-    cuts: tuple[Cut, Cut],
+    cuts: tuple[CutMatrix, CutMatrix],
     steps: int = STEPS,
 ) -> Nearest:
     """w1 ⊗ w2 near R (a·c, b·d·∏k), from ``start``, R's leading left singular vector.

@@ -20,7 +20,7 @@ from torch import Tensor
 from adaptsurgery.nearest.lanczos import leading
 
 STEPS, PATIENCE = 300, 12  # of the ascent: in all, and without gain
-EXACT = 1e-3  # an error below which the row space of D is the place to climb from
+NEAR = 1e-3  # an error below which the row space of D is the place to climb from
 LYING = 1e-11  # the distance from its axis within which a column of R lies on it
 LARGE = 2048  # columns up to which whole eigen-decompositions are worth their time
 
@@ -84,7 +84,7 @@ class Procrustes:
             everything = self.within(torch.eye(self.size, dtype=self.moment.dtype))
             return self._of_parity(everything, rank, whole)
         best = self.within(self._plane(self.change, rank, seed))
-        if self.norm and self.error(best.gain) > EXACT:
+        if self.norm and self.error(best.gain) > NEAR:
             starts = [self.within(plane) for plane in self._starts(rank, seed)]
             best = max(best, *starts, key=lambda turn: turn.gain)
         return self._of_parity(self._climb(best) if self.norm else best, rank, whole)

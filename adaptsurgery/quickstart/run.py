@@ -214,9 +214,12 @@ def _adapters_of_student(work: Work) -> None:
         f"  {MODEL}: {numbers:,} numbers; to {student.task} takes it {before:.2f} {student.unit}"
     )
     work.facts["model"] = {
-        "where": MODEL, "name": "small" if work.real is None else minilm.NAME, "numbers": numbers,
-        "loss": before, "unit": student.unit,
-    }  # fmt: skip
+        "where": MODEL,
+        "name": "small" if work.real is None else minilm.NAME,
+        "numbers": numbers,
+        "loss": before,
+        "unit": student.unit,
+    }
     work.title(f"Teach it to {student.task}, by adapters; measured on text that is not taught")
     for number, recipe in enumerate(making.RECIPES):
         work.adapters.append(making.train(student, recipe, work.seed + number))
@@ -351,8 +354,14 @@ def exported(work: Work) -> None:
 
 
 STEPS: tuple[Callable[[Work], None], ...] = (
-    adapters, around, refusal, as_lora, merging, extraction, exported
-)  # fmt: skip
+    adapters,
+    around,
+    refusal,
+    as_lora,
+    merging,
+    extraction,
+    exported,
+)
 
 
 # -- Comparing -------------------------------------------------------------------------------------
@@ -389,9 +398,11 @@ def _same_files(first: Path, second: Path) -> bool:
     mine, theirs = (read_safetensors(folder / WEIGHTS).tensors for folder in (first, second))
     return (
         mine.keys() == theirs.keys()
-        and all(same_bytes(t, theirs[key]) and t.shape == theirs[key].shape for key, t in mine.items())
+        and all(
+            same_bytes(t, theirs[key]) and t.shape == theirs[key].shape for key, t in mine.items()
+        )
         and read_config(first / CONFIG) == read_config(second / CONFIG)
-    )  # fmt: skip
+    )
 
 
 def _compare_outputs(work: Work, made: Made, name: str) -> float:

@@ -7,7 +7,7 @@ and none of the mathematics of updates.
 from __future__ import annotations
 
 from adaptsurgery_formats import comfyui, diffusers, kohya, lycoris, peft
-from adaptsurgery_formats.files import AdapterFile, Format, Step
+from adaptsurgery_formats.files import AdapterFile, Format, Rewriting
 from adaptsurgery_formats.state import AdapterState, ModuleState, Note
 from adaptsurgery_formats.tensors import Tensor
 
@@ -19,7 +19,7 @@ __all__ = [
     "Format",
     "ModuleState",
     "Note",
-    "Step",
+    "Rewriting",
     "Tensor",
 ]
 

@@ -48,9 +48,9 @@ def parse(files: Sequence[AdapterFile]) -> AdapterState:
     tensors = dotted.shaped_magnitudes(file.tensors)
     modules = []
     for module in lycoris_keys.parse_names(tensors, file.where, dotted.SUFFIXES):
-        found = _COMPONENT.match(module.path)
-        component = found.group(1) if found else ""
-        path = module.path[found.end() :] if found else module.path
+        match = _COMPONENT.match(module.path)
+        component = match.group(1) if match else ""
+        path = module.path[match.end() :] if match else module.path
         modules.append(replace(module, path=path, component=component, naming="diffusers"))
     modules = _scaled(modules, _configs(file), file.where)
     metadata = {k: v for k, v in file.metadata.items() if k != METADATA_KEY}

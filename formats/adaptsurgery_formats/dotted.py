@@ -9,7 +9,7 @@ from __future__ import annotations
 
 from adaptsurgery_formats import lycoris_keys
 from adaptsurgery_formats.errors import LayoutError
-from adaptsurgery_formats.files import Step
+from adaptsurgery_formats.files import Rewriting
 from adaptsurgery_formats.names import Names
 from adaptsurgery_formats.state import AdapterState
 from adaptsurgery_formats.tensors import Tensor
@@ -41,7 +41,7 @@ def _column(magnitude: Tensor) -> Tensor:
     return magnitude.reshape(magnitude.numel, *[1] * (len(magnitude.shape) - 1))
 
 
-def read_only(state: AdapterState, names: Names | None) -> list[Step]:
+def read_only(state: AdapterState, names: Names | None) -> list[Rewriting]:
     raise LayoutError(
         "this layout is read but not written",
         where=state.where,

@@ -127,5 +127,5 @@ def nearest(name: str, known: Iterable[str], count: int = 3) -> str:
         return ""
     # difflib is quadratic in the length of the names; cut the field by length first.
     close = [k for k in known if abs(len(k) - len(name)) <= max(8, len(name) // 3)]
-    found = get_close_matches(name, close[:4000], n=count, cutoff=0.6)
-    return "nearest: " + ", ".join(f"`{f}`" for f in found) if found else ""
+    matches = get_close_matches(name, close[:4000], n=count, cutoff=0.6)
+    return "nearest: " + ", ".join(f"`{f}`" for f in matches) if matches else ""

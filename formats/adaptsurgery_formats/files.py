@@ -83,7 +83,7 @@ JOIN_W2 = "multiply w2_a by w2_b"
 
 
 @dataclass(frozen=True)
-class Step:
+class Rewriting:
     """A rewriting that a module needs before it can be spelled."""
 
     module: ModuleState
@@ -131,7 +131,7 @@ class Format:
     title: str
     claims: Callable[[str], bool]
     parse: Callable[[Sequence[AdapterFile]], AdapterState]
-    plan: Callable[[AdapterState, Names | None], list[Step]]
+    plan: Callable[[AdapterState, Names | None], list[Rewriting]]
     spell: Callable[[AdapterState, Names | None], list[AdapterFile]] | None
     holds: Callable[[ModuleState, tuple[int, ...] | None], Unheld | None]
     naming: str | None
@@ -141,4 +141,4 @@ class Format:
     def refuses(self) -> dict[str, str]:
         """Algorithm → why, of those that the layout has no module of at all."""
         unheld = {name: self.holds(ModuleState("", name, {}), None) for name in TRAITS}
-        return {name: said.what for name, said in unheld.items() if said is not None}
+        return {name: refusal.what for name, refusal in unheld.items() if refusal is not None}

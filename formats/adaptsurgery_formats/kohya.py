@@ -26,7 +26,7 @@ from adaptsurgery_formats.files import (
     META_PREFIX,
     AdapterFile,
     Format,
-    Step,
+    Rewriting,
     carried_config,
 )
 from adaptsurgery_formats.metadata import describe_network
@@ -43,9 +43,9 @@ def claims(key: str) -> bool:
 
 def split_prefix(name: str) -> tuple[str, str]:
     """("lora_te1", "text_model_…") of a flat module name that ``claims`` accepts."""
-    found = _PREFIX.match(name)
-    assert found is not None
-    return found.group(1), name[found.end() :]
+    match = _PREFIX.match(name)
+    assert match is not None
+    return match.group(1), name[match.end() :]
 
 
 def parse(files: Sequence[AdapterFile]) -> AdapterState:
@@ -70,7 +70,7 @@ def parse(files: Sequence[AdapterFile]) -> AdapterState:
     return state
 
 
-def plan(state: AdapterState, names: Names | None) -> list[Step]:
+def plan(state: AdapterState, names: Names | None) -> list[Rewriting]:
     _refuse_saved(state)
     return lycoris_keys.plan_modules(state.modules, state.where)
 

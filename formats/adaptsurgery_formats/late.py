@@ -13,6 +13,6 @@ class Late:
         self._source = source
 
     def __getattr__(self, name: str) -> Any:
-        found = getattr(re.compile(self._source), name)
-        self.__dict__[name] = found
-        return found
+        bound = getattr(re.compile(self._source), name)
+        self.__dict__[name] = bound
+        return bound

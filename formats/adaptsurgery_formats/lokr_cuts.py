@@ -72,11 +72,11 @@ def _last_factor(dimension: int, first: int) -> int:
 
 
 Shapes = Mapping[str, tuple[int, ...]]
-Cut = tuple[int, int]
+Factors = tuple[int, int]
 FACTORIZATIONS = {"peft": peft_factorization, "lycoris": lycoris_factorization}
 
 
-def sweepable_factors(out: int, into: int, loader: str) -> dict[tuple[Cut, Cut], int]:
+def sweepable_factors(out: int, into: int, loader: str) -> dict[tuple[Factors, Factors], int]:
     """Every pair of cuts, of ``out`` and of ``into``, that a loader makes, with a factor that gives it.
 
     -1, the default of both, comes first. A cut changes at a divisor and next to one only.
@@ -85,14 +85,14 @@ def sweepable_factors(out: int, into: int, loader: str) -> dict[tuple[Cut, Cut],
     divisors = {
         f for n in (out, into) for m in range(1, int(n**0.5) + 1) if n % m == 0 for f in (m, n // m)
     }
-    found: dict[tuple[Cut, Cut], int] = {}
+    factors: dict[tuple[Factors, Factors], int] = {}
     for factor in (-1, *sorted(divisors | {f + 1 for f in divisors})):
-        found.setdefault((cut(out, factor), cut(into, factor)), factor)
-    return found
+        factors.setdefault((cut(out, factor), cut(into, factor)), factor)
+    return factors
 
 
 def stored_shapes(
-    out: Cut, into: Cut, kernel: tuple[int, ...], rank: int, both: bool, tucker: bool
+    out: Factors, into: Factors, kernel: tuple[int, ...], rank: int, both: bool, tucker: bool
 ) -> dict[str, tuple[int, ...]]:
     """The shapes that PEFT and LyCORIS make a LoKr's slots of, for the cuts (a, b) and (c, d).
 
@@ -114,8 +114,8 @@ class Storage:
     """What a loader can hold of a weight ``shape`` (o, i, *k) with the cuts (a, b), (c, d) of o and i."""
 
     shape: tuple[int, ...]
-    out: Cut
-    into: Cut
+    out: Factors
+    into: Factors
     both: bool = False
     tucker: bool = False
     loader: str = "peft"
@@ -181,8 +181,8 @@ def lycoris_loads(shapes: Shapes, out: int, into: int) -> bool:
 
 def _guessed_rank(shapes: Shapes) -> int | None:
     """The loader's rank; that of a tucker w2_a (r, b) is read from the wrong side. None: full."""
-    found = shapes.get("w1_a") or shapes.get("w2_a")
-    return found[1] if found else None
+    shape = shapes.get("w1_a") or shapes.get("w2_a")
+    return shape[1] if shape else None
 
 
 def _guessed_factor(shapes: Shapes) -> int:

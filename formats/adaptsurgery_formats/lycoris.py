@@ -25,7 +25,7 @@ from adaptsurgery_formats.files import (
     META_PREFIX,
     AdapterFile,
     Format,
-    Step,
+    Rewriting,
     carried_component,
     carried_config,
 )
@@ -73,7 +73,7 @@ def _bare(module: ModuleState, own: str) -> ModuleState:
     return module.changed(options={**module.options, "any_prefix": True})
 
 
-def plan(state: AdapterState, names: Names | None) -> list[Step]:
+def plan(state: AdapterState, names: Names | None) -> list[Rewriting]:
     if len(state.components) > 1:
         raise LayoutError(
             f"lycoris_ names hold one model, not {len(state.components)}",

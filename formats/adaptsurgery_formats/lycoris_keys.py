@@ -25,7 +25,7 @@ from adaptsurgery_formats.errors import (
     ValueRefused,
     refuse_together,
 )
-from adaptsurgery_formats.files import FLATTEN_TUCKER, FOLD_SCALE, Step, Unheld, no_such
+from adaptsurgery_formats.files import FLATTEN_TUCKER, FOLD_SCALE, Rewriting, Unheld, no_such
 from adaptsurgery_formats.state import (
     ALPHA_OVER_R,
     ALPHA_OVER_SQRT_R,
@@ -235,12 +235,12 @@ def _beside_on_input(key: str, tensors: Container[str]) -> tuple[str, str] | Non
 def add_notes(state: AdapterState) -> None:
     """Say where a scale does not follow from the alpha that the file shows."""
     for rule in (NO_ALPHA, ZERO_ALPHA, BOTH_FULL):
-        told = [m for m in state.modules if m.rule == rule]
+        modules = [m for m in state.modules if m.rule == rule]
         if rule == BOTH_FULL:
-            told = [m for m in told if m.alpha is not None]
-        if told:
-            more = f" and {len(told) - 1} more" if len(told) > 1 else ""
-            state.note("scale-rule", f"{told[0].label}{more}", f"scale {rule}")
+            modules = [m for m in modules if m.alpha is not None]
+        if modules:
+            more = f" and {len(modules) - 1} more" if len(modules) > 1 else ""
+            state.note("scale-rule", f"{modules[0].label}{more}", f"scale {rule}")
 
 
 def note_loader(state: AdapterState) -> None:
@@ -256,7 +256,7 @@ def note_loader(state: AdapterState) -> None:
 _FLOAT32_MIN, _FLOAT32_MAX = 2.0**-126, 2.0**127  # with all of its digits
 
 
-def plan_modules(modules: Sequence[ModuleState], where: str) -> list[Step]:
+def plan_modules(modules: Sequence[ModuleState], where: str) -> list[Rewriting]:
     """The rewritings that modules need before this family can hold them.
 
     Raises InexactError with all the modules that it cannot hold.
@@ -267,11 +267,11 @@ def plan_modules(modules: Sequence[ModuleState], where: str) -> list[Step]:
     return [step for m in modules for step in _steps(m)]
 
 
-def _steps(module: ModuleState) -> list[Step]:
+def _steps(module: ModuleState) -> list[Rewriting]:
     if "w1" in module.tensors and "w2" in module.tensors and module.scale != 1.0:
-        return [Step(module, FOLD_SCALE)]
+        return [Rewriting(module, FOLD_SCALE)]
     if module.options.get("ambiguous_tucker"):
-        return [Step(module, FLATTEN_TUCKER)]
+        return [Rewriting(module, FLATTEN_TUCKER)]
     return []
 
 

@@ -53,10 +53,10 @@ def _alpha(module: ModuleState) -> float | None:
 
 
 def _common(values: Iterable[float | None]) -> str:
-    found = set(values)
-    if len(found) != 1:
+    numbers = set(values)
+    if len(numbers) != 1:
         return "Dynamic"
-    value = found.pop()
+    value = numbers.pop()
     if value is None:
         return "Dynamic"
     return str(int(value)) if value == int(value) else repr(value)

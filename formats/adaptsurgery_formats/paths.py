@@ -55,13 +55,19 @@ def check_name(name: str, where: str, next: str = "") -> None:
     if leads_out(name):
         raise FileError(
             "a file name leads out of the folder",
-            where=where, seen=repr(name), next=next, code="path-escapes",
-        )  # fmt: skip
+            where=where,
+            seen=repr(name),
+            next=next,
+            code="path-escapes",
+        )
     if _too_long(name):
         raise FileError(
-            f"a file name is longer than {LONGEST} bytes", where=where, seen=repr(name), next=next,
+            f"a file name is longer than {LONGEST} bytes",
+            where=where,
+            seen=repr(name),
+            next=next,
             code="bad-name",
-        )  # fmt: skip
+        )
 
 
 def check_below(name: object, where: str) -> None:

@@ -113,11 +113,11 @@ class Matcher:
 
     def first_keys(self, patterns: Mapping[str, Any]) -> dict[str, str]:
         """For each name the first key, in order, with ``re.match(rf"(.*\\.)?({key})$", name)``."""
-        found: dict[str, str] = {}
+        keys: dict[str, str] = {}
         for key in patterns:
             for name in self._ending(key):
-                found.setdefault(name, key)
-        return found
+                keys.setdefault(name, key)
+        return keys
 
     def fullmatch(self, pattern: str, name: str) -> bool:
         if pattern not in self._full:
@@ -132,12 +132,12 @@ class Matcher:
         """
         if id(wanted) not in self._lists:
             if isinstance(wanted, str):
-                found = {n: wanted for n in self.names if self.fullmatch(wanted, n)}
+                matches = {n: wanted for n in self.names if self.fullmatch(wanted, n)}
             else:
                 items = frozenset(wanted)
                 first = ((n, next((t for t in tails(n) if t in items), None)) for n in self.names)
-                found = {name: item for name, item in first if item is not None}
-            self._lists[id(wanted)] = wanted, found  # held, so that its id stays its own
+                matches = {name: item for name, item in first if item is not None}
+            self._lists[id(wanted)] = wanted, matches  # held, so that its id stays its own
         return self._lists[id(wanted)][1]
 
     def layers(self, patterns: str | Sequence[str] | None) -> dict[str, tuple[str, str]]:
@@ -214,9 +214,12 @@ class Matcher:
         try:
             done = subprocess.run(
                 [sys.executable, "-I", "-S", "-c", _CHILD],
-                input=job, capture_output=True, text=True, timeout=max(0.0, self._seconds),
+                input=job,
+                capture_output=True,
+                text=True,
+                timeout=max(0.0, self._seconds),
                 check=True,
-            )  # fmt: skip
+            )
         except (subprocess.TimeoutExpired, subprocess.CalledProcessError) as error:
             late = isinstance(error, subprocess.TimeoutExpired)
             raise self._endless(shown, late) from None
@@ -287,7 +290,7 @@ def is_targeted(name: str, config: Mapping[str, Any], matcher: Matcher) -> bool 
     return name in numbers and numbers[name][0] in wanted
 
 
-def wanted_layers(said: int | Iterable[int] | None) -> dict[str, int]:
+def wanted_layers(layers: int | Iterable[int] | None) -> dict[str, int]:
     """layers_to_transform's numbers by their digits without leading zeros; empty: all layers."""
-    numbers = [said] if isinstance(said, int) else said or ()
+    numbers = [layers] if isinstance(layers, int) else layers or ()
     return {str(n).lstrip("0"): n for n in numbers}

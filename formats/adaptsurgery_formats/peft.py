@@ -44,7 +44,7 @@ from adaptsurgery_formats.files import (
     META_MODEL,
     AdapterFile,
     Format,
-    Step,
+    Rewriting,
     Unheld,
     carried_component,
     no_such,
@@ -116,8 +116,10 @@ def _parse_folder(file: AdapterFile, state: AdapterState) -> None:
         metadata.pop(key, None)
     groups, saved = _grouped(file)
     matcher = Matcher(groups, file.where)
-    said = peft_config.settings(file.config, matcher, file.where)
-    modules = [_module(path, slots, said[path], component, file) for path, slots in groups.items()]
+    settings = peft_config.settings(file.config, matcher, file.where)
+    modules = [
+        _module(path, slots, settings[path], component, file) for path, slots in groups.items()
+    ]
     peft_config.check_targets(file.config, modules, matcher, file.where)
     state.modules += modules
     state.saved[component] = saved
@@ -178,7 +180,7 @@ def _unknown(key: str, tensor: Tensor, file: AdapterFile) -> KeyRefused:
 def _module(
     path: str,
     tensors: dict[str, Tensor],
-    said: peft_config.Setting,
+    setting: peft_config.ModuleScale,
     component: str,
     file: AdapterFile,
 ) -> ModuleState:
@@ -202,9 +204,9 @@ def _module(
         path,
         algorithm,
         slots,
-        said.alpha,
-        said.rule,
-        said.rank,
+        setting.alpha,
+        setting.rule,
+        setting.rank,
         component,
         keys=tuple(f"{PREFIX}{path}.{s}" for s in tensors),
         kind="embedding" if embedding else "",
@@ -331,8 +333,10 @@ def _lokr_disagreements(module: ModuleState, config: dict[str, Any]) -> list[str
 def _ia3_disagreements(module: ModuleState, config: dict[str, Any]) -> list[str]:
     """A matrix shows its side: (1, i) or (o, 1)."""
     shape = module.tensors["l"].shape
-    told = len(shape) == 2 and shape != (1, 1)
-    return ["feedforward_modules"] if told and module.options["on_input"] != (shape[0] == 1) else []
+    clear = len(shape) == 2 and shape != (1, 1)
+    return (
+        ["feedforward_modules"] if clear and module.options["on_input"] != (shape[0] == 1) else []
+    )
 
 
 def _no_disagreements(module: ModuleState, config: dict[str, Any]) -> list[str]:
@@ -363,18 +367,18 @@ class _Lokr:
             return self.module.rank
         w1, w2 = self.widest
         least = math.ceil(max(w1, w2) / 2) if decompose_both else math.ceil(w2 / 2)
-        said = self.module.rank
-        return said if said is not None and said >= least else max(1, least)
+        rank = self.module.rank
+        return rank if rank is not None and rank >= least else max(1, least)
 
 
-def plan(state: AdapterState, names: Names | None) -> list[Step]:
+def plan(state: AdapterState, names: Names | None) -> list[Rewriting]:
     """The rewritings that PEFT's one-value-for-all options ask for; raises where none help."""
     if state.layout == "peft" and names is None:
         return []  # what PEFT wrote it holds, and flat factors alone do not show the kernel
     unheld = [(m, holds(m, _shape(m, names))) for m in state.modules]
     refused = [why.error(m, state.where) for m, why in unheld if why is not None]
     refuse_together(refused, len(state.modules), state.where)
-    steps: list[Step] = []
+    steps: list[Rewriting] = []
     for component in state.components:
         modules = list(state.of(component))
         algorithm = _one_algorithm(modules, state.where)
@@ -476,11 +480,11 @@ def _ia3_unheld(module: ModuleState, shape: tuple[int, ...] | None) -> Unheld | 
     return None
 
 
-def _plan_ia3(modules: Sequence[ModuleState], names: Names | None, where: str) -> list[Step]:
+def _plan_ia3(modules: Sequence[ModuleState], names: Names | None, where: str) -> list[Rewriting]:
     return []
 
 
-def _plan_lora(modules: Sequence[ModuleState], names: Names | None, where: str) -> list[Step]:
+def _plan_lora(modules: Sequence[ModuleState], names: Names | None, where: str) -> list[Rewriting]:
     dora = [m for m in modules if "magnitude" in m.tensors]
     if dora and len(dora) != len(modules):
         raise InexactError(
@@ -499,20 +503,20 @@ def _plan_lora(modules: Sequence[ModuleState], names: Names | None, where: str) 
             next="merge the adapter that has biases into the base instead",
             code="no-lora-bias",
         )
-    return [Step(m, FOLD_MID) for m in modules if "mid" in m.tensors]
+    return [Rewriting(m, FOLD_MID) for m in modules if "mid" in m.tensors]
 
 
 def _takes_no_bias(module: ModuleState) -> bool:
     return module.kind == "embedding" or "magnitude" in module.tensors
 
 
-def _plan_loha(modules: Sequence[ModuleState], names: Names | None, where: str) -> list[Step]:
+def _plan_loha(modules: Sequence[ModuleState], names: Names | None, where: str) -> list[Rewriting]:
     tucker = [m for m in modules if "t1" in m.tensors]
     if not tucker:
         return []
     mixed = any("t1" not in m.tensors and _has_kernel(m, names, where) for m in modules)
     pointwise = [m for m in tucker if not any(k != 1 for k in kernel_of(m) or ())]
-    return [Step(m, FLATTEN_TUCKER) for m in (tucker if mixed else pointwise)]
+    return [Rewriting(m, FLATTEN_TUCKER) for m in (tucker if mixed else pointwise)]
 
 
 def _has_kernel(module: ModuleState, names: Names | None, where: str) -> bool:
@@ -528,21 +532,21 @@ def _has_kernel(module: ModuleState, names: Names | None, where: str) -> bool:
     return any(k != 1 for k in shape[2:])
 
 
-def _plan_lokr(modules: Sequence[ModuleState], names: Names | None, where: str) -> list[Step]:
+def _plan_lokr(modules: Sequence[ModuleState], names: Names | None, where: str) -> list[Rewriting]:
     cut = [_cut(m, names, where) for m in modules]
     steps = _tucker_steps(cut, names, where)
     steps += [
-        Step(c.module, JOIN_W2)
+        Rewriting(c.module, JOIN_W2)
         for c in cut
         if "w2_a" in c.module.tensors and 2 * c.rank(False) >= c.widest[1]
     ]
     if not _decompose_both(cut):
-        steps += [Step(c.module, JOIN_W1) for c in cut if "w1_a" in c.module.tensors]
+        steps += [Rewriting(c.module, JOIN_W1) for c in cut if "w1_a" in c.module.tensors]
     _factor(cut, where)
     return steps
 
 
-def _tucker_steps(cut: Sequence[_Lokr], names: Names | None, where: str) -> list[Step]:
+def _tucker_steps(cut: Sequence[_Lokr], names: Names | None, where: str) -> list[Rewriting]:
     """A core is stored on every kernel other than 1, or on none: use_effective_conv2d is for all."""
     tucker = [c.module for c in cut if "t2" in c.module.tensors]
     if not tucker:
@@ -551,7 +555,7 @@ def _tucker_steps(cut: Sequence[_Lokr], names: Names | None, where: str) -> list
     pointwise = [m for m in tucker if all(k == 1 for k in kernel_of(m) or ())]
     none = any(_breaks_core(m) for m in tucker if m not in pointwise)
     none = none or any(_has_kernel(m, names, where) for m in flat)
-    return [Step(m, FLATTEN_TUCKER) for m in (tucker if none else pointwise)]
+    return [Rewriting(m, FLATTEN_TUCKER) for m in (tucker if none else pointwise)]
 
 
 def _breaks_core(module: ModuleState) -> bool:
@@ -600,7 +604,7 @@ def _factor(cut: Sequence[_Lokr], where: str) -> int:
     return factor
 
 
-def _plan_hra(modules: Sequence[ModuleState], names: Names | None, where: str) -> list[Step]:
+def _plan_hra(modules: Sequence[ModuleState], names: Names | None, where: str) -> list[Rewriting]:
     if len({m.rank for m in modules}) > 1 or len({m.options.get("apply_gs") for m in modules}) > 1:
         raise InexactError(
             "PEFT's HRA has one rank and one apply_GS for all modules",
@@ -786,8 +790,8 @@ def _lokr_said(
     """The template's ranks and flags, if PEFT derives these very shapes from them."""
     if not template or template.get("peft_type", "").upper() != "LOKR":
         return None
-    said = peft_config.settings(template, Matcher(cut, where), where)
-    ranks = {path: said[path].rank or 1 for path in cut}
+    settings = peft_config.settings(template, Matcher(cut, where), where)
+    ranks = {path: settings[path].rank or 1 for path in cut}
     flags = {name: template.get(name, peft_config.FIELDS["lokr"][name]) for name in _LOKR_FLAGS}
     if names is None or all(_derives(flags, ranks[path], c) for path, c in cut.items()):
         return ranks, flags
@@ -797,11 +801,11 @@ def _lokr_said(
 def _ia3_flags(modules: _Spelled, names: Names | None, template: _Template, where: str) -> _Derived:
     """The template's feedforward_modules where they say of each module what it is, else the names."""
     inward = {path: bool(m.options.get("on_input")) for path, m in modules.items()}
-    said = (template or {}).get("feedforward_modules")
-    if said is None or any(is_feedforward(p, said, where) != side for p, side in inward.items()):
-        said = sorted(path for path, side in inward.items() if side)
+    ends = (template or {}).get("feedforward_modules")
+    if ends is None or any(is_feedforward(p, ends, where) != side for p, side in inward.items()):
+        ends = sorted(path for path, side in inward.items() if side)
         if strays := [
-            p for p, side in inward.items() if not side and is_feedforward(p, said, where)
+            p for p, side in inward.items() if not side and is_feedforward(p, ends, where)
         ]:
             raise InexactError(
                 "PEFT tells the modules whose inputs are scaled by the ends of their names",
@@ -811,7 +815,7 @@ def _ia3_flags(modules: _Spelled, names: Names | None, template: _Template, wher
                 code="feedforward-names",
             )
     transposed = any(m.options.get("fan_in_fan_out") for m in modules.values())
-    return dict.fromkeys(modules), {"feedforward_modules": said, "fan_in_fan_out": transposed}
+    return dict.fromkeys(modules), {"feedforward_modules": ends, "fan_in_fan_out": transposed}
 
 
 _LOKR_FLAGS = ("decompose_both", "decompose_factor", "use_effective_conv2d")
@@ -861,7 +865,7 @@ class _Method:
     ``plan`` the steps for all modules, ``flags`` the ranks and flags that the config has to say.
     """
 
-    plan: Callable[[Sequence[ModuleState], Names | None, str], list[Step]]
+    plan: Callable[[Sequence[ModuleState], Names | None, str], list[Rewriting]]
     flags: Callable[[_Spelled, Names | None, _Template, str], _Derived]
     options: Callable[[str, dict[str, Tensor], dict[str, Any]], dict[str, Any]]
     disagreements: Callable[[ModuleState, dict[str, Any]], list[str]] = _no_disagreements
@@ -873,8 +877,12 @@ class _Method:
 # A new algorithm that PEFT has: its line here, its suffixes in SUFFIXES.
 _METHODS: dict[str, _Method] = {
     "lora": _Method(
-        _plan_lora, _lora_flags, _lora_options, _lora_disagreements,
-        kinds=("embedding", "Conv1D"), magnitudes=True,
+        _plan_lora,
+        _lora_flags,
+        _lora_options,
+        _lora_disagreements,
+        kinds=("embedding", "Conv1D"),
+        magnitudes=True,
     ),
     "loha": _Method(_plan_loha, _loha_flags, _loha_options, _loha_disagreements, _loha_unheld),
     "lokr": _Method(_plan_lokr, _lokr_flags, _lokr_options, _lokr_disagreements, _lokr_unheld),
@@ -882,7 +890,7 @@ _METHODS: dict[str, _Method] = {
     "ia3": _Method(
         _plan_ia3, _ia3_flags, _ia3_options, _ia3_disagreements, _ia3_unheld, kinds=("Conv1D",)
     ),
-}  # fmt: skip
+}
 
 
 FORMAT = Format(

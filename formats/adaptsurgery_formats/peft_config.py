@@ -165,7 +165,7 @@ def _is_indexes(value: Any) -> bool:
 
 
 @dataclass(frozen=True)
-class Setting:
+class ModuleScale:
     """What a config says of one module."""
 
     rank: int | None
@@ -184,18 +184,18 @@ def rule_of(algorithm: str, use_rslora: bool) -> str:
     return ALPHA_OVER_SQRT_R if use_rslora else ALPHA_OVER_R
 
 
-def settings(config: Mapping[str, Any], matcher: Matcher, where: str) -> dict[str, Setting]:
+def settings(config: Mapping[str, Any], matcher: Matcher, where: str) -> dict[str, ModuleScale]:
     """Rank, alpha and scale rule of each of the matcher's names."""
     algorithm = algorithm_of(config, where)
     rank = config.get("r", 8) if "r" in FIELDS[algorithm] else None
     if not traits_of(algorithm).scaled:
-        return {name: Setting(rank, None, UNSCALED) for name in matcher.names}
+        return {name: ModuleScale(rank, None, UNSCALED) for name in matcher.names}
     ranks, alphas = config.get("rank_pattern") or {}, config.get("alpha_pattern") or {}
     rank_keys, alpha_keys = matcher.first_keys(ranks), matcher.first_keys(alphas)
     alpha = config.get(alpha_field(algorithm), 8)
     rule = rule_of(algorithm, bool(config.get("use_rslora")))
     return {
-        name: Setting(
+        name: ModuleScale(
             ranks[rank_keys[name]] if name in rank_keys else rank,
             float(alphas[alpha_keys[name]] if name in alpha_keys else alpha),
             rule,
@@ -274,11 +274,11 @@ def _agrees(template: Mapping[str, Any], wanted: Wanted, where: str) -> bool:
     matcher = Matcher([*wanted.ranks, *wanted.others], where)
     given = settings(template, matcher, where)
     for name, rank in wanted.ranks.items():
-        said = given[name]
-        if said.rank != rank or is_targeted(name, template, matcher) is False:
+        setting = given[name]
+        if setting.rank != rank or is_targeted(name, template, matcher) is False:
             return False
-        if said.alpha is not None and not math.isclose(
-            said.scale, wanted.scales[name], rel_tol=1e-6
+        if setting.alpha is not None and not math.isclose(
+            setting.scale, wanted.scales[name], rel_tol=1e-6
         ):
             return False
     # None: only the model can tell, so the template must have been made for it.
@@ -288,8 +288,8 @@ def _agrees(template: Mapping[str, Any], wanted: Wanted, where: str) -> bool:
     return all(_same(template.get(k, defaults.get(k)), v, k) for k, v in wanted.flags.items())
 
 
-def _same(said: Any, wanted: Any, name: str) -> bool:
-    return name == "use_rslora" or said == wanted
+def _same(value: Any, wanted: Any, name: str) -> bool:
+    return name == "use_rslora" or value == wanted
 
 
 def check_targets(

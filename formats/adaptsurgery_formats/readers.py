@@ -27,7 +27,7 @@ DROPS = "drops"  # it leaves the module out in silence
 MISREADS = "misreads"  # it leaves a part of the module out, and computes another ΔW
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, eq=False, repr=False)
 class Seen:
     """A module as a reader meets it: in its layout, beside others, on a weight that may be known."""
 
@@ -53,7 +53,7 @@ class Seen:
         return {len(self.stored[key]) for key in keys}
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, eq=False, repr=False)
 class Limit:
     """Modules that a reader does not read as the layout means them: which, why, what it does."""
 
@@ -62,7 +62,7 @@ class Limit:
     of: Callable[[Seen], bool]
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, eq=False, repr=False)
 class Reader:
     """One reader as data.
 
@@ -83,7 +83,7 @@ class Reader:
     renames: tuple[str, ...] = ()
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, eq=False, repr=False)
 class Reason:
     """Why modules are not read as the layout means them: what becomes of how many, such as which."""
 
@@ -93,7 +93,7 @@ class Reason:
     example: str
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, eq=False, repr=False)
 class Verdict:
     """What one reader makes of one file as it is: of how many modules, how many it reads rightly."""
 
@@ -237,7 +237,7 @@ def _is_no_image_layer(seen: Seen) -> bool:
 
 # What sd-scripts puts no LoRA on: it takes what lies in attention, resnet and sampling blocks of a
 # UNet, in double and single blocks of Flux, in attention and MLP of a text encoder.
-_NO_SD_SCRIPTS = re.compile(
+_NO_SD_SCRIPTS = (
     r"lora_unet_(conv_in|conv_out|time_embed|time_embedding_linear|add_embedding|class_embedding"
     r"|label_emb|input_blocks_0_0|out_2|img_in|txt_in|time_in|vector_in|guidance_in|final_layer)"
     r"|lora_te[123]?_(\w*_)?(text_projection|embeddings?|shared|embed_tokens|token_embedding)"
@@ -245,7 +245,7 @@ _NO_SD_SCRIPTS = re.compile(
 
 
 def _is_out_of_reach(seen: Seen) -> bool:
-    return any(_NO_SD_SCRIPTS.match(key) for key in seen.module.keys)
+    return any(re.match(_NO_SD_SCRIPTS, key) for key in seen.module.keys)
 
 
 _OTHER_DIMS = Limit("factors of other dimensions than the layer's weight", FAILS, _has_other_dims)

@@ -29,7 +29,7 @@ from adaptsurgery_formats.state import (
 from adaptsurgery_formats.tensors import Tensor
 
 
-def resolve(state: AdapterState, names: Names) -> AdapterState:
+def find_modules(state: AdapterState, names: Names) -> AdapterState:
     """The state with every module found in ``names``.
 
     Names that the base has not, but that its family of models has for rows of it, are found too,
@@ -89,15 +89,15 @@ def _stripped(modules: list[ModuleState], names: Names) -> list[ModuleState]:
 
 def identify(state: AdapterState) -> list[tuple[Names, AdapterState]]:
     """Every bundled table that has all of the state's modules, with the state resolved in it."""
-    found = []
+    matches = []
     for name in [state.model] if state.model in TABLES else TABLES:
         if not all(_places(m, table(name)) for m in state.modules):
             continue  # before the look-up fails: its hint takes longer than all the rest
         try:
-            found.append((table(name), resolve(state, table(name))))
+            matches.append((table(name), find_modules(state, table(name))))
         except SurgeryError:
             continue
-    return found
+    return matches
 
 
 def resolve_by_tables(state: AdapterState) -> tuple[Names, AdapterState]:
@@ -106,18 +106,18 @@ def resolve_by_tables(state: AdapterState) -> tuple[Names, AdapterState]:
     Several tables may share an encoder: where they agree on every module the first is taken.
     Raises NameLookupError if none fits ("unknown-model") or several disagree ("ambiguous-model").
     """
-    found = identify(state)
-    if not found:
+    matches = identify(state)
+    if not matches:
         raise _no_table(state)
-    if len({_spots(resolved) for _, resolved in found}) > 1:
+    if len({_spots(resolved) for _, resolved in matches}) > 1:
         raise NameLookupError(
             "the names fit several models, which put them in different components",
             where=state.where,
-            seen=", ".join(names.model for names, _ in found),
-            next="say which: --base " + " or --base ".join(names.model for names, _ in found),
+            seen=", ".join(names.model for names, _ in matches),
+            next="say which: --base " + " or --base ".join(names.model for names, _ in matches),
             code="ambiguous-model",
         )
-    return found[0]
+    return matches[0]
 
 
 def _spots(state: AdapterState) -> tuple[tuple[str, str, str], ...]:
@@ -159,12 +159,12 @@ def _missed(state: AdapterState, names: Names) -> list[ModuleState]:
 
 
 def _resolve_module(module: ModuleState, names: Names, where: str) -> ModuleState:
-    found = _places(module, names)
-    if len(found) > 1:  # encoders of one kind differ in size
-        found = {place for place in found if _fits_at(module, place, names, where)} or found
-    if len(found) != 1:
-        raise _lookup_error(module, names, sorted(found), where)
-    component_name, naming, path = found.pop()
+    places = _places(module, names)
+    if len(places) > 1:  # encoders of one kind differ in size
+        places = {place for place in places if _fits_at(module, place, names, where)} or places
+    if len(places) != 1:
+        raise _lookup_error(module, names, sorted(places), where)
+    component_name, naming, path = places.pop()
     component = names.components[component_name]
     placed = module
     if (module.component, module.naming, module.path) != (component_name, naming, path):
@@ -209,9 +209,9 @@ def _spellings(module: ModuleState, component: Component) -> list[tuple[str, str
     A base's own list may be a CLIPTextModel's with or without ``text_model.``, which
     transformers 5 dropped: adapters go by either.
     """
-    found = _spelled(module.path, module.naming, component)
-    if found or component.naming != "base":
-        return found
+    spellings = _spelled(module.path, module.naming, component)
+    if spellings or component.naming != "base":
+        return spellings
     clip = flatten(f"{CLIP_TEXT}.") if module.naming == "flat" else f"{CLIP_TEXT}."
     other = module.path.removeprefix(clip)
     return _spelled(other if other != module.path else clip + other, module.naming, component)
@@ -225,10 +225,10 @@ def _spelled(path: str, naming: str, component: Component) -> list[tuple[str, st
 
 
 def _lookup_error(
-    module: ModuleState, names: Names, found: list[tuple[str, str, str]], where: str
+    module: ModuleState, names: Names, places: list[tuple[str, str, str]], where: str
 ) -> NameLookupError:
-    if found:
-        could = " or ".join(f"`{c}.{p}`" if c else f"`{p}`" for c, _, p in found)
+    if places:
+        could = " or ".join(f"`{c}.{p}`" if c else f"`{p}`" for c, _, p in places)
         return NameLookupError(
             f"`{module.path}` could be {could}",
             where=where,
@@ -296,20 +296,20 @@ def kohya_component(state: AdapterState) -> tuple[Names, AdapterState] | None:
     None where no bundled table has them: the names are then flattened as they are. Raises
     NameLookupError ("ambiguous-component") where tables put them under different prefixes.
     """
-    found = identify(state)
+    matches = identify(state)
     prefixes = {
         tuple(dict.fromkeys(names.components[m.component].kohya_prefixes[0] for m in s.modules))
-        for names, s in found
+        for names, s in matches
     }
     if len(prefixes) > 1:
         raise NameLookupError(
             "these modules are in several models, under different kohya prefixes",
             where=state.where,
-            seen=", ".join(f"{n.model}: {s.components[0]}" for n, s in found),
-            next="say which model: --base " + " or --base ".join(n.model for n, _ in found),
+            seen=", ".join(f"{n.model}: {s.components[0]}" for n, s in matches),
+            next="say which model: --base " + " or --base ".join(n.model for n, _ in matches),
             code="ambiguous-model",
         )
-    return found[0] if found else None
+    return matches[0] if matches else None
 
 
 def require_resolved(state: AdapterState) -> None:

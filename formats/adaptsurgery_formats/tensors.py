@@ -25,9 +25,18 @@ DTYPE_BITS = {
 DTYPE_BYTES = {dtype: bits // 8 for dtype, bits in DTYPE_BITS.items() if bits % 8 == 0}
 FLOAT_DTYPES = ("F64", "F32", "F16", "BF16")
 _STRUCT = {
-    "F64": "<d", "F32": "<f", "F16": "<e", "I64": "<q", "I32": "<i", "I16": "<h", "I8": "<b",
-    "U64": "<Q", "U32": "<I", "U16": "<H", "U8": "<B",
-}  # fmt: skip
+    "F64": "<d",
+    "F32": "<f",
+    "F16": "<e",
+    "I64": "<q",
+    "I32": "<i",
+    "I16": "<h",
+    "I8": "<b",
+    "U64": "<Q",
+    "U32": "<I",
+    "U16": "<H",
+    "U8": "<B",
+}
 
 
 def bytes_of(dtype: str, shape: Iterable[int]) -> int:

@@ -143,12 +143,12 @@ class Traits(NamedTuple):
         """The dimensions after the first two that slots have on a weight with this kernel."""
         ones = (1,) * len(kernel)
         cored = any(core in shapes for core in self.cores)
-        found = {}
+        dims = {}
         for slot in shapes:
             if slot in self.pointwise or slot in self.spatial:
                 flat = slot in self.pointwise or (cored and slot not in self.cores)
-                found[slot] = ones if flat else kernel
-        return found
+                dims[slot] = ones if flat else kernel
+        return dims
 
 
 def _lora_extent(t: Shapes, options: Options) -> tuple[int, int]:

@@ -7,7 +7,7 @@ import torch
 from small_adapters import delta, module, rand
 
 from adaptsurgery.adapters.rewritings import carry_out
-from adaptsurgery_formats import AdapterState, Step
+from adaptsurgery_formats import AdapterState, Rewriting
 from adaptsurgery_formats.errors import InexactError
 from adaptsurgery_formats.files import FOLD_SCALE, JOIN_W2
 from adaptsurgery_formats.names import Names, from_modules
@@ -23,7 +23,7 @@ def kronecker(kernel: tuple[int, ...]) -> tuple[AdapterState, Names]:
 @pytest.mark.parametrize("kernel", [(), (3, 3), (1, 1)])
 def test_a_joined_w2_has_the_kernel_of_its_weight(kernel: tuple[int, ...]) -> None:
     state, names = kronecker(kernel)
-    (joined,) = carry_out(state, [Step(state.modules[0], JOIN_W2)], names).modules
+    (joined,) = carry_out(state, [Rewriting(state.modules[0], JOIN_W2)], names).modules
     assert joined.tensors["w2"].shape == (4, 2, *kernel)
     wanted = delta(state.modules[0])
     assert torch.allclose(delta(joined).reshape(wanted.shape), wanted, rtol=1e-6, atol=1e-6)
@@ -32,12 +32,12 @@ def test_a_joined_w2_has_the_kernel_of_its_weight(kernel: tuple[int, ...]) -> No
 def test_a_w2_is_not_joined_on_a_conv1d() -> None:
     state, names = kronecker((3,))
     with pytest.raises(InexactError, match="peft-conv1d-lokr"):
-        carry_out(state, [Step(state.modules[0], JOIN_W2)], names)
+        carry_out(state, [Rewriting(state.modules[0], JOIN_W2)], names)
 
 
 @pytest.mark.parametrize("scale, said", [(0.3, "fold the scale into w1 (F32)"), (0.5, FOLD_SCALE)])
 def test_a_rewriting_says_the_dtype_that_it_came_to(scale: float, said: str) -> None:
     tensors = {"w1": rand(2, 3, dtype=torch.bfloat16), "w2": rand(4, 2, dtype=torch.bfloat16)}
     state = AdapterState("peft", [module("lokr", tensors, scale=scale)])
-    carry_out(state, [Step(state.modules[0], FOLD_SCALE)])
+    carry_out(state, [Rewriting(state.modules[0], FOLD_SCALE)])
     assert [note.text for note in state.notes] == [said]

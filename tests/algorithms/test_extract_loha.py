@@ -232,7 +232,7 @@ def sides(m: int, n: int, rank: int, seed: int) -> tuple[Tensor, Tensor]:
 def test_a_step_knows_its_residual_and_never_goes_up(m: int, n: int, rank: int, seed: int) -> None:
     delta = drawn(m, n, seed=seed, dtype=torch.float64)
     rows, columns = sides(m, n, rank, seed)
-    target = hadamard.Dense(delta)
+    target = hadamard.DenseDifference(delta)
     before = float((delta - hadamard.product(rows, columns)).square().sum())
     for lift in (False, True):
         problem = hadamard._Rows(target, columns)
@@ -252,7 +252,7 @@ def test_a_step_knows_its_residual_and_never_goes_up(m: int, n: int, rank: int, 
 def test_compressed_and_uncompressed_steps_are_one(m: int, n: int, rank: int, seed: int) -> None:
     delta = drawn(m, n, seed=seed, dtype=torch.float64)
     rows, columns = sides(m, n, rank, seed)
-    target = hadamard.Dense(delta)
+    target = hadamard.DenseDifference(delta)
     new, left = hadamard._uncompressed(delta, columns, rows, target.ridge)
     same = hadamard._Rows(target, columns).solved(rows)
     made, expected = hadamard.product(new, columns), hadamard.product(same, columns)
@@ -262,7 +262,7 @@ def test_compressed_and_uncompressed_steps_are_one(m: int, n: int, rank: int, se
 
 def test_a_factored_target_is_the_dense_one() -> None:
     left, right = drawn(20, 4, dtype=torch.float64), drawn(30, 4, seed=1, dtype=torch.float64)
-    dense, factored = hadamard.Dense(left @ right.t()), hadamard.Factored(left, right)
+    dense, factored = hadamard.DenseDifference(left @ right.t()), hadamard.Factored(left, right)
     assert factored.square == pytest.approx(dense.square)
     for one, other, size in ((dense, factored, 30), (dense.flipped(), factored.flipped(), 20)):
         c = drawn(size, 6, dtype=torch.float64)
@@ -273,7 +273,7 @@ def test_the_lift_leaves_basins_that_alternation_stays_in(monkeypatch: pytest.Mo
     def recovered() -> int:
         found = 0
         for seed in range(3):
-            target = hadamard.Dense(true_loha(96, 120, 3, 10 * seed).double())
+            target = hadamard.DenseDifference(true_loha(96, 120, 3, 10 * seed).double())
             starts = [sides(96, 120, 3, 1000 * seed + 50 * s) for s in range(24)]
             rows, columns = (torch.stack(side) for side in zip(*starts))
             *_, left = hadamard.refine(target, rows, columns, 40, lifted=40, enough=0)

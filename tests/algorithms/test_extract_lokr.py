@@ -18,8 +18,8 @@ from adaptsurgery.algorithms.lokr import LoKr, candidates, fit, sweep
 from adaptsurgery.core.geometry import Layer
 from adaptsurgery.nearest.goal import Fit, Goal
 from adaptsurgery.nearest.kronecker import (
-    Cut,
-    LowRank,
+    CutMatrix,
+    LowRankCut,
     Tucker,
     Whole,
     leading_vector,
@@ -126,8 +126,8 @@ def test_the_error_is_that_of_the_update(shape: tuple[int, ...], options: dict[s
     assert found.limit is not None and found.limit <= found.error * (1 + 1e-6)
 
 
-def cut_of(kind: str, rank: int) -> Cut:
-    return {"whole": Whole, "low": lambda: LowRank(rank), "tucker": lambda: Tucker(rank)}[kind]()
+def cut_of(kind: str, rank: int) -> CutMatrix:
+    return {"whole": Whole, "low": lambda: LowRankCut(rank), "tucker": lambda: Tucker(rank)}[kind]()
 
 
 @given(
@@ -168,7 +168,7 @@ def test_never_worse_than_the_nearest_product_and_then_its_svd(
     missing = (
         r.double() - torch.outer(first.flatten(), best_of_rank(second, rank).flatten())
     ).norm()
-    cuts = LowRank(rank) if both else Whole(), LowRank(rank)
+    cuts = LowRankCut(rank) if both else Whole(), LowRankCut(rank)
     found = nearest_product(r, leading_vector(r), ((a, c), (b, d)), cuts)
     assert 1 - found.captured[-1] <= float(missing / r.double().norm()) ** 2 + 1e-6
 
@@ -181,7 +181,7 @@ def best_of_rank(matrix: Tensor, rank: int) -> Tensor:
 def test_a_large_low_rank_factor_is_cut_as_well_as_by_svds() -> None:
     """Past the size where each cut is exact: the end is a fixed point of exact half-steps."""
     r = drawn(4, 120 * 130)
-    found = nearest_product(r, leading_vector(r), ((2, 2), (120, 130)), (Whole(), LowRank(3)))
+    found = nearest_product(r, leading_vector(r), ((2, 2), (120, 130)), (Whole(), LowRankCut(3)))
     w2 = found.second[0] @ found.second[1]
     w1 = (r.double() @ w2.flatten()) / w2.norm() ** 2
     again = best_of_rank((w1 @ r.double()).reshape(120, 130) / w1.norm() ** 2, 3)

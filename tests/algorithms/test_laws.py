@@ -15,7 +15,7 @@ from hypothesis import strategies as st
 from strategies import ALGORITHMS, DTYPES, KINDS, Case, cases
 from torch import Tensor
 
-from adaptsurgery.core.cost import Form
+from adaptsurgery.core.cost import ApplyForm
 from adaptsurgery.core.update import Delta, Renorm
 from adaptsurgery_formats.errors import InexactError, ShapeError
 
@@ -47,7 +47,7 @@ def test_apply_is_the_layer_with_the_folded_weight(
     algorithm: str, kind: str, data: st.DataObject
 ) -> None:
     case = data.draw(cases(algorithm, kind))
-    form: Form = data.draw(st.sampled_from(["auto", "factored", "folded"]))
+    form: ApplyForm = data.draw(st.sampled_from(["auto", "factored", "folded"]))
     layer, update = case.layer, case.update
     seen = update.apply(case.x, layer, form)
     bias = update.fold_bias(layer.bias)
@@ -139,7 +139,7 @@ def test_every_form_gives_the_same_output_and_gradients(
 ) -> None:
     case = data.draw(cases(algorithm, data.draw(st.sampled_from(KINDS)), groups=False))
     case.slots = {name: t.clone().requires_grad_() for name, t in case.slots.items()}
-    forms = [f for f in get_args(Form) if f != "bilinear" or _bilinear(case)]
+    forms = [f for f in get_args(ApplyForm) if f != "bilinear" or _bilinear(case)]
     found = []
     for form in forms:
         y = case.update.apply(case.x, case.layer, form)

@@ -19,7 +19,7 @@ from adaptsurgery.checkpoint.bridge import from_torch
 from adaptsurgery.checkpoint.finite import Nonfinite
 from adaptsurgery.checkpoint.safetensors import read_safetensors
 from adaptsurgery.checkpoint.stream import Entry, write_stream
-from adaptsurgery.core.blocks import Place, edit_of
+from adaptsurgery.core.blocks import Placed, edit_of
 from adaptsurgery.core.update import Update
 from adaptsurgery_formats.errors import FileError, ShapeError, ValueRefused
 from adaptsurgery_formats.tensors import Literal, Tensor, scalar
@@ -32,7 +32,7 @@ def numbers(*shape: int, dtype: torch.dtype = torch.float32) -> torch.Tensor:
     return (torch.randn(*shape, generator=generator) * 0.1).to(dtype)
 
 
-def entry(tensor: Tensor, *places: Place, dtype: str | None = None) -> Entry:
+def entry(tensor: Tensor, *places: Placed, dtype: str | None = None) -> Entry:
     return Entry(tensor, lambda compute: edit_of(places, tensor.shape, compute), dtype)
 
 
@@ -88,11 +88,11 @@ def test_edits_conversions_and_new_tensors(
     entries = {key: Entry(tensor) for key, tensor in source.items()}
     for n, d in enumerate(DTYPES[:3]):
         turned = n == 2  # the last HRA turns columns of the stored (i, o): all rows at once
-        entries[f"w.{d}"] = entry(source[f"w.{d}"], Place(updates[n], transposed=turned))
+        entries[f"w.{d}"] = entry(source[f"w.{d}"], Placed(updates[n], transposed=turned))
     entries["cast"] = Entry(source["w.torch.float32"], dtype="BF16")
-    entries["half"] = entry(source["w.torch.bfloat16"], Place(updates[0]), dtype="F32")
+    entries["half"] = entry(source["w.torch.bfloat16"], Placed(updates[0]), dtype="F32")
     entries["rows"] = entry(
-        source["w.torch.float32"].rows(10, 90), Place(updates[0], source=(10, 90))
+        source["w.torch.float32"].rows(10, 90), Placed(updates[0], source=(10, 90))
     )
     entries["new"] = Entry(scalar(2.5, "BF16"))
     entries["held"] = Entry(from_torch(torch.arange(6).reshape(2, 3)))
@@ -116,7 +116,7 @@ def test_edits_conversions_and_new_tensors(
 def test_float64_compute(source: dict[str, Tensor], tmp_path: Path) -> None:
     update = lora(300, 70)
     key = "w.torch.bfloat16"
-    write_stream(tmp_path / "out", {key: entry(source[key], Place(update))}, compute="F64")
+    write_stream(tmp_path / "out", {key: entry(source[key], Placed(update))}, compute="F64")
     weight = load_file(tmp_path / "in.safetensors")[key]
     exact = weight.double() + 0.5 * (update.up.double() @ update.down.double())
     assert torch.equal(load_file(tmp_path / "out")[key], exact.to(torch.bfloat16))
@@ -131,9 +131,9 @@ def test_an_error_names_its_tensor_and_stops_all(
 
     large = build("full", {"diff": torch.full((300, 70), 7e4)})
     cases: list[tuple[str, Entry, type[Exception], str]] = [
-        ("w.torch.float16", entry(source["w.torch.float16"], Place(large)), ValueRefused, "non-finite"),
-        ("w.torch.float32", entry(source["w.torch.float32"], Place(lora(3, 4))), ShapeError, "bad-shape"),
-        ("i", entry(source["i"], Place(lora(7, 1))), ValueRefused, "quantised-weight"),
+        ("w.torch.float16", entry(source["w.torch.float16"], Placed(large)), ValueRefused, "non-finite"),
+        ("w.torch.float32", entry(source["w.torch.float32"], Placed(lora(3, 4))), ShapeError, "bad-shape"),
+        ("i", entry(source["i"], Placed(lora(7, 1))), ValueRefused, "quantised-weight"),
         ("i", Entry(source["i"], dtype="F32"), ValueRefused, "quantised-weight"),
         ("i", Entry(Tensor("I64", (7,), (Literal(b"123"),))), ShapeError, "bad-shape"),
     ]  # fmt: skip
@@ -156,7 +156,7 @@ def test_an_error_names_its_tensor_and_stops_all(
 def test_a_source_cut_short_is_told(source: dict[str, Tensor], tmp_path: Path) -> None:
     path = tmp_path / "in.safetensors"
     os.truncate(path, path.stat().st_size - 20_000)
-    for one in (Entry, lambda t: entry(t, Place(build("full", {"diff": torch.zeros(t.shape)})))):
+    for one in (Entry, lambda t: entry(t, Placed(build("full", {"diff": torch.zeros(t.shape)})))):
         entries = {key: one(t) for key, t in source.items() if key.startswith("w")}
         with pytest.raises(FileError, match="truncated-file"):
             write_stream(tmp_path / f"out{len(os.listdir(tmp_path))}", entries)
@@ -174,13 +174,13 @@ def test_casts_and_edits_refuse_what_is_not_finite_unless_it_is_allowed(tmp_path
     with pytest.raises(ValueRefused, match="non-finite"):
         write_stream(tmp_path / "b", {"w": Entry(from_torch(torch.tensor([7e4])), dtype="F16")})
     with pytest.raises(ValueRefused, match="non-finite"):
-        write_stream(tmp_path / "c", {"w": entry(infinite.reshape(2, 1), Place(lora(2, 1)))})
+        write_stream(tmp_path / "c", {"w": entry(infinite.reshape(2, 1), Placed(lora(2, 1)))})
 
 
 def test_torch_gets_its_threads_back(source: dict[str, Tensor], tmp_path: Path) -> None:
     before = torch.get_num_threads()
     key = "w.torch.float32"
-    write_stream(tmp_path / "out", {key: entry(source[key], Place(lora(300, 70)))})
+    write_stream(tmp_path / "out", {key: entry(source[key], Placed(lora(300, 70)))})
     assert torch.get_num_threads() == before
 
 

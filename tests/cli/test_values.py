@@ -53,7 +53,9 @@ def test_sizes_are_read_exactly(unit: str, number: str, end: str) -> None:
 def read_size(text: str) -> int | None:
     context = merging.click.Context(merging.command)
     option = next(p for p in merging.command.params if p.name == "max_shard_size")
-    return merging._size(context, option, text)
+    assert option.callback is not None
+    size: int | None = option.callback(context, option, text)
+    return size
 
 
 SIZES = ["0.4", "0", "0B", "0.0GB", "1e-3KB", "1e3", "-5GB", "5PB", "5i", "5iB", "GB", "", "nan",

@@ -10,7 +10,15 @@ from strategies import Case, cases, numbers, slots
 from torch import Tensor
 
 from adaptsurgery.algorithms import HRA, DoRA, LoRA, build
-from adaptsurgery.core.blocks import BlockEdit, Norms, Place, change_rows, edit_for, edit_of, settle
+from adaptsurgery.core.blocks import (
+    BlockEdit,
+    Norms,
+    Placed,
+    change_rows,
+    edit_for,
+    edit_of,
+    settle,
+)
 from adaptsurgery.core.rounding import rounded
 from adaptsurgery.core.update import Delta, Update, compose
 from adaptsurgery_formats.errors import InexactError, ShapeError, ValueRefused
@@ -40,7 +48,7 @@ def test_an_edit_in_blocks_is_the_fold(algorithm: str, kind: str, data: st.DataO
     case: Case = data.draw(cases(algorithm, kind))
     layer, update = case.layer, case.update
     stored = layer.weight.detach()
-    place = Place(update, transposed=layer.transposed)
+    place = Placed(update, transposed=layer.transposed)
     edit = edit_of([place], tuple(stored.shape), torch.float64)
     seen = in_blocks(edit, stored, data.draw(st.integers(1, 9)))
     near(layer.canonical(seen), update.fold(case.weight))
@@ -57,7 +65,7 @@ def test_several_updates_keep_the_law(kind: str, data: st.DataObject) -> None:
     held = [build(a, data.draw(slots(a, case.shape))[0], 1.0, case.shape) for a in names]
     updates: list[Update] = data.draw(st.permutations([case.update, *held]))
     layer = case.layer
-    places = [Place(u, transposed=layer.transposed) for u in updates]
+    places = [Placed(u, transposed=layer.transposed) for u in updates]
     edit = edit_of(places, tuple(layer.weight.shape), torch.float64)
     seen = in_blocks(edit, layer.weight.detach(), 3)
     near(layer.canonical(seen), compose(updates).fold(case.weight))
@@ -77,7 +85,7 @@ def test_fused_weights_take_updates_of_their_parts(
     places, wanted, at = [], [], 0
     for part in chosen:
         rows = (at, at + part.shape[0])
-        places.append(Place(part.update, rows=rows, transposed=transposed))
+        places.append(Placed(part.update, rows=rows, transposed=transposed))
         wanted.append(part.update.fold(part.weight))
         at = rows[1]
     stored = fused.t().contiguous() if transposed else fused
@@ -97,7 +105,7 @@ def test_split_weights_take_rows_of_a_fused_update(
     for source in ((0, cut), (cut, case.shape[0])):
         part = case.weight[source[0] : source[1]]
         stored = part.t().contiguous() if transposed else part
-        place = Place(case.update, source=source, transposed=transposed)
+        place = Placed(case.update, source=source, transposed=transposed)
         if algorithm == "dora" and case.update.axis == 1 and source[1] - source[0] < case.shape[0]:  # type: ignore[attr-defined]
             with pytest.raises(InexactError, match="cannot-split"):
                 edit_of([place], tuple(stored.shape), torch.float64)
@@ -118,7 +126,7 @@ def test_one_expert_of_a_stack(algorithm: str, transposed: bool, data: st.DataOb
     wanted = stack.clone()
     wanted[expert] = case.update.fold(stack[expert])
     stored = stack.transpose(1, 2).contiguous() if transposed else stack
-    place = Place(case.update, expert=expert, transposed=transposed)
+    place = Placed(case.update, expert=expert, transposed=transposed)
     edit = edit_of([place], tuple(stored.shape), torch.float64)
     assert edit.unit in (1, stored.shape[1])
     seen = in_blocks(edit, stored, data.draw(st.integers(1, 4)))
@@ -129,13 +137,13 @@ def test_biases_and_norms_are_vectors() -> None:
     up_bias = torch.randn(6).double()
     lora = LoRA(torch.randn(6, 2), torch.randn(2, 4), up_bias=up_bias, scale=0.5)
     bias = torch.randn(8).double()
-    edit = edit_of([Place(lora, 2.0, rows=(1, 7), bias=True)], (8,), torch.float64)
+    edit = edit_of([Placed(lora, 2.0, rows=(1, 7), bias=True)], (8,), torch.float64)
     wanted = bias.clone()
     wanted[1:7] += up_bias
     near(in_blocks(edit, bias, 3), wanted)
     norm = build("norm", {"w_norm": up_bias, "b_norm": 2 * up_bias}, 0.5)
     for vector, is_bias in ((up_bias, False), (2 * up_bias, True)):
-        edit = edit_of([Place(norm, bias=is_bias)], (6,), torch.float64)
+        edit = edit_of([Placed(norm, bias=is_bias)], (6,), torch.float64)
         near(in_blocks(edit, torch.ones(6).double(), 6), 1 + 0.5 * vector)
 
 
@@ -143,23 +151,23 @@ def test_what_fits_nowhere_is_refused() -> None:
     lora = LoRA(torch.randn(6, 2), torch.randn(2, 4))
     dora, hra = DoRA(lora, torch.ones(6, 1)), HRA(torch.randn(4, 2))
     for place in (
-        Place(lora, rows=(0, 5)),
-        Place(lora, rows=(4, 10)),
-        Place(lora, source=(0, 7)),
-        Place(lora, transposed=True),
-        Place(HRA(torch.randn(5, 1))),
-        Place(lora, expert=0),
+        Placed(lora, rows=(0, 5)),
+        Placed(lora, rows=(4, 10)),
+        Placed(lora, source=(0, 7)),
+        Placed(lora, transposed=True),
+        Placed(HRA(torch.randn(5, 1))),
+        Placed(lora, expert=0),
     ):
         with pytest.raises(ShapeError):
             edit_of([place], (6, 4))
     with pytest.raises(ValueRefused, match="two-renorms"):
-        edit_of([Place(dora), Place(dora)], (6, 4))
+        edit_of([Placed(dora), Placed(dora)], (6, 4))
     with pytest.raises(InexactError, match="no-inverse"):
-        edit_of([Place(dora)], (6, 4), inverse=True)
+        edit_of([Placed(dora)], (6, 4), inverse=True)
     for update in (dora, hra):
         with pytest.raises(ValueRefused, match="no-weight"):
-            edit_of([Place(update, 0.5)], (6, 4))
-    edit_of([Place(dora, rows=(0, 6)), Place(dora, rows=(6, 12))], (12, 4))
+            edit_of([Placed(update, 0.5)], (6, 4))
+    edit_of([Placed(dora, rows=(0, 6)), Placed(dora, rows=(6, 12))], (12, 4))
 
 
 def tensors(algorithm: str, o: int, i: int) -> dict[str, Tensor]:
@@ -187,7 +195,7 @@ def test_float64_mathematics_rounded_once(
     ulp = torch.finfo(dtype).eps * torch.maximum(exact.abs(), weight.double().abs())
     stored = weight.t().contiguous() if transposed else weight
     for compute in (torch.float64, torch.float32):
-        place, shape = Place(update, transposed=transposed), tuple(stored.shape)
+        place, shape = Placed(update, transposed=transposed), tuple(stored.shape)
         edit = edit_for(lambda d: edit_of([place], shape, d), dtype, dtype, compute)  # noqa: B023
         seen = stored.clone()
         if edit.whole:
@@ -229,7 +237,7 @@ def test_torch_itself_rounds_float64_twice() -> None:
 
 
 def test_overflow_is_refused_by_row_and_column() -> None:
-    edit = edit_of([Place(build("full", {"diff": torch.full((4, 3), 7e4)}))], (4, 3))
+    edit = edit_of([Placed(build("full", {"diff": torch.full((4, 3), 7e4)}))], (4, 3))
     weight = torch.zeros(4, 3, dtype=torch.float16)
     with pytest.raises(ValueRefused, match=r"row 10, column 0.*float16"):
         change_rows(None, torch.full((1, 1), 7e4), torch.empty(1, 1).half(), 10, torch.empty(1, 1))
@@ -241,7 +249,7 @@ def test_overflow_is_refused_by_row_and_column() -> None:
 
 def _norms(weight: torch.Tensor, diff: torch.Tensor, piece: int, block: int) -> Norms:
     """The sums over pieces of a merge of ``diff``, changed a block at a time."""
-    edit = edit_of([Place(build("full", {"diff": diff}))], tuple(weight.shape))
+    edit = edit_of([Placed(build("full", {"diff": diff}))], tuple(weight.shape))
     sums = Norms()
     for start in range(0, len(weight), piece):
         part, one = weight[start : start + piece], Norms()
@@ -315,7 +323,7 @@ def test_a_change_as_large_as_the_weight_is_rounded_as_well(
         exact = weight.double()
         for update in updates:
             exact = update.fold(exact)
-        places = [Place(u, transposed=transposed) for u in updates]
+        places = [Placed(u, transposed=transposed) for u in updates]
         edit = edit_for(lambda d: edit_of(places, (512, 512), d), dtype, dtype, torch.float32)  # noqa: B023
         seen = torch.empty_like(stored)
         change_rows(edit, stored, seen, 0, torch.empty(edit.stride, 512, dtype=edit.compute))

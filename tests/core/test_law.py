@@ -17,7 +17,7 @@ from torch import Tensor, nn
 
 import adaptsurgery
 from adaptsurgery.algorithms import HRA, DoRA, LoRA, LoraConfig
-from adaptsurgery.core.blocks import Place, check_places, edit_of
+from adaptsurgery.core.blocks import Placed, check_places, edit_of
 from adaptsurgery.core.geometry import Layer
 from adaptsurgery.core.law import Order, in_order
 from adaptsurgery.core.update import Composition, Scaling, Update, compose, parts_of
@@ -95,7 +95,7 @@ def several() -> list[Update]:
     return [dora, lora(), scalings[0], HRA(random(IN, 2)), scalings[1], HRA(random(IN, 1)), lora(1)]
 
 
-def in_blocks(places: list[Place], stored: Tensor, inverse: bool = False, rows: int = 1) -> Tensor:
+def in_blocks(places: list[Placed], stored: Tensor, inverse: bool = False, rows: int = 1) -> Tensor:
     out = stored.clone().contiguous()
     edit = edit_of(places, tuple(stored.shape), torch.float64, inverse=inverse)
     matrix, step = out.view(edit.rows, edit.columns), rows * edit.unit
@@ -113,7 +113,7 @@ def test_the_order_given_says_nothing_between_kinds(seed: int) -> None:
     torch.testing.assert_close(compose(shuffled).fold(weight), wanted, rtol=1e-10, atol=1e-10)
     for transposed in (False, True):
         stored = weight.t().contiguous() if transposed else weight
-        places = [Place(update, transposed=transposed) for update in shuffled]
+        places = [Placed(update, transposed=transposed) for update in shuffled]
         seen = in_blocks(places, stored)
         seen = seen.t() if transposed else seen
         torch.testing.assert_close(seen, wanted, rtol=1e-10, atol=1e-10)
@@ -131,7 +131,7 @@ def test_what_went_in_by_the_law_comes_out_again(seed: int) -> None:
     weight = random(OUT, IN)
     whole = compose(updates)
     torch.testing.assert_close(whole.unfold(whole.fold(weight)), weight, rtol=1e-9, atol=1e-9)
-    places = [Place(update) for update in updates]
+    places = [Placed(update) for update in updates]
     back = in_blocks(places, in_blocks(places, weight), inverse=True)
     torch.testing.assert_close(back, weight, rtol=1e-9, atol=1e-9)
 
@@ -163,7 +163,7 @@ def test_factors_on_every_kind_of_layer(kind: str, along: int, data: st.DataObje
         torch.testing.assert_close(
             update.unfold_bias(bias * 1), bias / factors if along == 0 else bias
         )
-    place = Place(update, transposed=layer.transposed)
+    place = Placed(update, transposed=layer.transposed)
     stored = layer.weight.detach()
     seen = in_blocks([place], stored, rows=data.draw(st.integers(1, 9)))
     torch.testing.assert_close(layer.canonical(seen), wanted, rtol=1e-11, atol=1e-11)
@@ -176,19 +176,19 @@ def test_factors_on_every_kind_of_layer(kind: str, along: int, data: st.DataObje
 def test_factors_on_a_part_of_a_fused_weight_and_its_bias() -> None:
     weight, bias, gains = random(OUT, IN), random(OUT), random(OUT)
     update = Gains(gains=gains)
-    fused = in_blocks([Place(update, rows=(2, 8))], torch.cat([random(2, IN), weight]))
+    fused = in_blocks([Placed(update, rows=(2, 8))], torch.cat([random(2, IN), weight]))
     torch.testing.assert_close(fused[2:], weight * gains[:, None])
-    part = in_blocks([Place(update, source=(2, 5))], weight[2:5])
+    part = in_blocks([Placed(update, source=(2, 5))], weight[2:5])
     torch.testing.assert_close(part, (weight * gains[:, None])[2:5])
-    both = [Place(lora_ := lora(), bias=True), Place(update, bias=True)]
+    both = [Placed(lora_ := lora(), bias=True), Placed(update, bias=True)]
     wanted = bias * gains + lora_.scale * lora_.up_bias
     torch.testing.assert_close(in_blocks(both, bias), wanted)
     torch.testing.assert_close(in_blocks(both, wanted, inverse=True), bias)
     inputs = Gains(gains=random(IN), along=1)
     with pytest.raises(ShapeError):
-        edit_of([Place(inputs)], (OUT, IN + 1))
+        edit_of([Placed(inputs)], (OUT, IN + 1))
     with pytest.raises(ShapeError):
-        edit_of([Place(update, rows=(0, 3))], (OUT, IN))
+        edit_of([Placed(update, rows=(0, 3))], (OUT, IN))
 
 
 def test_a_factor_of_zero_does_not_come_out_again() -> None:
@@ -197,7 +197,7 @@ def test_a_factor_of_zero_does_not_come_out_again() -> None:
     assert not update.fold(weight)[1].any()
     for undo in (
         lambda: update.unfold(weight),
-        lambda: edit_of([Place(update)], (OUT, IN), inverse=True),
+        lambda: edit_of([Placed(update)], (OUT, IN), inverse=True),
         lambda: compose([update, lora()]).unfold(weight),
     ):
         with pytest.raises(InexactError) as raised:
@@ -238,10 +238,10 @@ def test_an_unknown_kind_is_refused_and_never_dropped(strange: Callable[[], Upda
         live.base_model.get_submodule("0").add("other", update)  # type: ignore[operator]
 
     attempts: dict[str, Callable[[], object]] = {
-        "block": lambda: edit_of([Place(update)], (OUT, IN)),
-        "block beside": lambda: edit_of([Place(lora()), Place(update)], (OUT, IN)),
-        "bias": lambda: edit_of([Place(update, bias=True)], (OUT,)),
-        "check": lambda: check_places([Place(update)], (OUT, IN)),
+        "block": lambda: edit_of([Placed(update)], (OUT, IN)),
+        "block beside": lambda: edit_of([Placed(lora()), Placed(update)], (OUT, IN)),
+        "bias": lambda: edit_of([Placed(update, bias=True)], (OUT,)),
+        "check": lambda: check_places([Placed(update)], (OUT, IN)),
         "fold": lambda: adaptsurgery.fold(model, {"0": update}),
         "unfold": lambda: adaptsurgery.unfold(model, {"0": update}),
         "graph": lambda: attach(graph, {"0": update}),

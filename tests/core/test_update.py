@@ -13,7 +13,7 @@ from strategies import KINDS, Case, modules, numbers, slots, with_weight
 from torch import Tensor
 
 from adaptsurgery.algorithms import HRA, DoRA, LoRA, build
-from adaptsurgery.core.cost import Form
+from adaptsurgery.core.cost import ApplyForm
 from adaptsurgery.core.rounding import rounded
 from adaptsurgery.core.update import Composition, compose
 from adaptsurgery_formats.errors import InexactError, ShapeError, ValueRefused
@@ -68,7 +68,7 @@ def close(seen: Tensor, wanted: Tensor, size: Tensor, eps: float = 1e-10) -> Non
 @given(st.data())
 def test_several_updates_fold_and_apply_by_the_law(kind: str, data: st.DataObject) -> None:
     base, held = data.draw(stacks(kind))
-    form: Form = data.draw(st.sampled_from(["auto", "factored", "folded"]))
+    form: ApplyForm = data.draw(st.sampled_from(["auto", "factored", "folded"]))
     update, wanted = compose([case.update for case in held]), law(base, held)
     close(update.fold(base.weight), wanted, wanted)
     bias = law_bias(base, held)

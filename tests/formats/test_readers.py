@@ -21,7 +21,7 @@ from adaptsurgery.cli import run
 from adaptsurgery_formats import FORMATS, WRITABLE, AdapterFile, Tensor
 from adaptsurgery_formats.names import flatten, table
 from adaptsurgery_formats.readers import READERS, Verdict, readers_of
-from adaptsurgery_formats.resolve import resolve
+from adaptsurgery_formats.resolve import find_modules
 from adaptsurgery_formats.tensors import Literal
 
 logging.getLogger("LyCORIS").setLevel(logging.CRITICAL)
@@ -217,7 +217,7 @@ def told_of(model_name: str, modules: dict[str, tuple[int, int]]) -> dict[str, V
 
 def verdicts(file: AdapterFile, model_name: str) -> dict[str, Verdict]:
     names = table(model_name)
-    return readers_of(resolve(FORMATS["kohya"].parse([file]), names), [file], names)
+    return readers_of(find_modules(FORMATS["kohya"].parse([file]), names), [file], names)
 
 
 DIFFUSERS = "lora_unet_down_blocks_1_attentions_0_transformer_blocks_0_attn1_to_q"
@@ -277,12 +277,18 @@ def test_how_many_layers_sd_scripts_adapts(model_name: str, left: int) -> None:
 # --- what convert writes, and what inspect tells -----------------------------------------------
 
 
+FAILS_AT_ITS_OWN = (
+    "Kronecker factors cut otherwise than it guesses",
+    "(IA)³, which it writes and makes no module of",
+)
+
+
 @pytest.mark.parametrize("to", WRITABLE)
 @pytest.mark.parametrize(("name", "variant"), [c for c in CELLS if c[0] in WRITABLE])
 def test_what_convert_writes_its_reader_reads(
     name: str, variant: str, to: str, base: Path, tmp_path: Path
 ) -> None:
-    """Whole, but for the LoKrs that LyCORIS's own loader guesses wrongly, which the report notes."""
+    """Whole, but for what LyCORIS's own loader fails at by its own fault, which the report notes."""
     cell = cells(name)[variant]
     source = tmp_path / "in"
     source.mkdir()
@@ -301,7 +307,7 @@ def test_what_convert_writes_its_reader_reads(
         return
     assert to != "peft"
     why = [reason["what"] for reason in own["lycoris"]["reasons"]]
-    assert why == ["Kronecker factors cut otherwise than it guesses"], (own, report.notes)
+    assert len(why) == 1 and why[0] in FAILS_AT_ITS_OWN, (own, report.notes)
     assert to == "kohya" or any(note.code == "lycoris-loader" for note in report.notes)
 
 

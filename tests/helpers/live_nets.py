@@ -14,7 +14,7 @@ from torch import Tensor, nn
 
 import adaptsurgery
 from adaptsurgery import AdapterConfig, PeftModel, get_peft_model
-from adaptsurgery.modules.files import adapter_state, load_state
+from adaptsurgery.modules.files import peft_tensors, set_tensors
 
 warnings.filterwarnings("ignore", module="peft")
 
@@ -156,8 +156,8 @@ def both(model: nn.Module, ours: Any, theirs: Any, **options: Any) -> tuple[Peft
 
 def copy_numbers(mine: PeftModel, peer: Any, adapter: str = "default") -> None:
     state = {k: v.clone() for k, v in get_peft_model_state_dict(peer, adapter_name=adapter).items()}
-    assert once_each(state) == adapter_state(mine.base_model, adapter).keys()
-    load_state(mine.base_model, adapter, state)
+    assert once_each(state) == peft_tensors(mine.base_model, adapter).keys()
+    set_tensors(mine.base_model, adapter, state)
 
 
 def once_each(keys: Iterable[str]) -> set[str]:

@@ -24,7 +24,7 @@ from adaptsurgery import (
     get_peft_model,
     orthogonality,
 )
-from adaptsurgery.modules.files import adapter_state
+from adaptsurgery.modules.files import peft_tensors
 
 TARGETS = ["fc", "out", "conv", "seq"]
 
@@ -251,7 +251,7 @@ def test_low_cpu_mem_usage_and_whole_models_on_meta(tmp_path: Path) -> None:
 def test_state_dict_names_the_targets() -> None:
     model = made("loha", target_modules=["fc", "conv"])
     config = LoHaConfig(r=2, target_modules="all-linear")
-    again = AdaptedModel(Mixed(), config, state_dict=adapter_state(model.base_model, "default"))
+    again = AdaptedModel(Mixed(), config, state_dict=peft_tensors(model.base_model, "default"))
     assert [name for name, _ in again.layers()] == ["conv", "fc"]
     third = AdaptedModel(Mixed(), config, state_dict=model.base_model.state_dict())
     assert [name for name, _ in third.layers()] == ["conv", "fc"]
@@ -371,7 +371,7 @@ def test_tied_weights_and_shared_modules() -> None:
         )
     assert twice.a is twice.b
     wanted = shared(x)
-    assert set(adapter_state(shared.base_model, "default")) == {
+    assert set(peft_tensors(shared.base_model, "default")) == {
         f"base_model.model.a.lora_{side}.weight" for side in "AB"
     }
     close(shared.merge_and_unload()(x), wanted)

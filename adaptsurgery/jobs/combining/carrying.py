@@ -7,18 +7,23 @@ from dataclasses import replace
 from typing import Any
 
 from adaptsurgery.adapters.loading import Loaded
-from adaptsurgery.jobs.combining.terms import Layer, Part
+from adaptsurgery.jobs.combining.terms import SummedLayer, WeightedAdapter
 from adaptsurgery_formats import AdapterState, Tensor
 from adaptsurgery_formats.errors import ValueRefused
 from adaptsurgery_formats.tensors import same_bytes
 
 _SHAPING = (
-    "peft_type", "r", "rank_pattern", "use_effective_conv2d", "decompose_both", "decompose_factor",
+    "peft_type",
+    "r",
+    "rank_pattern",
+    "use_effective_conv2d",
+    "decompose_both",
+    "decompose_factor",
     "apply_GS",
-)  # fmt: skip
+)
 
 
-def shell_of(parts: Sequence[Part], first: Loaded) -> AdapterState:
+def shell_of(parts: Sequence[WeightedAdapter], first: Loaded) -> AdapterState:
     """The result's state without modules: the first source's metadata and config, all notes."""
     notes = list(dict.fromkeys(note for part in parts for note in part.state.notes))
     saved: dict[str, dict[str, Tensor]] = {}
@@ -28,7 +33,7 @@ def shell_of(parts: Sequence[Part], first: Loaded) -> AdapterState:
     return replace(first.state, modules=[], saved=saved, config=_config(parts), notes=notes)
 
 
-def _config(parts: Sequence[Part]) -> dict[str, dict[str, Any]]:
+def _config(parts: Sequence[WeightedAdapter]) -> dict[str, dict[str, Any]]:
     """The first PEFT config of each component, with the replaced modules of all."""
     merged: dict[str, dict[str, Any]] = {}
     for part in parts:
@@ -45,7 +50,9 @@ def _config(parts: Sequence[Part]) -> dict[str, dict[str, Any]]:
     return merged
 
 
-def check_saved(parts: Sequence[Part], layers: dict[tuple[str, str], Layer]) -> None:
+def check_saved(
+    parts: Sequence[WeightedAdapter], layers: dict[tuple[str, str], SummedLayer]
+) -> None:
     """Refuse a parameter that two adapters replace by different numbers, or that one also adds to."""
     seen: dict[tuple[str, str], tuple[Tensor, str]] = {}
     for part in parts:
@@ -55,18 +62,21 @@ def check_saved(parts: Sequence[Part], layers: dict[tuple[str, str], Layer]) -> 
                 if other.shape != tensor.shape or not same_bytes(other, tensor):
                     raise ValueRefused(
                         f"`{key}` is replaced by two adapters, each in its own way",
-                        where=part.state.where, seen=f"also by {where}",
-                        next="leave one of them out", code="replaced-twice",
-                    )  # fmt: skip
+                        where=part.state.where,
+                        seen=f"also by {where}",
+                        next="leave one of them out",
+                        code="replaced-twice",
+                    )
                 if (component, key.rpartition(".")[0]) in layers:
                     raise ValueRefused(
                         f"`{key}` is replaced by one adapter and changed by another",
-                        where=part.state.where, next="merge one of them into the base first",
+                        where=part.state.where,
+                        next="merge one of them into the base first",
                         code="replaced-and-adapted",
-                    )  # fmt: skip
+                    )
 
 
-def in_layout(state: AdapterState, parts: Sequence[Part], target: str) -> AdapterState:
+def in_layout(state: AdapterState, parts: Sequence[WeightedAdapter], target: str) -> AdapterState:
     """The state as one of PEFT's only where a source's config holds for all of its modules.
 
     PEFT's layout trusts what PEFT wrote; anything else it checks against its rules, and of the

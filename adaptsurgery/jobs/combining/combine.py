@@ -27,7 +27,7 @@ from adaptsurgery.adapters.writing import Progress, check_paths, writable, write
 from adaptsurgery.jobs.change import as_lora
 from adaptsurgery.jobs.combining.factors import lora_module
 from adaptsurgery.jobs.combining.sums import Sum
-from adaptsurgery.jobs.combining.terms import Part
+from adaptsurgery.jobs.combining.terms import WeightedAdapter
 from adaptsurgery.jobs.merging.adapters import Named, repeated, split_weight
 from adaptsurgery.jobs.values import is_whole
 from adaptsurgery_formats import Format, ModuleState, Note
@@ -76,7 +76,7 @@ def combine(
     check_paths(read, out, target, overwrite, loaded[0].base_place)
     notes: list[Note] = []
     with nonfinite_allowed(allow_nonfinite):
-        parts = [Part(one, weight, target) for one, (_, weight) in zip(loaded, named)]
+        parts = [WeightedAdapter(one, weight, target) for one, (_, weight) in zip(loaded, named)]
         sum_ = Sum([part for part in parts if part.weight], loaded[0], target)
         result = sum_.result(allow_zero, parts[0])
         result = _fitted(_cut(result, rank, notes), target, rank)
@@ -125,8 +125,8 @@ def _cut(result: Loaded, rank: int | None, notes: list[Note]) -> Loaded:
             notes.append(Note("not-cut", module.label, "it holds NaN or infinity: it has no rank"))
         elif module.algorithm == "lora" and (module.rank or 0) > rank:
             form = lora_form(module, names, where)
-            found = truncate_factors(*form.factors(), rank)
-            low = lora_module([module], found.up, found.down, form.shape, module.scale)
+            factors = truncate_factors(*form.factors(), rank)
+            low = lora_module([module], factors.up, factors.down, form.shape, module.scale)
             bias = module.tensors.get("up_bias")
             module = low.with_tensors(up_bias=bias) if bias else low
         elif module.algorithm != "lora" and not traits_of(module.algorithm).vector:
@@ -171,15 +171,17 @@ def _check_lossy(rows: Sequence[Row], allowed: bool, where: str) -> None:
         )
 
 
-def _told(report: Report, rows: list[Row], parts: Sequence[Part], notes: Sequence[Note]) -> Report:
+def _told(
+    report: Report, rows: list[Row], parts: Sequence[WeightedAdapter], notes: Sequence[Note]
+) -> Report:
     counts = {change: sum(r.change == change for r in rows) for change in ("identical", "rounded")}
-    said = [f"{counts['identical']} as they were"] if counts["identical"] else []
+    phrases = [f"{counts['identical']} as they were"] if counts["identical"] else []
     for change, word in (("rounded", "exact"), ("lossy", "approximated")):
         errors = [r.error for r in rows if r.change == change]
         if errors:
-            said.append(f"{len(errors)} {word}, relative error up to {max(errors):.2g}")
+            phrases.append(f"{len(errors)} {word}, relative error up to {max(errors):.2g}")
     report.job, report.rows = "combine", rows
-    report.verdict = f"{len(rows)} modules of {len(parts)} adapters: " + "; ".join(said)
+    report.verdict = f"{len(rows)} modules of {len(parts)} adapters: " + "; ".join(phrases)
     report.notes = list(dict.fromkeys([*report.notes, *notes]))
     report.facts |= {
         "sources": [

@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING
 
 from adaptsurgery.adapters import lowrank
 from adaptsurgery.adapters.lowrank import with_factors
-from adaptsurgery.adapters.rewritings import stored
+from adaptsurgery.adapters.rewritings import as_stored
 from adaptsurgery.checkpoint.bridge import from_torch, to_torch, torch_dtype
 from adaptsurgery.jobs.combining.terms import BIASES, NOTHING, Term, keys_of
 from adaptsurgery_formats import ModuleState
@@ -33,13 +33,13 @@ def distinct(terms: Sequence[Term]) -> list[tuple[ModuleState, float]]:
             groups.append([term])
         else:
             home.append(term)
-    found = []
+    sums = []
     for group in groups:
         coefficients = [t.coefficient for t in group]
         total = math.fsum(coefficients)
         if abs(total) > NOTHING * math.fsum(map(abs, coefficients)):
-            found.append((replace(group[0].module, keys=keys_of(group)), total))
-    return found
+            sums.append((replace(group[0].module, keys=keys_of(group)), total))
+    return sums
 
 
 def _same_factors(a: ModuleState, b: ModuleState) -> bool:
@@ -69,23 +69,23 @@ def rescaled(module: ModuleState, coefficient: float) -> ModuleState:
         tensor = module.tensors[slot]
         if not row.scaled:
             return module.with_tensors(
-                **{slot: stored(to_torch(tensor).double() * coefficient, [tensor])}
+                **{slot: as_stored(to_torch(tensor).double() * coefficient, [tensor])}
             )
         module = module.with_tensors(**{slot: from_torch(-to_torch(tensor))})
     return replace(module, alpha=abs(coefficient) * rank, rank=rank, rule=ALPHA_OVER_R)
 
 
-def common_scale(found: Sequence[tuple[float, int]]) -> float:
+def common_scale(terms: Sequence[tuple[float, int]]) -> float:
     """The scale of a sum, of (|coefficient|, rank): one that leaves the most ranks exact.
 
     What is a power of two of it only moves exponents, in any dtype.
     """
     ranks: dict[float, int] = {}
-    for coefficient, rank in found:
+    for coefficient, rank in terms:
         mantissa = math.frexp(coefficient)[0]
         ranks[mantissa] = ranks.get(mantissa, 0) + rank
     best = max(ranks, key=lambda mantissa: ranks[mantissa])
-    return max(c for c, _ in found if math.frexp(c)[0] == best)
+    return max(c for c, _ in terms if math.frexp(c)[0] == best)
 
 
 def shortest(up: torch.Tensor, down: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
@@ -99,7 +99,7 @@ def shortest(up: torch.Tensor, down: torch.Tensor) -> tuple[torch.Tensor, torch.
     return (one, whole) if rows <= columns else (whole, one)
 
 
-def shape_of(modules: Sequence[ModuleState], forms: Sequence[LoRA]) -> tuple[int, ...]:
+def kernel_shape(modules: Sequence[ModuleState], forms: Sequence[LoRA]) -> tuple[int, ...]:
     """(o, i, *k), of the form that shows the kernel; ShapeError where two show different ones."""
     shape = max((form.shape for form in forms), key=len)
     for module, form in zip(modules, forms):
@@ -135,7 +135,7 @@ def lora_module(
 
     lora = LoRA.of_factors(up, down, shape)
     like = [t for m in modules for slot, t in m.tensors.items() if slot not in BIASES]
-    tensors = {"up": stored(lora.up, like), "down": stored(lora.down, like)}
+    tensors = {"up": as_stored(lora.up, like), "down": as_stored(lora.down, like)}
     if len({t.dtype for t in tensors.values()}) > 1:
         wide = torch_dtype(max(tensors.values(), key=lambda t: t.nbytes / t.numel).dtype)
         tensors = {slot: from_torch(to_torch(t).to(wide)) for slot, t in tensors.items()}

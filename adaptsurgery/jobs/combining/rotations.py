@@ -7,7 +7,7 @@ from dataclasses import replace
 from typing import TYPE_CHECKING
 
 from adaptsurgery.adapters import lowrank
-from adaptsurgery.adapters.rewritings import stored
+from adaptsurgery.adapters.rewritings import as_stored
 from adaptsurgery.checkpoint.bridge import to_torch
 from adaptsurgery.jobs.combining.terms import Term, keys_of
 from adaptsurgery_formats import ModuleState
@@ -46,11 +46,14 @@ def chained(terms: Sequence[Term]) -> ModuleState:
         one.check_values()
         columns.append(one.reflections() if gs else one.u)
     u = torch.cat(columns, dim=1)
-    tensors = {"u": stored(u, [m.tensors["u"] for m in modules])}
+    tensors = {"u": as_stored(u, [m.tensors["u"] for m in modules])}
     return replace(
-        first, tensors=tensors, rank=u.shape[1], options={**first.options, "apply_gs": False},
+        first,
+        tensors=tensors,
+        rank=u.shape[1],
+        options={**first.options, "apply_gs": False},
         keys=keys_of(terms),
-    )  # fmt: skip
+    )
 
 
 def of_one_hra_form(modules: list[ModuleState]) -> list[ModuleState]:
@@ -74,7 +77,7 @@ def _padded(module: ModuleState, rank: int) -> ModuleState:
     if module.options.get("apply_gs"):
         u = HRA(u.double(), True).reflections()
     last = u[:, -1:].expand(-1, rank - u.shape[1])
-    wide = stored(torch.cat([u, last], dim=1).double(), [module.tensors["u"]])
+    wide = as_stored(torch.cat([u, last], dim=1).double(), [module.tensors["u"]])
     return replace(
         module, tensors={"u": wide}, rank=rank, options={**module.options, "apply_gs": False}
     )

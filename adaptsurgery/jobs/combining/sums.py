@@ -12,7 +12,7 @@ from adaptsurgery.adapters.comparing import distance as dense_distance
 from adaptsurgery.adapters.loading import Loaded
 from adaptsurgery.adapters.lowrank import hides_kernel, is_low_rank, lora_form, prefix_of
 from adaptsurgery.adapters.report import Row, some
-from adaptsurgery.adapters.rewritings import stored
+from adaptsurgery.adapters.rewritings import as_stored
 from adaptsurgery.adapters.updates import is_nonfinite_allowed, nonfinite_of, update_of
 from adaptsurgery.jobs.change import as_lora
 from adaptsurgery.jobs.combining.carrying import check_saved, in_layout, shell_of
@@ -21,17 +21,17 @@ from adaptsurgery.jobs.combining.factors import (
     coefficient_error,
     common_scale,
     distinct,
+    kernel_shape,
     lora_module,
     rescaled,
-    shape_of,
     shortest,
 )
 from adaptsurgery.jobs.combining.rotations import CHAINS, chained, of_one_hra_form, rotated_apart
 from adaptsurgery.jobs.combining.terms import (
     BIASES,
-    Layer,
-    Part,
+    SummedLayer,
     Term,
+    WeightedAdapter,
     as_they_are,
     keys_of,
     moves_weight,
@@ -53,21 +53,21 @@ from adaptsurgery_formats.traits import traits_of
 class Sum:
     """The sum, layer by layer; ``context`` has the names and the base that all share."""
 
-    def __init__(self, parts: Sequence[Part], first: Loaded, target: Format) -> None:
+    def __init__(self, parts: Sequence[WeightedAdapter], first: Loaded, target: Format) -> None:
         self.parts, self.target = parts, target
         self._told: dict[tuple[str, str], list[str]] = {}
         for part in parts:
             part.check_weight()
         self.context = replace(first, state=shell_of(parts, first))
-        self.layers: dict[tuple[str, str], Layer] = {}
+        self.layers: dict[tuple[str, str], SummedLayer] = {}
         for part in parts:
             for module in part.state.modules:
                 place = (module.component, module.path)
-                layer = self.layers.setdefault(place, Layer([]))
+                layer = self.layers.setdefault(place, SummedLayer([]))
                 layer.terms.append(Term(module, part.weight))
         check_saved(parts, self.layers)
 
-    def result(self, allow_zero: bool, first: Part) -> Loaded:
+    def result(self, allow_zero: bool, first: WeightedAdapter) -> Loaded:
         """The summed adapter, under the first source's metadata."""
         for layer in self.layers.values():
             layer.summed = self._summed(layer)
@@ -110,7 +110,7 @@ class Sum:
 
     # One layer
 
-    def _summed(self, layer: Layer) -> list[ModuleState]:
+    def _summed(self, layer: SummedLayer) -> list[ModuleState]:
         """The modules that do what the layer's terms do together."""
         terms = layer.terms
         if as_they_are(terms) and (self.target.name != "peft" or len(terms) == 1):
@@ -122,8 +122,8 @@ class Sum:
             lora = self._rotation_as_lora(chained(rotations))
             layer.terms = others = [Term(lora, 1.0), *others]
             rotations = []
-        found = [chained(rotations)] if rotations else self._weight_of(others)
-        return self._with_bias(found, others)
+        modules = [chained(rotations)] if rotations else self._weight_of(others)
+        return self._with_bias(modules, others)
 
     def _check_alone(self, terms: Sequence[Term]) -> None:
         moving = [t.module for t in terms if moves_weight(t.module)]
@@ -199,7 +199,7 @@ class Sum:
         if any(t.module.algorithm != "full" for t in terms):
             self._note("dense", first.label, "the dense difference takes up the low-rank ones")
         like = [t.module.tensors["diff"] for t in terms if "diff" in t.module.tensors]
-        return [replace(first, tensors={"diff": stored(total, like)}, keys=keys_of(terms))]
+        return [replace(first, tensors={"diff": as_stored(total, like)}, keys=keys_of(terms))]
 
     def _side_by_side(self, groups: Sequence[tuple[ModuleState, float]]) -> ModuleState:
         """One LoRA: the ranks of all, the coefficients over the common scale on ``up``."""
@@ -216,14 +216,14 @@ class Sum:
         scale = common_scale([(abs(c), form.rank) for (_, c), form in zip(groups, forms)])
         pair = lowrank.stacked([(c / scale, form) for (_, c), form in zip(groups, forms)])
         up, down = shortest(*pair)
-        shape = shape_of(modules, forms)
+        shape = kernel_shape(modules, forms)
         if len(shape) == 2 and any(hides_kernel(m, names) for m in modules):
             self._note("kernel-unknown", modules[0].label, "taken for a Linear's: --base can tell")
         return lora_module(modules, up, down, shape, scale)
 
-    def _with_bias(self, found: list[ModuleState], terms: Sequence[Term]) -> list[ModuleState]:
+    def _with_bias(self, modules: list[ModuleState], terms: Sequence[Term]) -> list[ModuleState]:
         """The modules with the sum of the terms' bias differences, where the layout has a place."""
-        found = [m if "magnitude" in m.tensors else m.with_tensors(up_bias=None) for m in found]
+        modules = [m if "magnitude" in m.tensors else m.with_tensors(up_bias=None) for m in modules]
         held = [
             (t.coefficient, t.module.tensors[slot])
             for t in terms
@@ -232,8 +232,8 @@ class Sum:
             if slot in t.module.tensors
         ]
         if not held:
-            return found
-        owner = found[0] if found else None
+            return modules
+        owner = modules[0] if modules else None
         if self.target.name == "peft" and owner is not None and owner.algorithm == "lora":
             inward = [(c / owner.scale, tensor) for c, tensor in held]
             return [owner.with_tensors(up_bias=weighted_sum(inward, owner.label))]
@@ -242,10 +242,15 @@ class Sum:
             return [owner.with_tensors(diff_b=bias)]
         origin = next(t.module for t in terms if set(BIASES) & t.module.tensors.keys())
         dense = replace(
-            origin, algorithm="full", tensors={"diff_b": bias}, alpha=None, rule=UNSCALED,
-            rank=None, options=prefix_of(origin),
-        )  # fmt: skip
-        return [*found, dense]
+            origin,
+            algorithm="full",
+            tensors={"diff_b": bias},
+            alpha=None,
+            rule=UNSCALED,
+            rank=None,
+            options=prefix_of(origin),
+        )
+        return [*modules, dense]
 
     # How far the result is off
 
@@ -256,11 +261,11 @@ class Sum:
             places.setdefault((module.component, module.path), []).append(module)
         rows = []
         for place, written in places.items():
-            layer = self.layers.get(place, Layer([]))
+            layer = self.layers.get(place, SummedLayer([]))
             rows.append(self._row(layer, written))
         return rows
 
-    def _row(self, layer: Layer, written: list[ModuleState]) -> Row:
+    def _row(self, layer: SummedLayer, written: list[ModuleState]) -> Row:
         shown = "+".join(dict.fromkeys(m.algorithm for m in written))
         same = as_they_are(layer.terms) and len(written) == len(layer.terms)
         if not layer.terms or (
@@ -288,7 +293,7 @@ class Sum:
             names, where = self.context.names, self.context.state.where
             ours = [(t.coefficient, lora_form(t.module, names, where)) for t in terms]
             theirs = [(m.scale, lora_form(m, names, where)) for m in moving]
-            return lowrank.relative(*lowrank.distance(ours, theirs))
+            return lowrank.relative(*lowrank.terms_apart(ours, theirs))
         return dense_distance(
             [without_bias(t.weighted()) for t in terms],
             [without_bias(m) for m in moving],

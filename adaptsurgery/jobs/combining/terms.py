@@ -17,7 +17,7 @@ NOTHING = 1e-12  # coefficients that cancel to less than this share of themselve
 BIASES = ("up_bias", "diff_b")
 
 
-class Part:
+class WeightedAdapter:
     """One adapter and its weight, in the target's naming."""
 
     def __init__(self, loaded: Loaded, weight: float, target: Format) -> None:
@@ -57,7 +57,7 @@ class Term:
 
 
 @dataclass
-class Layer:
+class SummedLayer:
     """One layer's terms in the order of the adapters, and what they were summed to."""
 
     terms: list[Term]

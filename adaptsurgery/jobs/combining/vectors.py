@@ -6,7 +6,7 @@ from collections.abc import Sequence
 from dataclasses import replace
 from typing import TYPE_CHECKING
 
-from adaptsurgery.adapters.rewritings import stored
+from adaptsurgery.adapters.rewritings import as_stored
 from adaptsurgery.checkpoint.bridge import from_torch, to_torch
 from adaptsurgery.jobs.combining.terms import Term, keys_of
 from adaptsurgery_formats import ModuleState, Tensor
@@ -49,7 +49,7 @@ def weighted_sum(held: Sequence[tuple[float, Tensor]], label: str) -> Tensor:
         shapes = " and ".join(str(list(t.shape)) for _, t in held)
         raise ShapeError(f"`{label}`: {shapes} do not add", next="are the adapters for one model?")
     terms: list[torch.Tensor] = [c * to_torch(t).double() for c, t in held]
-    return stored(sum(terms[1:], terms[0]), [t for _, t in held])
+    return as_stored(sum(terms[1:], terms[0]), [t for _, t in held])
 
 
 def _zeros_like(tensor: Tensor) -> Tensor:

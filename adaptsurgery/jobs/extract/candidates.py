@@ -43,7 +43,7 @@ def candidates_of(
     ranks = _given_ranks(chosen, options, notes)
     shares = _Shares([c for c in chosen if c.label not in ranks], options)
     factors = _factors(chosen, options)
-    found: dict[str, tuple[Candidate, ...]] = {}
+    candidates: dict[str, tuple[Candidate, ...]] = {}
     for c in chosen:
         mine = [
             Candidate(algorithm, *shares.goal(c, algorithm, ranks.get(c.label)), factor)
@@ -51,8 +51,8 @@ def candidates_of(
             for factor in (factors if algorithm == "lokr" else (None,))
         ]
         rest = [a for a in extractable() if options.compare and a not in c.algorithms]
-        found[c.label] = (*mine, *(Candidate(a, SAME, 0, compared=True) for a in rest))
-    return found
+        candidates[c.label] = (*mine, *(Candidate(a, SAME, 0, compared=True) for a in rest))
+    return candidates
 
 
 def _given_ranks(
@@ -63,14 +63,14 @@ def _given_ranks(
     keys = matcher.first_keys(options.ranks)
     for key in options.ranks.keys() - set(keys.values()):
         notes.append(Note("pattern-without-effect", "--rank-pattern", f"`{key}` matches no layer"))
-    found = {c.label: options.ranks[keys[c.path]] for c in chosen if c.path in keys}
+    ranks = {c.label: options.ranks[keys[c.path]] for c in chosen if c.path in keys}
     if options.conv_rank is not None:
         wide = [c for c in chosen if any(k != 1 for k in c.shape[2:])]
         if not wide:
             text = "no layer is a convolution with a kernel other than 1"
             notes.append(Note("option-without-effect", "--conv-rank", text))
-        found = {c.label: options.conv_rank for c in wide} | found
-    return found
+        ranks = {c.label: options.conv_rank for c in wide} | ranks
+    return ranks
 
 
 class _Shares:

@@ -13,10 +13,10 @@ from typing import Any
 
 from adaptsurgery.checkpoint.bridge import computed
 from adaptsurgery.checkpoint.safetensors import read_safetensors
-from adaptsurgery.jobs.extract.fitting import Found, Measured, number_of
-from adaptsurgery.jobs.extract.plan import ExtractPlan, Layer
+from adaptsurgery.jobs.extract.fitting import FittedLayer, Measured, number_of
+from adaptsurgery.jobs.extract.plan import ExtractPlan, LayerJob
 from adaptsurgery.jobs.extract.recipe import DTYPES
-from adaptsurgery.jobs.extract.run import METADATA, Place, Results, Runner
+from adaptsurgery.jobs.extract.run import METADATA, PartialExtract, Results, Runner
 from adaptsurgery.jobs.extract.selection import Dense
 from adaptsurgery_formats import AdapterState, ModuleState, peft_config
 from adaptsurgery_formats.errors import InexactError, ValueRefused
@@ -30,13 +30,13 @@ _Kind = tuple[str, int | None]  # algorithm and factor
 class Outcome:
     """A layer with what was measured, and the number of the candidate that it gets; -1 for none."""
 
-    layer: Layer
+    layer: LayerJob
     measured: Measured
     number: int = -1
     reason: str = ""
 
     @property
-    def found(self) -> Found | None:
+    def found(self) -> FittedLayer | None:
         return self.measured.found[self.number] if self.number >= 0 else None
 
     @property
@@ -50,13 +50,13 @@ class Outcome:
         return self.error * self.measured.norm
 
 
-def outcomes(plan: ExtractPlan, found: Results) -> list[Outcome]:
+def outcomes(plan: ExtractPlan, results: Results) -> list[Outcome]:
     """Every layer with its candidate, in the plan's order.
 
     Raises ValueRefused ("out-of-reach") with all layers on which no candidate meets the goal, or
     for PEFT not the one candidate that does on most.
     """
-    made = [Outcome(layer, Measured.from_dict(data)) for layer, data in zip(plan.layers, found)]
+    made = [Outcome(layer, Measured.from_dict(data)) for layer, data in zip(plan.layers, results)]
     changed = [o for o in made if o.measured.found]
     _check_reached(plan, changed)
     wanted = _one_kind(plan, changed) if plan.options.to == "peft" and changed else None
@@ -75,7 +75,9 @@ def _check_reached(plan: ExtractPlan, changed: Sequence[Outcome]) -> None:
             beyond[outcome.layer.label] = kept[0].failed
     if beyond:
         factor = "another --factor, " if plan.options.factor is not None else ""
-        names = " or ".join(dict.fromkeys(c.algorithm for c in plan.layers[0].candidates if not c.compared))  # fmt: skip
+        names = " or ".join(
+            dict.fromkeys(c.algorithm for c in plan.layers[0].candidates if not c.compared)
+        )
         raise ValueRefused(
             f"{len(beyond)} of {len(changed)} changed layers: no {names} meets the goal",
             where=plan.tuned,
@@ -106,8 +108,8 @@ def _check_factor(plan: ExtractPlan, changed: Sequence[Outcome], wanted: _Kind) 
     )
 
 
-def _kind(found: Found) -> _Kind | None:
-    return None if found.compared else (found.algorithm, found.factor)
+def _kind(fit: FittedLayer) -> _Kind | None:
+    return None if fit.compared else (fit.algorithm, fit.factor)
 
 
 def _settle(outcome: Outcome, wanted: _Kind | None, fewest: bool) -> None:
@@ -123,17 +125,17 @@ def _settle(outcome: Outcome, wanted: _Kind | None, fewest: bool) -> None:
         outcome.reason = next(iter(failed), "") or f"no {wanted[0] if wanted else 'adapter'} on it"
 
 
-def _price(found: Found, fewest: bool) -> tuple[float, float]:
-    size = float(found.parameters)
-    return (size, found.error) if fewest else (found.error, size)
+def _price(fit: FittedLayer, fewest: bool) -> tuple[float, float]:
+    size = float(fit.parameters)
+    return (size, fit.error) if fewest else (fit.error, size)
 
 
 def _one_kind(plan: ExtractPlan, changed: Sequence[Outcome]) -> _Kind:
-    kinds: dict[_Kind, list[Found]] = {}
+    kinds: dict[_Kind, list[FittedLayer]] = {}
     for outcome in changed:
-        for found in outcome.measured.found:
-            if not found.compared and not found.failed:
-                kinds.setdefault((found.algorithm, found.factor), []).append(found)
+        for fit in outcome.measured.found:
+            if not fit.compared and not fit.failed:
+                kinds.setdefault((fit.algorithm, fit.factor), []).append(fit)
     totals = {kind: _total(kind, changed, plan.options.exact_goal) for kind in kinds}
     return min(kinds, key=lambda kind: totals[kind])
 
@@ -159,8 +161,12 @@ def _total(kind: _Kind, changed: Sequence[Outcome], fewest: bool) -> tuple[float
 # -- The adapter -----------------------------------------------------------------------------------
 
 
-def adapter_state(
-    plan: ExtractPlan, place: Place, runner: Runner, made: Sequence[Outcome], found: Results
+def chosen_state(
+    plan: ExtractPlan,
+    place: PartialExtract,
+    runner: Runner,
+    made: Sequence[Outcome],
+    results: Results,
 ) -> AdapterState:
     """The adapter by reference: factors in the partial output, parameters in the fine-tuned model.
 
@@ -172,7 +178,7 @@ def adapter_state(
             tensors = read_safetensors(place.tensors(number)).tensors
             state.modules.append(_module(outcome, tensors))
     _even_out(state)
-    norms = {k: v for group in found[len(plan.layers) :] for k, v in group.items()}
+    norms = {k: v for group in results[len(plan.layers) :] for k, v in group.items()}
     kept = [d for group in plan.dense for d in group if d.slot]
     _add_dense(state, plan, runner, kept, norms)
     if not state.modules:
@@ -197,18 +203,25 @@ def _zero(plan: ExtractPlan, norms: Mapping[str, Mapping[str, float]]) -> ValueR
 
 
 def _module(outcome: Outcome, tensors: Mapping[str, Tensor]) -> ModuleState:
-    layer, found = outcome.layer, outcome.found
-    assert found is not None
+    layer, fit = outcome.layer, outcome.found
+    assert fit is not None
     prefix = f"{outcome.number}."
     slots = {k.removeprefix(prefix): t for k, t in tensors.items() if k.startswith(prefix)}
-    said = dict(found.module)
-    options = dict(said["options"])
+    settings = dict(fit.module)
+    options = dict(settings["options"])
     if layer.turned and layer.kind != "embedding":
         options["fan_in_fan_out"] = True
     return ModuleState(
-        layer.path, found.algorithm, slots, said["alpha"], said["rule"], said["rank"],
-        layer.component, kind="embedding" if layer.kind == "embedding" else "", options=options,
-    )  # fmt: skip
+        layer.path,
+        fit.algorithm,
+        slots,
+        settings["alpha"],
+        settings["rule"],
+        settings["rank"],
+        layer.component,
+        kind="embedding" if layer.kind == "embedding" else "",
+        options=options,
+    )
 
 
 def _even_out(state: AdapterState) -> None:
@@ -357,8 +370,14 @@ def _heads_table(one: Dense, runner: Runner) -> bool:
     headed = any(
         kind in name
         for name in texts(config, "architectures")
-        for kind in ("LMHead", "ForCausalLM", "ForMaskedLM", "ForConditionalGeneration", "ForPreTraining")
-    )  # fmt: skip
+        for kind in (
+            "LMHead",
+            "ForCausalLM",
+            "ForMaskedLM",
+            "ForConditionalGeneration",
+            "ForPreTraining",
+        )
+    )
     rows = config.get("vocab_size")
     held = [p for of in tuned.parameters.values() for p in of.values() if p.shape == shape]
     flag = typed(config, "tie_word_embeddings", bool)
@@ -371,11 +390,11 @@ def _template(state: AdapterState, component: str, whole: list[str]) -> dict[str
     modules = list(state.of(component))
     biases = any(name.endswith(".base_layer.bias") for name in state.saved.get(component, {}))
     algorithm = modules[0].algorithm if modules else "lora"
-    found: dict[str, Any] = {}
+    template: dict[str, Any] = {}
     if whole:
-        found["modules_to_save"] = whole
+        template["modules_to_save"] = whole
     if algorithm == "lora" and any(m.options.get("fan_in_fan_out") for m in modules):
-        found |= {"peft_type": "LORA", "target_modules": [], "fan_in_fan_out": True}
+        template |= {"peft_type": "LORA", "target_modules": [], "fan_in_fan_out": True}
     if biases and "bias" in peft_config.FIELDS[algorithm]:
-        found["bias"] = f"{algorithm}_only"
-    return found
+        template["bias"] = f"{algorithm}_only"
+    return template

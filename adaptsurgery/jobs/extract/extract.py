@@ -20,9 +20,16 @@ from adaptsurgery.checkpoint.base import Base
 from adaptsurgery.checkpoint.watched import check_watched, watching
 from adaptsurgery.jobs.extract import summary
 from adaptsurgery.jobs.extract.pairs import pair_up
-from adaptsurgery.jobs.extract.plan import ExtractPlan, build_plan
+from adaptsurgery.jobs.extract.plan import ExtractPlan, plan_extraction
 from adaptsurgery.jobs.extract.recipe import ExtractRecipe, check_options
-from adaptsurgery.jobs.extract.run import Place, Progress, Runner, check, made, results
+from adaptsurgery.jobs.extract.run import (
+    PartialExtract,
+    Progress,
+    Runner,
+    check_models,
+    is_made,
+    results,
+)
 from adaptsurgery.jobs.inputs import check_part, open_base, refuse_pickles
 from adaptsurgery.jobs.options import carried, check_numbers, collected
 from adaptsurgery.jobs.options.extraction import GOALS, ExtractOptions
@@ -31,7 +38,7 @@ from adaptsurgery.jobs.values import check_whole
 from adaptsurgery_formats import Note
 from adaptsurgery_formats.errors import FileError, SurgeryError, ValueRefused
 from adaptsurgery_formats.names import names_of_base
-from adaptsurgery_formats.resolve import resolve
+from adaptsurgery_formats.resolve import find_modules
 
 Named = str | os.PathLike[str]
 
@@ -157,20 +164,20 @@ def _run(
     refuse_pickles(base)
     refuse_pickles(tuned)
     keep_apart([base.where, tuned.where], [out, page])
-    plan = build_plan(base, tuned, pair_up(base, tuned), recipe)
-    place = Place(plan, out)
-    ended = place.landed(out) or (part[1] > 1 and made(plan, out))
+    plan = plan_extraction(base, tuned, pair_up(base, tuned), recipe)
+    place = PartialExtract(plan, out)
+    ended = place.landed(out) or (part[1] > 1 and is_made(plan, out))
     if dry_run or not ended:
         target = writable(recipe.to)
         check_paths([base.where, tuned.where], out, target, overwrite)
         if page is not None:
             check_output(page, overwrite=overwrite)
-    report = summary.planned(plan, workers)
+    report = summary.dry_report(plan, workers)
     report.notes += (left := _abandoned(place))
     if dry_run:
         return report
     if not ended:
-        check(plan)
+        check_models(plan)
     runner = Runner(plan, place, base, tuned, progress, watched)
     return _worked(runner, out, page, overwrite, left, part, workers)
 
@@ -188,26 +195,30 @@ def _worked(
     plan, place = runner.plan, runner.place
     try:
         with place.entered(alone=part[1] == 1):
-            if place.landed(out) or (part[1] > 1 and made(plan, out)):
+            if place.landed(out) or (part[1] > 1 and is_made(plan, out)):
                 return _closed(plan, place, out, page, overwrite, workers)
             place.check_files(place.known())
             runner.work(part, workers)
-            check(plan)
+            check_models(plan)
             report = _finish(runner, out, page, overwrite, left, workers)
             if report is None and part[1] == 1:  # all jobs were done: a twin has put it in place
                 raise GoneError
             return report or _part_done(plan, out, left, workers)
     except GoneError:
-        if made(plan, out):
+        if is_made(plan, out):
             return _made_already(plan, out, workers)
         raise place.vanished() from None
     except FileError as error:
-        if error.code == "output-exists" and error.where == str(out) and made(plan, out):
+        taken = error.code == "output-exists" and error.where == str(out)
+        gone = error.code == "no-such-file" and error.where.startswith(str(place.root))
+        if (taken or gone) and is_made(
+            plan, out
+        ):  # a twin has landed, and removed the partial output
             return _made_already(plan, out, workers)
         error.where = error.where.replace(str(place.root / "work"), str(out))
         raise
     except OSError as error:
-        if isinstance(error, FileNotFoundError) and made(plan, out):
+        if isinstance(error, FileNotFoundError) and is_made(plan, out):
             return _made_already(plan, out, workers)
         raise place.said(error, out) from error
     except SurgeryError as error:
@@ -216,7 +227,7 @@ def _worked(
 
 
 def _part_done(plan: ExtractPlan, out: Path, left: list[Note], workers: int) -> Report:
-    report = summary.planned(plan, workers)
+    report = summary.dry_report(plan, workers)
     report.facts["complete"] = False
     text = "this part is done; the adapter appears when the others are"
     report.notes += [*left, Note("part-done", str(out), text)]
@@ -224,7 +235,12 @@ def _part_done(plan: ExtractPlan, out: Path, left: list[Note], workers: int) -> 
 
 
 def _closed(
-    plan: ExtractPlan, place: Place, out: Path, page: Path | None, overwrite: bool, workers: int
+    plan: ExtractPlan,
+    place: PartialExtract,
+    out: Path,
+    page: Path | None,
+    overwrite: bool,
+    workers: int,
 ) -> Report:
     """What a killed run has left to do once its adapter had landed: its report, and the rest removed."""
     report = _made_already(plan, out, workers)
@@ -239,7 +255,7 @@ def _closed(
 
 
 def _made_already(plan: ExtractPlan, out: Path, workers: int) -> Report:
-    report = summary.planned(plan, workers)
+    report = summary.dry_report(plan, workers)
     report.outputs = [str(out)]
     report.facts["complete"] = True
     text = "made by another run of the same extraction, whose report has the figures"
@@ -247,7 +263,7 @@ def _made_already(plan: ExtractPlan, out: Path, workers: int) -> Report:
     return report
 
 
-def _abandoned(place: Place) -> list[Note]:
+def _abandoned(place: PartialExtract) -> list[Note]:
     text = "left by other work that was killed; it goes on where it stopped, or remove this"
     return [Note("abandoned", str(root), text) for root in place.abandoned()]
 
@@ -264,7 +280,7 @@ def _finish(
 
     None where other parts have work to do still, or a twin has put all in place.
     """
-    from adaptsurgery.jobs.extract.choose import adapter_state, outcomes
+    from adaptsurgery.jobs.extract.choose import chosen_state, outcomes
 
     plan, place = runner.plan, runner.place
     with ExitStack() as held:
@@ -273,8 +289,8 @@ def _finish(
         if measured is None or place.landed(out):
             return None
         layers = outcomes(plan, measured)
-        state = adapter_state(plan, place, runner, layers, measured)
-        report = summary.told(plan, layers, measured, workers)
+        state = chosen_state(plan, place, runner, layers, measured)
+        report = summary.report_of(plan, layers, measured, workers)
         written = _write(state, runner, place, out)
         report.notes += [n for n in [*left, *written.notes] if n not in report.notes]
         report.outputs = written.outputs
@@ -293,7 +309,7 @@ def _finish(
     return report
 
 
-def _write(state: Any, runner: Runner, place: Place, out: Path) -> Report:
+def _write(state: Any, runner: Runner, place: PartialExtract, out: Path) -> Report:
     """The adapter within the partial output, on disk: one rename makes it OUT."""
     shutil.rmtree(place.beside, ignore_errors=True)
     place.beside.mkdir()
@@ -310,14 +326,14 @@ def _write(state: Any, runner: Runner, place: Place, out: Path) -> Report:
     old = privacy.below(out) if os.path.lexists(out) else ()
     privacy.narrow(place.content, [*runner.inputs, *old])
     atomic.sync(place.content)
-    check(runner.plan)
+    check_models(runner.plan)
     check_watched(runner.watched)
     parts = [Path(path).relative_to(place.content) for path in written.outputs]
     written.outputs = [str(out / path) if path.name else str(out) for path in parts]
     return written
 
 
-def _write_page(report: Report, place: Place, page: Path, runner: Runner) -> None:
+def _write_page(report: Report, place: PartialExtract, page: Path, runner: Runner) -> None:
     """The report within the partial output, so that the run that ends a killed one has it too."""
     from adaptsurgery.jobs.extract.page import text_of
 
@@ -330,7 +346,7 @@ def _write_page(report: Report, place: Place, page: Path, runner: Runner) -> Non
 
 def _loaded(state: Any, base: Base) -> Loaded:
     names = names_of_base(base.components, base.where)
-    found = resolve(state, names)
-    if "" in found.saved and found.components != [""]:
-        found = replace(found, saved={found.components[0]: found.saved[""]})
-    return Loaded(found, [], names, base)
+    adapter = find_modules(state, names)
+    if "" in adapter.saved and adapter.components != [""]:
+        adapter = replace(adapter, saved={adapter.components[0]: adapter.saved[""]})
+    return Loaded(adapter, [], names, base)

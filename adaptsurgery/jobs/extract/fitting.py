@@ -18,7 +18,7 @@ from adaptsurgery.core.law import unknown_update
 from adaptsurgery.core.update import Delta, Update
 from adaptsurgery.jobs.extract.candidates import SAME, Candidate
 from adaptsurgery.jobs.extract.pairs import Pair
-from adaptsurgery.jobs.extract.plan import Layer
+from adaptsurgery.jobs.extract.plan import LayerJob
 from adaptsurgery.jobs.extract.recipe import DTYPES, ExtractRecipe
 from adaptsurgery.jobs.options.extraction import extractable
 from adaptsurgery.nearest.goal import SLACK, Fit, Goal, norm_of
@@ -37,7 +37,7 @@ Read = Callable[[str, Pair], LazyTensor]  # ("base" or "tuned", pair) → its te
 
 
 @dataclass
-class Found:
+class FittedLayer:
     """What one candidate came to. ``failed`` says why there is none."""
 
     algorithm: str
@@ -70,7 +70,7 @@ class Measured:
     norm: float
     weight: float
     noise: float
-    found: list[Found] = field(default_factory=list)
+    found: list[FittedLayer] = field(default_factory=list)
     spectrum: list[float] = field(default_factory=list)
     curve: dict[str, list[tuple[int, float]]] = field(default_factory=dict)
 
@@ -79,8 +79,8 @@ class Measured:
 
     @classmethod
     def from_dict(cls, data: Mapping[str, Any]) -> Measured:
-        found = [Found(**{**f, "notes": tuple(f["notes"])}) for f in data["found"]]
-        return cls(**{**data, "found": found})
+        fits = [FittedLayer(**{**f, "notes": tuple(f["notes"])}) for f in data["found"]]
+        return cls(**{**data, "found": fits})
 
 
 @dataclass(frozen=True)
@@ -104,7 +104,7 @@ class Weights:
         return math.sqrt(missing), math.sqrt(total)
 
 
-def read_weights(layer: Layer, read: Read) -> Weights:
+def read_weights(layer: LayerJob, read: Read) -> Weights:
     """Both weights; raises ValueRefused ("non-finite") for NaN and infinity."""
     base, tuned = (
         number_of(read(side, layer.pair), layer.pair, side) for side in ("base", "tuned")
@@ -118,8 +118,8 @@ def number_of(
     tensor: LazyTensor, pair: Pair, side: str, way: str = "--exclude leaves layers out"
 ) -> Tensor:
     """A stored float tensor in float32 at least, all of it finite; ``way`` is out where it is not."""
-    found = to_torch(tensor)
-    wide = found if found.dtype == torch.float64 else found.float()
+    values = to_torch(tensor)
+    wide = values if values.dtype == torch.float64 else values.float()
     if not bool(wide.isfinite().all()):
         which = "base" if side == "base" else "fine-tuned model"
         raise ValueRefused(
@@ -131,7 +131,7 @@ def number_of(
 
 
 def fit_layer(
-    layer: Layer, read: Read, options: ExtractRecipe
+    layer: LayerJob, read: Read, options: ExtractRecipe
 ) -> tuple[Measured, dict[str, LazyTensor]]:
     """A layer's candidates, measured, and the tensors of those that may be taken, by "n.slot"."""
     weights = read_weights(layer, read)
@@ -155,8 +155,8 @@ def fit_layer(
     return measured, tensors
 
 
-def _best(found: list[Found]) -> Found | None:
-    kept = [f for f in found if not f.failed and not f.compared]
+def _best(fits: list[FittedLayer]) -> FittedLayer | None:
+    kept = [f for f in fits if not f.failed and not f.compared]
     return min(kept, key=lambda f: f.error, default=None)
 
 
@@ -176,39 +176,45 @@ def noise_of(pair: Pair, weight: Tensor) -> float:
 class _Work:
     """The fits of one layer."""
 
-    def __init__(self, layer: Layer, weights: Weights, norm: float, options: ExtractRecipe) -> None:
+    def __init__(
+        self, layer: LayerJob, weights: Weights, norm: float, options: ExtractRecipe
+    ) -> None:
         self.layer, self.weights, self.norm, self.options = layer, weights, norm, options
         text = f"{options.seed} {layer.label}"  # of neither the order nor the parts
         self.seed = int.from_bytes(hashlib.sha256(text.encode("utf-8")).digest()[:4], "little")
         self.spectrum: list[float] = []
 
     def candidate(
-        self, candidate: Candidate, before: list[Found]
-    ) -> tuple[Found, ModuleState | None]:
-        found = Found(candidate.algorithm, candidate.factor, candidate.compared)
+        self, candidate: Candidate, before: list[FittedLayer]
+    ) -> tuple[FittedLayer, ModuleState | None]:
+        trial = FittedLayer(candidate.algorithm, candidate.factor, candidate.compared)
         goal = self._goal(candidate, before)
         if goal is None:
-            found.failed = "nothing to compare it with"
-            return found, None
+            trial.failed = "nothing to compare it with"
+            return trial, None
         try:
             fit = self._fit(candidate.algorithm, goal, candidate.factor)
         except ValueRefused as error:
             if error.code not in _NO_GOOD:
                 raise
-            found.failed = error.what + (f" ({error.seen})" if error.seen else "")
-            return found, None
+            trial.failed = error.what + (f" ({error.seen})" if error.seen else "")
+            return trial, None
         self._keep_spectrum(fit)
         update = self._stored(fit.update)
-        found.error = self._error(update)
-        found.rank, found.parameters = fit.rank, fit.parameters
-        found.limit, found.notes = fit.limit, fit.notes
+        trial.error = self._error(update)
+        trial.rank, trial.parameters = fit.rank, fit.parameters
+        trial.limit, trial.notes = fit.limit, fit.notes
         [module] = modules_of(self.layer.path, update, self.layer.component)
-        found.nbytes = sum(t.nbytes for t in module.tensors.values())
-        found.module = {"alpha": module.alpha, "rule": module.rule, "rank": module.rank,
-                        "options": module.options}  # fmt: skip
-        return found, module
+        trial.nbytes = sum(t.nbytes for t in module.tensors.values())
+        trial.module = {
+            "alpha": module.alpha,
+            "rule": module.rule,
+            "rank": module.rank,
+            "options": module.options,
+        }
+        return trial, module
 
-    def _goal(self, candidate: Candidate, before: list[Found]) -> Goal | None:
+    def _goal(self, candidate: Candidate, before: list[FittedLayer]) -> Goal | None:
         if candidate.goal == SAME:
             best = _best(before)
             return None if best is None else Goal(budget=best.parameters)
@@ -261,7 +267,7 @@ class _Work:
 
     def curve(self, parameters: int) -> dict[str, list[tuple[int, float]]]:
         """Each algorithm's error at several numbers of parameters."""
-        found: dict[str, list[tuple[int, float]]] = {}
+        curves: dict[str, list[tuple[int, float]]] = {}
         for algorithm in extractable():
             if self.layer.kind == "embedding" and not traits_of(algorithm).adds:
                 continue
@@ -269,8 +275,8 @@ class _Work:
                 p for share in CURVE if (p := self._point(algorithm, int(share * parameters)))
             }
             if points:
-                found[algorithm] = sorted(points)
-        return found
+                curves[algorithm] = sorted(points)
+        return curves
 
     def _point(self, algorithm: str, budget: int) -> tuple[int, float] | None:
         try:

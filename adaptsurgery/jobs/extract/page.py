@@ -26,9 +26,11 @@ def check_form(path: Path) -> Path:
     if path.suffix not in (".html", ".json"):
         better = path.with_suffix(".html") if path.name else path / "report.html"
         raise FileError(
-            "a report is an .html page or a .json file", where=str(path), code="bad-name",
+            "a report is an .html page or a .json file",
+            where=str(path),
+            code="bad-name",
             next=f"--report {better}",
-        )  # fmt: skip
+        )
     if path.suffix == ".html" and find_spec("matplotlib") is None:
         raise LayoutError(
             "the page's plots need matplotlib",
@@ -101,29 +103,32 @@ def _pictures(layers: Sequence[Told], facts: Told) -> str:
         return ""
     parts = [
         _figure(
-            "Error and energy of each layer", plots.errors(layers, facts["norm"]),
+            "Error and energy of each layer",
+            plots.errors(layers, facts["norm"]),
             "Above, how much of each layer's change is lost. Below, how much of the whole change "
             "each layer holds, and how much of that the adapter keeps.",
         )
-    ]  # fmt: skip
+    ]
     curved = [r for r in layers if r["curve"]]
     if curved:
         parts.append(
             _figure(
-                "Parameters against error", plots.curves(curved),
+                "Parameters against error",
+                plots.curves(curved),
                 "What each algorithm makes of the same change, on layers of different shapes. The "
                 "ring is what was taken.",
             )
-        )  # fmt: skip
+        )
     seen = _with_spectra(layers)
     if seen:
         parts.append(
             _figure(
-                "Singular values of the change", plots.spectra(seen),
+                "Singular values of the change",
+                plots.spectra(seen),
                 "A steep fall means that a low rank says nearly all; a flat line that no low rank "
                 "can. The dashed line is the rank taken: what is right of it is lost.",
             )
-        )  # fmt: skip
+        )
     return "\n".join(parts)
 
 
@@ -156,9 +161,14 @@ def _cells(row: Told) -> list[str]:
     algorithm += f" {row['factor']}" if row.get("factor") is not None else ""
     shape = "×".join(map(str, row["shape"]))
     return [
-        row["name"], shape, algorithm, str(row["rank"]), f"{row['parameters']:,}",
-        f"{row['error']:.3g}", f"{row['energy']:.1%}",
-    ]  # fmt: skip
+        row["name"],
+        shape,
+        algorithm,
+        str(row["rank"]),
+        f"{row['parameters']:,}",
+        f"{row['error']:.3g}",
+        f"{row['energy']:.1%}",
+    ]
 
 
 def _elsewhere(facts: Told) -> str:
@@ -166,16 +176,26 @@ def _elsewhere(facts: Told) -> str:
     parts = []
     if len(facts["by_algorithm"]) > 1:
         rows = [
-            [title_of(n), f"{int(t['parameters']):,}", f"{t['error']:.3g}", f"{1 - t['error'] ** 2:.1%}"]
+            [
+                title_of(n),
+                f"{int(t['parameters']):,}",
+                f"{t['error']:.3g}",
+                f"{1 - t['error'] ** 2:.1%}",
+            ]
             for n, t in sorted(facts["by_algorithm"].items(), key=lambda item: item[1]["error"])
-        ]  # fmt: skip
+        ]
         table = _table(("algorithm", "parameters", "error", "energy"), rows)
         parts.append(f"<section><h2>The algorithms, over all layers</h2>{table}</section>")
     if facts["dense"]:
         rows = [
-            [d["name"], d["kind"], "whole" if d["slot"] == "saved" else d["slot"], f"{max(d['norm'], 0):.3g}"]
+            [
+                d["name"],
+                d["kind"],
+                "whole" if d["slot"] == "saved" else d["slot"],
+                f"{max(d['norm'], 0):.3g}",
+            ]
             for d in facts["dense"]
-        ]  # fmt: skip
+        ]
         parts.append(
             _folded("Kept dense", _table(("parameter", "kind", "as", "‖D‖"), rows), len(rows))
         )

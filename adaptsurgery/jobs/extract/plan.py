@@ -28,7 +28,7 @@ _HELD = {"hra": 24}  # float32 layers at most, by algorithm; 10 for others (meas
 
 
 @dataclass(frozen=True)
-class Layer:
+class LayerJob:
     """A weight that becomes an adapter's module. ``shape`` is canonical, (o, i, *k).
 
     ``turned``: stored (i, o). ``candidates`` are the updates to fit, of which one is taken for it,
@@ -54,7 +54,7 @@ class Layer:
         return math.prod(self.shape)
 
 
-Job = Layer | tuple[Dense, ...]
+Job = LayerJob | tuple[Dense, ...]
 
 
 @dataclass(frozen=True)
@@ -66,7 +66,7 @@ class ExtractPlan:
     base_files: tuple[Input, ...]
     tuned_files: tuple[Input, ...]
     options: ExtractRecipe
-    layers: tuple[Layer, ...]
+    layers: tuple[LayerJob, ...]
     dense: tuple[tuple[Dense, ...], ...]
     notes: tuple[tuple[str, str, str], ...] = ()
     version: int = VERSION
@@ -114,7 +114,7 @@ def _sha256(data: object) -> str:
     return hashlib.sha256(text.encode("utf-8")).hexdigest()
 
 
-def build_plan(base: Base, tuned: Base, paired: Paired, options: ExtractRecipe) -> ExtractPlan:
+def plan_extraction(base: Base, tuned: Base, paired: Paired, options: ExtractRecipe) -> ExtractPlan:
     """The plan for paired checkpoints.
 
     Raises ShapeError ("shapes-differ") for layers of different shapes, ValueRefused for weights
@@ -142,11 +142,13 @@ def _refuse_shapes(selection: Selection, tuned: Base) -> None:
         raise ShapeError(
             f"{len(wrong)} layers have another shape in the fine-tuned model",
             where=tuned.where,
-            items=[f"`{c.pair.label}`: {_shown(c.pair.base.shape)} and {_shown(c.pair.tuned.shape)}"
-                   for c in wrong],
+            items=[
+                f"`{c.pair.label}`: {_shown(c.pair.base.shape)} and {_shown(c.pair.tuned.shape)}"
+                for c in wrong
+            ],
             next="is it a fine-tune of this base? --exclude leaves layers out",
             code="shapes-differ",
-        )  # fmt: skip
+        )
 
 
 def _shown(shape: tuple[int, ...]) -> str:
@@ -169,15 +171,23 @@ def _refuse_dtypes(selection: Selection, tuned: Base) -> None:
         )
 
 
-def _layers(selection: Selection, options: ExtractRecipe) -> tuple[Layer, ...]:
+def _layers(selection: Selection, options: ExtractRecipe) -> tuple[LayerJob, ...]:
     chosen = selection.chosen
     given = candidates_of(chosen, options, selection.notes)
     curves = _curves(chosen) if options.curves else set()
     return tuple(
-        Layer(c.path, c.pair.component, c.kind, c.shape, c.turned, c.pair, given[c.label],
-              c.label in curves)
+        LayerJob(
+            c.path,
+            c.pair.component,
+            c.kind,
+            c.shape,
+            c.turned,
+            c.pair,
+            given[c.label],
+            c.label in curves,
+        )
         for c in chosen
-    )  # fmt: skip
+    )
 
 
 def _curves(chosen: list[Chosen]) -> set[str]:

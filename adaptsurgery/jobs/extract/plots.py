@@ -34,9 +34,13 @@ def errors(layers: Sequence[Told], total: float) -> str:
         groups = _groups(layers)
         for number, (name, places) in enumerate(groups.items()):
             above.plot(
-                places, [layers[i]["error"] for i in places], "o", markersize=_dot(layers),
-                color=COLOURS[number % len(COLOURS)], label=name,
-            )  # fmt: skip
+                places,
+                [layers[i]["error"] for i in places],
+                "o",
+                markersize=_dot(layers),
+                color=COLOURS[number % len(COLOURS)],
+                label=name,
+            )
         above.set(ylabel="relative error\n‖D − D̂‖ / ‖D‖", ylim=(0, _top(layers)))
         if 1 < len(groups) <= len(COLOURS):
             above.legend(loc="center left", bbox_to_anchor=(1.0, 0.5), handletextpad=0.2)
@@ -66,11 +70,11 @@ def _dot(layers: Sequence[Told]) -> float:
 
 def _groups(layers: Sequence[Told]) -> dict[str, list[int]]:
     """The layers by the last part of their name; all in one where there are too many of those."""
-    found: dict[str, list[int]] = {}
+    groups: dict[str, list[int]] = {}
     for place, row in enumerate(layers):
         named = [part for part in row["name"].split(".") if not part.isdigit()]
-        found.setdefault(named[-1] if named else row["name"], []).append(place)
-    return found if len(found) <= len(COLOURS) else {"": list(range(len(layers)))}
+        groups.setdefault(named[-1] if named else row["name"], []).append(place)
+    return groups if len(groups) <= len(COLOURS) else {"": list(range(len(layers)))}
 
 
 def spectra(layers: Sequence[Told]) -> str:
@@ -80,12 +84,24 @@ def spectra(layers: Sequence[Told]) -> str:
         for axis, row in zip(axes, layers):
             values = [s for s in row["spectrum"] if s > 0]
             first = values[0] if values else 1.0
-            axis.semilogy(range(1, len(values) + 1), [s / first for s in values], ".-", color=COLOURS[0],
-                          markersize=3.5, linewidth=1)  # fmt: skip
+            axis.semilogy(
+                range(1, len(values) + 1),
+                [s / first for s in values],
+                ".-",
+                color=COLOURS[0],
+                markersize=3.5,
+                linewidth=1,
+            )
             if row["algorithm"] == "lora" and row["rank"] <= len(values):
                 axis.axvline(row["rank"] + 0.5, color=COLOURS[1], linestyle="--", linewidth=1.2)
-                axis.text(row["rank"] + 0.5, 0.03, f" rank {row['rank']}", color=COLOURS[1],
-                          transform=axis.get_xaxis_transform(), fontsize=8.5)  # fmt: skip
+                axis.text(
+                    row["rank"] + 0.5,
+                    0.03,
+                    f" rank {row['rank']}",
+                    color=COLOURS[1],
+                    transform=axis.get_xaxis_transform(),
+                    fontsize=8.5,
+                )
             axis.set(xlabel="i", title=_short(row["name"]))
         axes[0].set_ylabel("σᵢ / σ₁ of D")
         return _svg(figure, "spectra")
@@ -99,8 +115,15 @@ def curves(layers: Sequence[Told]) -> str:
             for name, points in row["curve"].items():
                 style: Told = {"color": _colour(name), "label": title_of(name), "markersize": 4.0}
                 axis.plot(*zip(*points), "o-", linewidth=1.4, **style)
-            axis.plot([row["parameters"]], [row["error"]], "o", markersize=10, fillstyle="none",
-                      color=INK, label="taken")  # fmt: skip
+            axis.plot(
+                [row["parameters"]],
+                [row["error"]],
+                "o",
+                markersize=10,
+                fillstyle="none",
+                color=INK,
+                label="taken",
+            )
             axis.set_xscale("log", base=2)
             axis.xaxis.set_major_formatter(lambda x, _: _count(x))
             axis.minorticks_off()

@@ -19,7 +19,7 @@ from adaptsurgery.checkpoint.safetensors import read_safetensors
 from adaptsurgery.checkpoint.watched import Watched
 from adaptsurgery.checkpoint.writer import write_safetensors
 from adaptsurgery.jobs.extract.pairs import Pair
-from adaptsurgery.jobs.extract.plan import ExtractPlan, Layer
+from adaptsurgery.jobs.extract.plan import ExtractPlan, LayerJob
 from adaptsurgery.jobs.extract.selection import Dense
 from adaptsurgery.jobs.inputs import check_inputs
 from adaptsurgery.jobs.partial import Partial
@@ -31,7 +31,7 @@ Results = list[dict[str, Any]]
 METADATA = "adaptsurgery_extract"  # in the adapter's own metadata: the plan's identity
 
 
-class Place(Partial):
+class PartialExtract(Partial):
     """The partial output of an extraction."""
 
     def __init__(self, plan: ExtractPlan, out: Path) -> None:
@@ -59,16 +59,16 @@ class Place(Partial):
         return {self.tensors(number).name for number in range(self.jobs)}
 
 
-def made(plan: ExtractPlan, out: Path) -> bool:
+def is_made(plan: ExtractPlan, out: Path) -> bool:
     """Whether the output says that it is this plan's."""
     from adaptsurgery.adapters.loading import WEIGHTS
 
     files = [out] if out.is_file() else sorted(out.glob(f"**/{WEIGHTS}"))
     try:
-        found = [read_safetensors(file).metadata.get(METADATA) for file in files]
+        identities = [read_safetensors(file).metadata.get(METADATA) for file in files]
     except FileError:
         return False
-    return bool(found) and set(found) == {plan.identity}
+    return bool(identities) and set(identities) == {plan.identity}
 
 
 class Runner:
@@ -77,7 +77,7 @@ class Runner:
     def __init__(
         self,
         plan: ExtractPlan,
-        place: Place,
+        place: PartialExtract,
         base: Base,
         tuned: Base,
         progress: Progress | None,
@@ -105,7 +105,7 @@ class Runner:
         with self.place.lock(str(number)):
             if not self.place.done(number):
                 file = self.place.tensors(number)
-                result = self._layer(number, job) if isinstance(job, Layer) else self._dense(job)
+                result = self._layer(number, job) if isinstance(job, LayerJob) else self._dense(job)
                 self.place.record(number, result, file if file.exists() else None)
         self.told += _nbytes(job)
         if self.progress:
@@ -120,7 +120,7 @@ class Runner:
         at = pair.base if side == "base" else pair.tuned
         return self.models[side].files[at.file].tensors[at.key]
 
-    def _layer(self, number: int, layer: Layer) -> dict[str, Any]:
+    def _layer(self, number: int, layer: LayerJob) -> dict[str, Any]:
         from adaptsurgery.jobs.extract.fitting import fit_layer
 
         with about(layer.label):
@@ -147,19 +147,19 @@ class Runner:
         return {d.pair.label: norms(d.pair, d.slot, self.read) for d in group}
 
 
-def _nbytes(job: Layer | tuple[Dense, ...]) -> int:
-    pairs = [job.pair] if isinstance(job, Layer) else [d.pair for d in job]
+def _nbytes(job: LayerJob | tuple[Dense, ...]) -> int:
+    pairs = [job.pair] if isinstance(job, LayerJob) else [d.pair for d in job]
     sides = [side for pair in pairs for side in (pair.base, pair.tuned)]
     return sum(bytes_of(s.dtype, s.shape) for s in sides)
 
 
-def results(plan: ExtractPlan, place: Place) -> Results | None:
+def results(plan: ExtractPlan, place: PartialExtract) -> Results | None:
     """Every job's result in order, or None while some are missing."""
     measured = [place.result(number) for number in range(len(plan.jobs))]
     done = [result for result in measured if result is not None]
     return done if len(done) == len(measured) else None
 
 
-def check(plan: ExtractPlan) -> None:
+def check_models(plan: ExtractPlan) -> None:
     """Both models as they were when the plan was made."""
     check_inputs([*plan.base_files, *plan.tuned_files])

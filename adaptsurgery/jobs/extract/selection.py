@@ -90,25 +90,25 @@ def select(base: Base, tuned: Base, paired: Paired, options: ExtractRecipe) -> S
     Raises NameLookupError ("no-match") for a pattern that matches nothing, and InexactError
     ("nothing-held") where the target can hold an adapter of none of the layers.
     """
-    found = Selection()
+    selection = Selection()
     for config in tuned.configs.values():
         texts(config, "architectures")  # which tell at the end whether a head is tied
     kinds = [(pair, _kind(pair, base, tuned)) for pair in (*paired.pairs, *paired.only_tuned)]
     tied = set(_tied(kinds, tuned))
     if tied:
         text = "the output head is the embedding: taken once"
-        found.notes.append(Note("tied", ", ".join(sorted(p.label for p in tied)), text))
+        selection.notes.append(Note("tied", ", ".join(sorted(p.label for p in tied)), text))
     kinds = [(pair, kind) for pair, kind in kinds if pair not in tied]
     picked = _Picked(kinds, options, tuned.where)
-    found.notes += picked.notes
+    selection.notes += picked.notes
     for pair, kind in kinds:
         if picked.takes(pair, kind):
             algorithms = tuple(a for a in _wanted(options) if not unheld(options.to, a, kind, pair))
-            found.chosen.append(Chosen(pair, kind.path, kind.name, kind.turned, algorithms))
-    _leave_out_unheld(found, options, tuned)
-    _place_dense(found, kinds, picked, options)
-    _note_shapes(found, tuned)
-    return found
+            selection.chosen.append(Chosen(pair, kind.path, kind.name, kind.turned, algorithms))
+    _leave_out_unheld(selection, options, tuned)
+    _place_dense(selection, kinds, picked, options)
+    _note_shapes(selection, tuned)
+    return selection
 
 
 def _kind(pair: Pair, base: Base, tuned: Base) -> Kind:
@@ -161,7 +161,7 @@ class _Picked:
         self.excluded = self._matching(options.exclude, "--exclude", where)
 
     def _matching(self, patterns: Iterable[str], option: str, where: str) -> set[str]:
-        found: set[str] = set()
+        matches: set[str] = set()
         for pattern in patterns:
             signs = any(c in pattern for c in r"*+?()[]{}|\^$")
             hits = set(self.matcher.listed(pattern if signs else [pattern]))
@@ -175,8 +175,8 @@ class _Picked:
                     or "a module's name, the end of one, or a regex of the whole",
                     code="no-match",
                 )
-            found |= hits
-        return found
+            matches |= hits
+        return matches
 
     def takes(self, pair: Pair, kind: Kind) -> bool:
         """Whether an adapter of this weight is asked for."""
@@ -207,20 +207,20 @@ def unheld(to: str, algorithm: str, kind: Kind, pair: Pair) -> str:
         kind="embedding" if kind.name == "embedding" else "",
         options={"fan_in_fan_out": True} if kind.turned and kind.name != "embedding" else {},
     )
-    said = FORMATS[to].holds(module, pair.base.shape)
-    return "" if said is None else said.what
+    refusal = FORMATS[to].holds(module, pair.base.shape)
+    return "" if refusal is None else refusal.what
 
 
-def _leave_out_unheld(found: Selection, options: ExtractRecipe, tuned: Base) -> None:
+def _leave_out_unheld(selection: Selection, options: ExtractRecipe, tuned: Base) -> None:
     """Move the layers that no algorithm asked for can take to what is left out."""
-    none = [c for c in found.chosen if not c.algorithms]
-    found.chosen = [c for c in found.chosen if c.algorithms]
+    none = [c for c in selection.chosen if not c.algorithms]
+    selection.chosen = [c for c in selection.chosen if c.algorithms]
     reasons = {
         c.label: unheld(options.to, _wanted(options)[-1], Kind(c.kind, c.path, c.turned), c.pair)
         for c in none
     }
-    found.dense += [Dense(c.pair, c.path, c.kind, "", reasons[c.label]) for c in none]
-    if not found.chosen:
+    selection.dense += [Dense(c.pair, c.path, c.kind, "", reasons[c.label]) for c in none]
+    if not selection.chosen:
         raise InexactError(
             f"no layer can become a {options.algorithm} in {options.to}",
             where=tuned.where,
@@ -234,12 +234,18 @@ def _leave_out_unheld(found: Selection, options: ExtractRecipe, tuned: Base) -> 
 
 
 def _place_dense(
-    found: Selection, kinds: Sequence[tuple[Pair, Kind]], picked: _Picked, options: ExtractRecipe
+    selection: Selection,
+    kinds: Sequence[tuple[Pair, Kind]],
+    picked: _Picked,
+    options: ExtractRecipe,
 ) -> None:
-    taken = {c.pair for c in found.chosen} | {d.pair for d in found.dense}
-    homes = {(pair.component, kind.path): kind.name for pair, kind in kinds if kind.name != "bias"
-             and pair.name.rpartition(".")[2] == "weight"}  # fmt: skip
-    adapted = {(c.pair.component, c.path) for c in found.chosen}
+    taken = {c.pair for c in selection.chosen} | {d.pair for d in selection.dense}
+    homes = {
+        (pair.component, kind.path): kind.name
+        for pair, kind in kinds
+        if kind.name != "bias" and pair.name.rpartition(".")[2] == "weight"
+    }
+    adapted = {(c.pair.component, c.path) for c in selection.chosen}
     for pair, kind in kinds:
         if pair in taken:
             continue
@@ -248,7 +254,7 @@ def _place_dense(
             pair, kind, home, (pair.component, kind.path) in adapted, options
         )
         slot = "" if reason else _slot(kind, home, options)
-        found.dense.append(Dense(pair, kind.path, kind.name, slot, reason))
+        selection.dense.append(Dense(pair, kind.path, kind.name, slot, reason))
 
 
 def _no_place(pair: Pair, kind: Kind, home: str, adapted: bool, options: ExtractRecipe) -> str:
@@ -279,9 +285,9 @@ def _slot(kind: Kind, home: str, options: ExtractRecipe) -> str:
     return "w_norm" if kind.name == "norm" else "diff"
 
 
-def _note_shapes(found: Selection, tuned: Base) -> None:
+def _note_shapes(selection: Selection, tuned: Base) -> None:
     """Grown vocabularies, new heads, and other shapes among what is not adapted."""
-    for one in found.dense:
+    for one in selection.dense:
         before, now = one.pair.base.shape, one.pair.tuned.shape
         if one.kind in ("bias", "other") or one.pair.new or before == now:
             continue
@@ -295,11 +301,11 @@ def _note_shapes(found: Selection, tuned: Base) -> None:
                 f"`{one.pair.label}` is {list(before)} in the base and {list(now)} here; {became}"
             )
         code = "grown-vocabulary" if grown else "another-shape"
-        found.notes.append(Note(code, tuned.where, text))
-    new = [d for d in found.dense if d.pair.new]
+        selection.notes.append(Note(code, tuned.where, text))
+    new = [d for d in selection.dense if d.pair.new]
     if new:
         kept = sum(bool(d.slot) for d in new)
         names = ", ".join(d.pair.label for d in new[:5])
         more = f" and {len(new) - 5} more" if len(new) > 5 else ""
         text = f"not in the base, {kept} of {len(new)} kept whole: {names}{more}"
-        found.notes.append(Note("only-in-tuned", tuned.where, text))
+        selection.notes.append(Note("only-in-tuned", tuned.where, text))

@@ -12,12 +12,12 @@ from adaptsurgery.jobs.extract.plan import ExtractPlan
 from adaptsurgery.jobs.extract.run import Results
 from adaptsurgery_formats import Note
 
-EXACT = 1e-6  # up to which an error is float32's rounding
+ROUNDING = 1e-6  # up to which an error is float32's rounding
 UNRELATED = 1.0  # ‖D‖/‖W‖; two models that know nothing of each other differ by √2
 NOISY = 0.5  # share of ‖D‖² that storage's rounding may be before it is said
 
 
-def planned(plan: ExtractPlan, workers: int) -> Report:
+def dry_report(plan: ExtractPlan, workers: int) -> Report:
     """The report of a dry run: what would be done."""
     layers = len(plan.layers)
     left = [d for group in plan.dense for d in group if not d.slot]
@@ -56,9 +56,9 @@ def _facts(plan: ExtractPlan, workers: int) -> dict[str, Any]:
     }
 
 
-def told(plan: ExtractPlan, made: Sequence[Outcome], found: Results, workers: int) -> Report:
+def report_of(plan: ExtractPlan, made: Sequence[Outcome], results: Results, workers: int) -> Report:
     """The report of an extraction that was carried out."""
-    dense = _dense(plan, found)
+    dense = _dense(plan, results)
     totals = _totals(made, dense)
     layers = [_layer(o) for o in made]
     for row in layers:
@@ -73,11 +73,15 @@ def told(plan: ExtractPlan, made: Sequence[Outcome], found: Results, workers: in
         for r in layers
         if r["left_out"]
     ]
-    facts = _facts(plan, workers) | totals | {
-        "layers": layers,
-        "dense": [d for d in dense if d["slot"] and d["norm"]],
-        "left_out": sorted(left, key=lambda d: -d["share"]),
-    }  # fmt: skip
+    facts = (
+        _facts(plan, workers)
+        | totals
+        | {
+            "layers": layers,
+            "dense": [d for d in dense if d["slot"] and d["norm"]],
+            "left_out": sorted(left, key=lambda d: -d["share"]),
+        }
+    )
     rows = [_row(r) for r in layers] + [_dense_row(d) for d in facts["dense"]]
     notes = _notes(plan) + _warnings(plan, made, facts)
     return Report("extract", _verdict(facts), rows, list(dict.fromkeys(notes)), facts=facts)
@@ -88,39 +92,56 @@ def _share(norm: float, total: float) -> float:
     return (norm / total) ** 2 if total else 0.0
 
 
-def _dense(plan: ExtractPlan, found: Results) -> list[dict[str, Any]]:
-    norms = {k: v for group in found[len(plan.layers) :] for k, v in group.items()}
+def _dense(plan: ExtractPlan, results: Results) -> list[dict[str, Any]]:
+    norms = {k: v for group in results[len(plan.layers) :] for k, v in group.items()}
     return [
-        {"name": d.pair.label, "kind": d.kind, "slot": d.slot, "reason": d.reason, "new": d.pair.new}
+        {
+            "name": d.pair.label,
+            "kind": d.kind,
+            "slot": d.slot,
+            "reason": d.reason,
+            "new": d.pair.new,
+        }
         | norms[d.pair.label]
         for group in plan.dense
         for d in group
-    ]  # fmt: skip
+    ]
 
 
 def _layer(outcome: Outcome) -> dict[str, Any]:
-    layer, measured, found = outcome.layer, outcome.measured, outcome.found
-    told: dict[str, Any] = {
-        "name": layer.label, "kind": layer.kind, "shape": list(layer.shape),
-        "algorithm": found.algorithm if found else "",
-        "norm": measured.norm, "weight": measured.weight, "noise": measured.noise,
-        "left_out": outcome.reason, "spectrum": measured.spectrum, "curve": measured.curve,
+    layer, measured, fit = outcome.layer, outcome.measured, outcome.found
+    row: dict[str, Any] = {
+        "name": layer.label,
+        "kind": layer.kind,
+        "shape": list(layer.shape),
+        "algorithm": fit.algorithm if fit else "",
+        "norm": measured.norm,
+        "weight": measured.weight,
+        "noise": measured.noise,
+        "left_out": outcome.reason,
+        "spectrum": measured.spectrum,
+        "curve": measured.curve,
         "others": [_other(f) for n, f in enumerate(measured.found) if n != outcome.number],
-    }  # fmt: skip
-    if found is not None:
-        told |= {
-            "error": found.error, "energy": found.energy, "rank": found.rank, "factor": found.factor,
-            "parameters": found.parameters, "bytes": found.nbytes, "limit": found.limit,
-            "notes": list(found.notes),
-        }  # fmt: skip
-    return told
+    }
+    if fit is not None:
+        row |= {
+            "error": fit.error,
+            "energy": fit.energy,
+            "rank": fit.rank,
+            "factor": fit.factor,
+            "parameters": fit.parameters,
+            "bytes": fit.nbytes,
+            "limit": fit.limit,
+            "notes": list(fit.notes),
+        }
+    return row
 
 
-def _other(found: Any) -> dict[str, Any]:
-    told = {"algorithm": found.algorithm, "factor": found.factor, "failed": found.failed}
-    if found.failed:
-        return told
-    return told | {"error": found.error, "rank": found.rank, "parameters": found.parameters}
+def _other(fit: Any) -> dict[str, Any]:
+    row = {"algorithm": fit.algorithm, "factor": fit.factor, "failed": fit.failed}
+    if fit.failed:
+        return row
+    return row | {"error": fit.error, "rank": fit.rank, "parameters": fit.parameters}
 
 
 def _totals(made: Sequence[Outcome], dense: Sequence[dict[str, Any]]) -> dict[str, Any]:
@@ -160,7 +181,7 @@ def _by_algorithm(made: Sequence[Outcome]) -> dict[str, dict[str, Any]]:
     """What each algorithm that was tried gives over the layers that are adapted."""
     kept = [o for o in made if o.found is not None]
     names = dict.fromkeys(f.algorithm for o in kept for f in o.measured.found)
-    found = {}
+    rows = {}
     for name in names:
         missing, parameters = 0.0, 0
         for outcome in kept:
@@ -171,24 +192,24 @@ def _by_algorithm(made: Sequence[Outcome]) -> dict[str, dict[str, Any]]:
             missing += ((best.error if best else 1.0) * outcome.measured.norm) ** 2
             parameters += best.parameters if best else 0
         total = sum(o.measured.norm**2 for o in kept)
-        found[name] = {"error": _ratio(missing, total), "parameters": parameters}
-    return found
+        rows[name] = {"error": _ratio(missing, total), "parameters": parameters}
+    return rows
 
 
-def _row(told: dict[str, Any]) -> Row:
-    if told["left_out"]:
-        return Row(told["name"], "", "left out", 1.0, told["left_out"])
-    if not told["norm"] and not told["algorithm"]:
-        return Row(told["name"], "", "identical", detail="unchanged")
-    change = "rounded" if told["error"] <= EXACT else "lossy"
-    detail = f"{told['algorithm']} rank {told['rank']}, {told['parameters']:,} parameters"
-    return Row(told["name"], told["algorithm"], change, told["error"], detail)
+def _row(layer: dict[str, Any]) -> Row:
+    if layer["left_out"]:
+        return Row(layer["name"], "", "left out", 1.0, layer["left_out"])
+    if not layer["norm"] and not layer["algorithm"]:
+        return Row(layer["name"], "", "identical", detail="unchanged")
+    change = "rounded" if layer["error"] <= ROUNDING else "lossy"
+    detail = f"{layer['algorithm']} rank {layer['rank']}, {layer['parameters']:,} parameters"
+    return Row(layer["name"], layer["algorithm"], change, layer["error"], detail)
 
 
-def _dense_row(told: dict[str, Any]) -> Row:
-    how = "kept whole" if told["slot"] == "saved" else told["slot"]
-    error = told["lost"] / told["norm"] if told["norm"] > 0 else 0.0
-    return Row(told["name"], "", "identical" if not error else "rounded", error, how)
+def _dense_row(parameter: dict[str, Any]) -> Row:
+    how = "kept whole" if parameter["slot"] == "saved" else parameter["slot"]
+    error = parameter["lost"] / parameter["norm"] if parameter["norm"] > 0 else 0.0
+    return Row(parameter["name"], "", "identical" if not error else "rounded", error, how)
 
 
 def _verdict(facts: dict[str, Any]) -> str:
@@ -203,7 +224,7 @@ def _verdict(facts: dict[str, Any]) -> str:
     )
     kept = f"relative error {error:.2g} ({1 - error**2:.1%} of the energy kept)"
     text = f"{modules} modules{shown}, {facts['parameters']:,} parameters: {kept}"
-    if abs(facts["error"] - error) > 0.005 * max(error, 1e-9) and facts["error"] > EXACT:
+    if abs(facts["error"] - error) > 0.005 * max(error, 1e-9) and facts["error"] > ROUNDING:
         text += f"; over the whole model {facts['error']:.2g}"
     return text
 

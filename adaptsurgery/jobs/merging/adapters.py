@@ -35,7 +35,7 @@ def read_adapters(
     Raises ValueRefused ("no-weight") for a weight other than 1 on what does not add, InexactError
     ("no-inverse") for what cannot be taken out again.
     """
-    found = []
+    adapters = []
     for item in named:
         name, weight = split_weight(item)
         path = resolve(name, kind="adapter")
@@ -44,10 +44,10 @@ def read_adapters(
         _check_kronecker(state)
         if inverse:
             _check_inverse(state)
-        found.append((state, adapter_input(path, weight, state.layout)))
-    if not found:
+        adapters.append((state, adapter_input(path, weight, state.layout)))
+    if not adapters:
         raise ValueRefused("no adapter was named", next="BASE ADAPTER[=WEIGHT]", code="no-adapter")
-    return found
+    return adapters
 
 
 def repeated(paths: Iterable[str | os.PathLike[str]]) -> list[Note]:
@@ -76,9 +76,12 @@ def _number(value: object, where: str) -> float:
         return read_number(str(value))
     except ValueError:
         raise ValueRefused(
-            "the weight is no number", where=where, seen=str(value), next="ADAPTER=0.8",
+            "the weight is no number",
+            where=where,
+            seen=str(value),
+            next="ADAPTER=0.8",
             code="bad-weight",
-        ) from None  # fmt: skip
+        ) from None
 
 
 def _check_weight(state: AdapterState, weight: float) -> None:
@@ -128,18 +131,18 @@ def _no_inverse(state: AdapterState, why: str) -> InexactError:
 
 
 def check_replaced(
-    read: Sequence[tuple[AdapterState, AdapterInput]], found: Matched, *, inverse: bool
+    read: Sequence[tuple[AdapterState, AdapterInput]], matches: Matched, *, inverse: bool
 ) -> None:
     """Refuse a weight or an inverse for adapters that replace parameters; raises as above.
 
     The table that PEFT saves under an embedding's LoRA is what is left when that is taken out.
     """
-    for target, saved in list(found.saved.items()):
+    for target, saved in list(matches.saved.items()):
         state, given = read[saved.adapter]
-        if inverse and ".base_layer." in saved.name and target in found.changes:
-            del found.saved[target]
+        if inverse and ".base_layer." in saved.name and target in matches.changes:
+            del matches.saved[target]
             text = f"`{target[1]}` becomes the table that the adapter was trained on"
-            found.notes.append(Note("unmerged-table", state.where, text))
+            matches.notes.append(Note("unmerged-table", state.where, text))
         elif inverse:
             raise _no_inverse(state, f"`{target[1]}` was replaced")
         elif given.weight != 1.0:

@@ -26,7 +26,7 @@ from adaptsurgery.jobs.inputs import open_base
 from adaptsurgery.jobs.merging.manifest import manifest_path
 from adaptsurgery.jobs.merging.matched import Change
 from adaptsurgery.jobs.merging.plan import LINKS_LEFT_OUT, MergePlan, TensorEdit
-from adaptsurgery.jobs.merging.planning import Adapters, planned
+from adaptsurgery.jobs.merging.planning import Adapters, open_plan
 from adaptsurgery.jobs.merging.quantised import Scale
 from adaptsurgery.jobs.merging.recipe import MergeRecipe
 from adaptsurgery_formats import AdapterState, Note
@@ -71,11 +71,11 @@ def _verified(
     options: MergeRecipe,
     allow_unmatched: bool,
 ) -> Report:
-    plan, states = planned(base, adapters, options, allow_unmatched, False, skip_links=True)
-    found = _by_key(open_base(merged))
+    plan, states = open_plan(base, adapters, options, allow_unmatched, False, skip_links=True)
+    tensors = _by_key(open_base(merged))
     rows = []
     for component, edit in _tensors(plan):
-        tensor = found.get((component, edit.key))
+        tensor = tensors.get((component, edit.key))
         if tensor is None:
             raise VerificationError(
                 f"`{edit.key}` is not in the merged checkpoint",
@@ -83,11 +83,11 @@ def _verified(
                 code="missing-tensor",
             )
         rows.append(_compare(edit, tensor, plan, states, merged))
-    _refuse_extra(plan, found, merged)
+    _refuse_extra(plan, tensors, merged)
     return _verdict(rows, plan, Path(resolve(merged, kind="base")))
 
 
-def distance(merged: Path, original: Path) -> dict[str, Any]:
+def checkpoints_apart(merged: Path, original: Path) -> dict[str, Any]:
     """How far two checkpoints of the same tensors lie apart: ‖A − B‖/‖B‖ in all, and the worst
     element's difference in parts of its size."""
     a, b = _by_key(open_base(str(merged))), _by_key(open_base(str(original)))
@@ -114,9 +114,9 @@ def _tensors(plan: MergePlan) -> Iterator[tuple[str, TensorEdit]]:
     return ((job.component, t) for job in plan.jobs for t in job.tensors)
 
 
-def _refuse_extra(plan: MergePlan, found: Mapping[tuple[str, str], Tensor], where: str) -> None:
+def _refuse_extra(plan: MergePlan, tensors: Mapping[tuple[str, str], Tensor], where: str) -> None:
     planned = {(component, edit.key) for component, edit in _tensors(plan)}
-    extra = [f"`{c}.{key}`" if c else f"`{key}`" for c, key in sorted(found.keys() - planned)]
+    extra = [f"`{c}.{key}`" if c else f"`{key}`" for c, key in sorted(tensors.keys() - planned)]
     if extra:
         more = f" and {len(extra) - _SHOWN} more" if len(extra) > _SHOWN else ""
         raise VerificationError(
@@ -281,12 +281,12 @@ def _verdict(rows: list[Row], plan: MergePlan, merged: Path) -> Report:
 def _manifest_notes(manifest: Mapping[str, Any], plan: MergePlan, where: str) -> Iterator[Note]:
     """Where a manifest names other inputs than those at hand."""
     try:
-        said = [[f["sha256"] for f in a["files"]] for a in manifest["adapters"]]
+        hashes = [[f["sha256"] for f in a["files"]] for a in manifest["adapters"]]
         weights = [a["weight"] for a in manifest["adapters"]]
     except (KeyError, TypeError):
         yield Note("bad-manifest", where, "the manifest is not one of ours")
         return
-    if said != [[f.sha256 for f in a.files] for a in plan.adapters]:
+    if hashes != [[f.sha256 for f in a.files] for a in plan.adapters]:
         yield Note("manifest-differs", where, "it names other adapter files, by their hashes")
     if weights != [a.weight for a in plan.adapters]:
         yield Note("manifest-differs", where, f"it names the weights {json.dumps(weights)}")

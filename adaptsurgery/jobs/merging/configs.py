@@ -26,7 +26,7 @@ _DTYPES = ("dtype", "torch_dtype")
 
 def config_changes(
     base: Base,
-    found: Matched,
+    matches: Matched,
     adapters: Sequence[AdapterState],
     untied: set[str],
     options: MergeRecipe,
@@ -34,7 +34,7 @@ def config_changes(
     """Component → the patch of its config.json; components without a change are left out."""
     changes = {}
     for component, config in base.configs.items():
-        rows = dict(_grown(base, found, adapters, component))
+        rows = dict(_grown(base, matches, adapters, component))
         where = getattr(config, "where", "")
         change = _patch(config, lambda c: _change(c, component in untied, rows, options, where))  # noqa: B023
         if component in untied:
@@ -104,10 +104,10 @@ def _change(
 
 
 def _grown(
-    base: Base, found: Matched, adapters: Sequence[AdapterState], component: str
+    base: Base, matches: Matched, adapters: Sequence[AdapterState], component: str
 ) -> Iterator[tuple[int, int]]:
     """Rows of a component's replaced tables, before and after, where they differ."""
-    for (home, name), saved in found.saved.items():
+    for (home, name), saved in matches.saved.items():
         at = base.parameters[home].get(name)
         after = adapters[saved.adapter].saved[saved.component][saved.name].shape
         if home == component and at and len(after) == 2 and at.shape[0] != after[0]:

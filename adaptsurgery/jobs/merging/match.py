@@ -10,7 +10,7 @@ from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 
 from adaptsurgery.checkpoint.base import Base, Located
-from adaptsurgery.jobs.merging.matched import Change, Matched, Saved, Target
+from adaptsurgery.jobs.merging.matched import Change, Matched, Saved, TensorName
 from adaptsurgery.jobs.merging.quantised import READABLE, quantised_error
 from adaptsurgery_formats import AdapterState, ModuleState, Note
 from adaptsurgery_formats.errors import (
@@ -107,12 +107,12 @@ class _Matcher:
         count = 0
         for (component, prefix), members in _groups(state).items():
             homes = self._homes(component, prefix)
-            found = self._align(number, homes, component, members)
-            home, aligned = found if found else ("", None)
+            alignment = self._align(number, homes, component, members)
+            home, aligned = alignment if alignment else ("", None)
             for position, module in members:
                 weights = aligned.found.get(module.path, ()) if aligned else ()
                 if not weights:
-                    self._leave_out(number, module, home if found else next(iter(homes), ""))
+                    self._leave_out(number, module, home if alignment else next(iter(homes), ""))
                     continue
                 count += 1
                 yield _Hit(number, position, module, home, one_weight(weights, module, state.where))
@@ -264,9 +264,9 @@ class _Matcher:
 
     # -- Rows
 
-    def _cuts(self, hits: list[_Hit]) -> dict[Target, Cut]:
+    def _cuts(self, hits: list[_Hit]) -> dict[TensorName, Cut]:
         """Rows of q, k and v in each fused weight that has an adapter on one of them."""
-        widths: dict[Target, dict[int, int]] = {}
+        widths: dict[TensorName, dict[int, int]] = {}
         for hit in hits:
             if hit.weight.part >= 0:
                 known = widths.setdefault((hit.component, hit.weight.rows[0].name), {})
@@ -281,7 +281,7 @@ class _Matcher:
         parameters, config = self.base.parameters[component], self.base.configs.get(component, {})
         return cut_of(name, parameters, config, known, self.base.where)
 
-    def _place(self, hit: _Hit, cuts: Mapping[Target, Cut]) -> None:
+    def _place(self, hit: _Hit, cuts: Mapping[TensorName, Cut]) -> None:
         """A module's changes, piece by piece."""
         state = self.adapters[hit.adapter]
         taken = hit.weight.rows

@@ -6,7 +6,7 @@ from dataclasses import dataclass, field
 
 from adaptsurgery_formats import Note
 
-Target = tuple[str, str]  # component and parameter name
+TensorName = tuple[str, str]  # component and parameter name
 
 
 @dataclass(frozen=True)
@@ -52,9 +52,9 @@ class Matched:
     ``modules`` is the count of those matched; ``unmatched`` lists the others.
     """
 
-    changes: dict[Target, list[Change]] = field(default_factory=dict)
-    saved: dict[Target, Saved] = field(default_factory=dict)
-    heads: dict[Target, Target] = field(default_factory=dict)
+    changes: dict[TensorName, list[Change]] = field(default_factory=dict)
+    saved: dict[TensorName, Saved] = field(default_factory=dict)
+    heads: dict[TensorName, TensorName] = field(default_factory=dict)
     modules: int = 0
     unmatched: list[str] = field(default_factory=list)
     notes: list[Note] = field(default_factory=list)

@@ -15,10 +15,10 @@ from adaptsurgery.checkpoint.hub import resolve
 from adaptsurgery.checkpoint.system import local_path
 from adaptsurgery.checkpoint.watched import watching
 from adaptsurgery.jobs.inputs import check_part, open_base
-from adaptsurgery.jobs.merging.check import distance
+from adaptsurgery.jobs.merging.check import checkpoints_apart
 from adaptsurgery.jobs.merging.manifest import manifest_path
 from adaptsurgery.jobs.merging.plan import MergePlan, check_options
-from adaptsurgery.jobs.merging.planning import Adapters, planned
+from adaptsurgery.jobs.merging.planning import Adapters, open_plan
 from adaptsurgery.jobs.merging.recipe import MergeRecipe
 from adaptsurgery.jobs.merging.run import (
     Norms,
@@ -114,7 +114,9 @@ def plan_merge(
     skip_links: bool = False,
 ) -> MergePlan:
     """The plan of a merge as plain data; ``run.run_plan`` carries it out, now or elsewhere."""
-    return planned(base, adapters, options or MergeRecipe(), allow_unmatched, False, skip_links)[0]
+    return open_plan(base, adapters, options or MergeRecipe(), allow_unmatched, False, skip_links)[
+        0
+    ]
 
 
 def _run(
@@ -131,7 +133,7 @@ def _run(
     check_options(recipe)
     overwrite, dry_run, workers = options.overwrite, options.dry_run, options.workers
     with watching() as watched:
-        plan, states = planned(
+        plan, states = open_plan(
             base, adapters, recipe, options.allow_unmatched, dry_run, options.skip_links
         )
     original = _original(options.against, out, plan, dry_run)
@@ -157,7 +159,7 @@ def _run(
     if options.inverse:
         _tell_rounding(report, plan, states, norms)
         if original is not None and complete:
-            report.facts["against"] = distance(out, original)
+            report.facts["against"] = checkpoints_apart(out, original)
     return report
 
 
@@ -258,9 +260,9 @@ def _algorithms(
 def _tell_norms(report: Report, plan: MergePlan, norms: Norms) -> None:
     """‖W' − W‖ / ‖W‖ of each edited tensor, and a note where a merge changed nothing."""
     for row in report.rows:
-        found = norms.get(row.module)
-        if found and found.get("before"):
-            row.detail = f"‖ΔW‖/‖W‖ {found['change'] / found['before']:.3g}"
+        figures = norms.get(row.module)
+        if figures and figures.get("before"):
+            row.detail = f"‖ΔW‖/‖W‖ {figures['change'] / figures['before']:.3g}"
     still = [t.key for t in plan.edited if t.key in norms and not norms[t.key].get("moved", 1)]
     if still:
         why = "an adapter of zeros?"

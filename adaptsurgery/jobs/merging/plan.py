@@ -23,7 +23,7 @@ from adaptsurgery.checkpoint.base import PICKLES, Base, BaseFile
 from adaptsurgery.jobs.inputs import Input, base_input, beside_input, refuse_pickles
 from adaptsurgery.jobs.merging.configs import config_changes
 from adaptsurgery.jobs.merging.copies import Beside, look_beside, refused_links
-from adaptsurgery.jobs.merging.matched import Change, Matched, Saved, Target
+from adaptsurgery.jobs.merging.matched import Change, Matched, Saved, TensorName
 from adaptsurgery.jobs.merging.quantised import Quantised, Scale, quantised_of
 from adaptsurgery.jobs.merging.recipe import MergeRecipe
 from adaptsurgery_formats import AdapterState, Note
@@ -131,7 +131,7 @@ class MergePlan:
     def home(self) -> Path:
         """The folder that the base is, or lies in."""
         base = Path(self.base)
-        return base if base.is_dir() else base.parent
+        return base if os.path.isdir(base) else base.parent
 
     @property
     def digest(self) -> str:
@@ -222,7 +222,7 @@ def _needs_all_rows(edit: TensorEdit) -> bool:
 def build_plan(
     base: Base,
     adapters: Sequence[tuple[AdapterState, AdapterInput]],
-    found: Matched,
+    matches: Matched,
     untied: set[str],
     options: MergeRecipe,
     skip_links: bool = False,
@@ -235,7 +235,7 @@ def build_plan(
     beside = look_beside(base.folder) if base.folder is not None else Beside()
     strays = _strays(beside, base, skip_links)
     states = [state for state, _ in adapters]
-    edits = _edits(base, states, found, options)
+    edits = _edits(base, states, matches, options)
     jobs = _jobs(base, edits, options)
     copies = tuple(_copied(beside, base))
     return MergePlan(
@@ -246,11 +246,11 @@ def build_plan(
         options=options,
         jobs=jobs,
         indexes=_indexes(base, jobs),
-        configs=_patched(config_changes(base, found, states, untied, options), strays),
+        configs=_patched(config_changes(base, matches, states, untied, options), strays),
         copies=copies,
-        modules=found.modules,
-        unmatched=tuple(found.unmatched),
-        notes=tuple((n.code, n.where, n.text) for n in _notes(base, found, jobs, beside, strays)),
+        modules=matches.modules,
+        unmatched=tuple(matches.unmatched),
+        notes=tuple((n.code, n.where, n.text) for n in _notes(base, matches, jobs, beside, strays)),
         beside=tuple(beside_input(base, name) for name in (*copies, *base.indexes)),
     )
 
@@ -268,12 +268,12 @@ def _patched(
 
 def _notes(
     base: Base,
-    found: Matched,
+    matches: Matched,
     jobs: Sequence[ShardJob],
     beside: Beside,
     strays: Mapping[str, str],
 ) -> list[Note]:
-    notes = list(found.notes)
+    notes = list(matches.notes)
     plain = [t for job in jobs for t in job.tensors if t.scale is not None]
     if plain:
         dtypes = ", ".join(sorted({DTYPE_NAMES[t.dtype] for t in plain}))
@@ -326,15 +326,15 @@ def adapter_input(path: Path, weight: float, layout: str) -> AdapterInput:
 def _hashed(path: Path) -> Input:
     with system.open_file(path) as stream:
         digest = hashlib.file_digest(stream, "sha256").hexdigest()
-        told = os.fstat(stream.fileno())
-    return Input(str(path.resolve()), told.st_size, digest, told.st_mtime_ns)
+        stat = os.fstat(stream.fileno())
+    return Input(str(path.resolve()), stat.st_size, digest, stat.st_mtime_ns)
 
 
 # -- Tensors
 
 
 def _edits(
-    base: Base, adapters: Sequence[AdapterState], found: Matched, options: MergeRecipe
+    base: Base, adapters: Sequence[AdapterState], matches: Matched, options: MergeRecipe
 ) -> dict[int, list[TensorEdit]]:
     """The output's tensors by the base file that they come from or lie beside."""
     quantised = quantised_of(base) if options.dequantize else Quantised()
@@ -351,12 +351,12 @@ def _edits(
             target = keys.get((number, key), ("", "\0"))
             edit = TensorEdit(key, tensor.dtype, tensor.shape, number, key, tensor.dtype)
             edit = _plain(edit, quantised, options)
-            edits[number].append(_changed(edit, target, adapters, found))
-    for target in dict.fromkeys([*found.heads, *found.saved]):
+            edits[number].append(_changed(edit, target, adapters, matches))
+    for target in dict.fromkeys([*matches.heads, *matches.saved]):
         if target[1] not in base.parameters[target[0]]:
-            number, edit = _added(base, target, adapters, found)
+            number, edit = _added(base, target, adapters, matches)
             edit = _plain(edit, quantised, options)
-            edits[number].append(_changed(edit, target, adapters, found))
+            edits[number].append(_changed(edit, target, adapters, matches))
     return edits
 
 
@@ -373,11 +373,11 @@ def _plain(edit: TensorEdit, quantised: Quantised, options: MergeRecipe) -> Tens
 
 
 def _changed(
-    edit: TensorEdit, target: Target, adapters: Sequence[AdapterState], found: Matched
+    edit: TensorEdit, target: TensorName, adapters: Sequence[AdapterState], matches: Matched
 ) -> TensorEdit:
     """The tensor with what the adapters do to it."""
-    changes = tuple(found.changes.get(target, ()))
-    saved = found.saved.get(target)
+    changes = tuple(matches.changes.get(target, ()))
+    saved = matches.saved.get(target)
     if not changes and saved is None:
         return edit
     shape = edit.shape
@@ -389,17 +389,17 @@ def _changed(
 
 def _added(
     base: Base,
-    target: Target,
+    target: TensorName,
     adapters: Sequence[AdapterState],
-    found: Matched,
+    matches: Matched,
 ) -> tuple[int, TensorEdit]:
     """A tensor that the base lacks: a head written apart, or a parameter that an adapter brings."""
     component, name = target
     parameters = base.parameters[component]
-    if target in found.heads:
-        at = parameters[found.heads[target][1]]
+    if target in matches.heads:
+        at = parameters[matches.heads[target][1]]
         return at.file, TensorEdit(name, at.dtype, at.shape, at.file, at.key, at.dtype)
-    saved = found.saved[target]
+    saved = matches.saved[target]
     tensor = adapters[saved.adapter].saved[saved.component][saved.name]
     last = max(at.file for at in parameters.values())
     example = next(iter(parameters.items()))
@@ -484,13 +484,13 @@ def _indexes(base: Base, jobs: Sequence[ShardJob]) -> dict[str, str]:
     for job in jobs:
         counts.setdefault(job.component, []).append(job.name)
     known = {_component_of(base, name): name for name in base.indexes}
-    found = {}
+    indexes = {}
     for component, names in counts.items():
         if len(names) > 1:
-            found[known.get(component, f"{stem_of(names[0])}.safetensors.index.json")] = component
+            indexes[known.get(component, f"{stem_of(names[0])}.safetensors.index.json")] = component
         elif component in known and names[0] in {f.name for f in base.files}:
-            found[known[component]] = component
-    return found
+            indexes[known[component]] = component
+    return indexes
 
 
 def _component_of(base: Base, index: str) -> str:

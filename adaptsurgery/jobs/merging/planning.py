@@ -16,7 +16,7 @@ from adaptsurgery_formats import AdapterState
 Adapters = Named | Sequence[Named]
 
 
-def planned(
+def open_plan(
     base: str | os.PathLike[str],
     adapters: Adapters,
     options: MergeRecipe,
@@ -31,13 +31,13 @@ def planned(
     found_base = open_base(os.fspath(base), headers=dry_run)
     read = read_adapters(_several(adapters), inverse=options.inverse)
     states = [state for state, _ in read]
-    found = match(
+    matches = match(
         found_base, states, allow_unmatched=allow_unmatched, dequantize=options.dequantize
     )
-    found.notes += repeated(given.path for _, given in read)
-    check_replaced(read, found, inverse=options.inverse)
-    untied = settle_ties(found_base, states, found)
-    return build_plan(found_base, read, found, untied, options, skip_links), states
+    matches.notes += repeated(given.path for _, given in read)
+    check_replaced(read, matches, inverse=options.inverse)
+    untied = settle_ties(found_base, states, matches)
+    return build_plan(found_base, read, matches, untied, options, skip_links), states
 
 
 def _several(adapters: Adapters) -> Iterable[Named]:

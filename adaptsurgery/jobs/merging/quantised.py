@@ -148,9 +148,9 @@ def _scale(
     config: Mapping[str, Any],
     where: str,
 ) -> Scale:
-    found = [(n, factor) for n, factor in _names(name) if n in parameters]
-    if len(found) > 1 or (not found and (at.dtype == "I8" or _unknown(name, parameters))):
-        near = [n for n, _ in found] or _unknown(name, parameters)
+    scales = [(n, factor) for n, factor in _names(name) if n in parameters]
+    if len(scales) > 1 or (not scales and (at.dtype == "I8" or _unknown(name, parameters))):
+        near = [n for n, _ in scales] or _unknown(name, parameters)
         raise ValueRefused(
             f"`{name}` is {at.dtype}, and nothing says by which scale",
             where=where,
@@ -158,9 +158,9 @@ def _scale(
             next="weight_scale, weight_scale_inv, scale_weight and SCB are known",
             code="no-scale",
         )
-    if not found:
+    if not scales:
         return Scale()
-    (key, factor), scale = found[0], parameters[found[0][0]]
+    (key, factor), scale = scales[0], parameters[scales[0][0]]
     grid, block = _grid(name, at.shape, scale, config, where)
     if scale.dtype not in _SCALES:
         raise ValueRefused(f"`{key}` is {scale.dtype}, no scale", where=where, code="no-scale")
@@ -175,41 +175,43 @@ def _unknown(name: str, parameters: Mapping[str, Located]) -> list[str]:
     return [
         n
         for n in parameters
-        if n.startswith(stem) and n not in known and "." not in n[len(stem) :]
+        if n.startswith(stem)
+        and n not in known
+        and "." not in n[len(stem) :]
         and any(mark in n[len(stem) :].lower() for mark in marks)
-    ]  # fmt: skip
+    ]
 
 
 def _grid(
     name: str, shape: tuple[int, ...], scale: Located, config: Mapping[str, Any], where: str
 ) -> tuple[tuple[int, int], tuple[int, int]]:
     """The scale as (p, q), and how many rows and columns each of its numbers is for."""
-    count, told = math.prod(scale.shape), scale.shape
+    count, grid = math.prod(scale.shape), scale.shape
     if count == 1:
         return (1, 1), (0, 0)
-    if count == shape[0] and told[0] == shape[0]:
+    if count == shape[0] and grid[0] == shape[0]:
         return (count, 1), (0, 0)
-    if len(told) == len(shape) == 2:
-        block = _block(shape, told, config)
-        if block and told == tuple(-(-n // b) for n, b in zip(shape, block)):
-            return (told[0], told[1]), block
+    if len(grid) == len(shape) == 2:
+        block = _block(shape, grid, config)
+        if block and grid == tuple(-(-n // b) for n, b in zip(shape, block)):
+            return (grid[0], grid[1]), block
     raise ShapeError(
         f"`{name}` has a scale that fits neither its outputs nor its blocks",
         where=where,
-        seen=f"{list(shape)} and {list(told)}",
+        seen=f"{list(shape)} and {list(grid)}",
         next="config.json's quantization_config.weight_block_size tells the size of blocks",
     )
 
 
 def _block(
-    shape: tuple[int, ...], told: tuple[int, ...], config: Mapping[str, Any]
+    shape: tuple[int, ...], grid: tuple[int, ...], config: Mapping[str, Any]
 ) -> tuple[int, int] | None:
     """The size of blocks: as the config says, else 128 where that fits, else what divides evenly."""
     block = typed(typed(config, "quantization_config", dict) or {}, "weight_block_size", list) or []
     if len(block) == 2 and all(isinstance(n, int) and n > 0 for n in block):
         return block[0], block[1]
-    if told == tuple(-(-n // 128) for n in shape):
+    if grid == tuple(-(-n // 128) for n in shape):
         return 128, 128
-    if all(p and n % p == 0 for n, p in zip(shape, told)):
-        return shape[0] // told[0], shape[1] // told[1]
+    if all(p and n % p == 0 for n, p in zip(shape, grid)):
+        return shape[0] // grid[0], shape[1] // grid[1]
     return None

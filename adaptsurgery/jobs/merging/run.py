@@ -49,7 +49,7 @@ if TYPE_CHECKING:
     import torch
 
     from adaptsurgery.checkpoint.stream import Entry
-    from adaptsurgery.core.blocks import BlockEdit, Grid, Place
+    from adaptsurgery.core.blocks import BlockEdit, Grid, Placed
 
 Progress = Callable[[int, int], object]
 Norms = dict[str, dict[str, float]]
@@ -263,7 +263,7 @@ class _Runner:
         from adaptsurgery.checkpoint.stream import write_stream
 
         nonfinite = Nonfinite(self.plan.options.allow_nonfinite)
-        found = write_stream(
+        totals = write_stream(
             work,
             {t.key: self._entry(t) for t in job.tensors},
             job.metadata,
@@ -274,7 +274,7 @@ class _Runner:
             device=self.plan.options.device,
             nonfinite=nonfinite,
         )
-        norms = {key: _norms(value) for key, value in found.items()}
+        norms = {key: _norms(value) for key, value in totals.items()}
         return norms | {key: {"nonfinite": count} for key, count in nonfinite.computed.items()}
 
     def _entry(self, edit: TensorEdit) -> Entry:
@@ -321,8 +321,8 @@ class _Runner:
         device = torch_device(self.plan.options.device)
         return Grid(values.to(device, compute).reshape(scale.grid) * scale.factor, scale.block)
 
-    def _place(self, change: Change) -> Place:
-        from adaptsurgery.core.blocks import Place
+    def _place(self, change: Change) -> Placed:
+        from adaptsurgery.core.blocks import Placed
         from adaptsurgery.jobs.merging.updates import update_for
 
         if change.module >= len(self.states[change.adapter].modules):
@@ -331,7 +331,7 @@ class _Runner:
             raise bad_plan(f"a change of {list(change.shape)}")
         outputs = change.shape[int(change.turned)]
         span = (change.first, change.first + change.rows)
-        return Place(
+        return Placed(
             update_for(change, self.states, self.plan.options.allow_nonfinite),
             self.plan.adapters[change.adapter].weight,
             rows=(change.at, change.at + change.rows),
@@ -348,8 +348,8 @@ def _named(tensors: Mapping[str, Tensor], key: str) -> Tensor:
     return tensors[key]
 
 
-def _norms(found: Any) -> dict[str, float]:
-    norms: dict[str, float] = found.as_dict()
+def _norms(totals: Any) -> dict[str, float]:
+    norms: dict[str, float] = totals.as_dict()
     return norms
 
 
@@ -452,12 +452,12 @@ def _check_sizes(plan: MergePlan, place: _Place) -> None:
             if job.clone >= 0
             else file_size({t.key: Tensor(t.dtype, t.shape, ()) for t in job.tensors}, job.metadata)
         )
-        found = place.shard(number).stat().st_size
-        if found != wanted:
+        size = place.shard(number).stat().st_size
+        if size != wanted:
             raise FileError(
                 "a finished shard is not as long as it should be",
                 where=str(place.shard(number)),
-                seen=f"{found} bytes of {wanted}",
+                seen=f"{size} bytes of {wanted}",
                 next=f"remove {place.root} and run again",
                 code="bad-partial",
             )
@@ -542,7 +542,7 @@ def _replaceable(plan: MergePlan, out: Path) -> list[str]:
 
 def _listed(out: Path, index: str) -> set[str]:
     """The shards that an index in a folder names, relative to the folder."""
-    files = atomic.read_json(out / index).get("weight_map")
+    files = atomic.read_record(out / index).get("weight_map")
     if not isinstance(files, dict):
         return set()
     folder = index.rpartition("/")[0]
@@ -554,16 +554,16 @@ def _made(plan: MergePlan, out: Path) -> Norms | None:
     path = manifest_path(out, plan.folder)
     if not out.exists() or not atomic.is_record(path):
         return None
-    manifest = atomic.read_json(path)
+    manifest = atomic.read_record(path)
     return (_as_norms(manifest.get("norms")) or {}) if manifest.get("plan") == plan.digest else None
 
 
-def _as_norms(said: Any) -> Norms | None:
+def _as_norms(rows: Any) -> Norms | None:
     """Norms as a record or a manifest has them; None for anything else."""
-    if not isinstance(said, dict) or not all(isinstance(row, dict) for row in said.values()):
+    if not isinstance(rows, dict) or not all(isinstance(row, dict) for row in rows.values()):
         return None
-    numbers = [number for row in said.values() for number in row.values()]
-    return said if all(isinstance(number, (int, float)) for number in numbers) else None
+    numbers = [number for row in rows.values() for number in row.values()]
+    return rows if all(isinstance(number, (int, float)) for number in numbers) else None
 
 
 def _check_manifest(path: Path) -> None:

@@ -12,7 +12,7 @@ from typing import Any
 
 from adaptsurgery.checkpoint.base import Base, Located
 from adaptsurgery.jobs.merging.configs import FLAG, is_text_of, may_tie, nested
-from adaptsurgery.jobs.merging.matched import Change, Matched, Target
+from adaptsurgery.jobs.merging.matched import Change, Matched, TensorName
 from adaptsurgery_formats import AdapterState, ModuleState, Note
 from adaptsurgery_formats.errors import LayoutError
 from adaptsurgery_formats.names.heads import (
@@ -30,40 +30,40 @@ from adaptsurgery_formats.tensors import DTYPE_BYTES, Tensor, same_bytes
 _WITH_HEAD = ("ForCausalLM", "LMHeadModel")
 
 
-def settle_ties(base: Base, adapters: list[AdapterState], found: Matched) -> set[str]:
+def settle_ties(base: Base, adapters: list[AdapterState], matches: Matched) -> set[str]:
     """Merge a tied table once, or have a head written apart; gives the components untied."""
     untied = set()
     for component, parameters in base.parameters.items():
         config = base.configs.get(component, {})
         for embedding in tied_embedding(parameters):
             table, head = (component, embedding), (component, f"{head_of(embedding)}.weight")
-            if head not in found.heads and not _touched(found, table):
+            if head not in matches.heads and not _touched(matches, table):
                 continue
-            if head not in found.heads and not _is_tied(config):
+            if head not in matches.heads and not _is_tied(config):
                 if any_tied(config) or not config:
                     text = (
                         f"`{embedding}` changes, and what is tied to it with it, as in PEFT's merge"
                     )
                     if not config:
                         text += "; without a config nothing tells whether an output head is"
-                    found.notes.append(Note("tied-table", base.where, text))
+                    matches.notes.append(Note("tied-table", base.where, text))
                 continue
-            if _alike(adapters, found, table, head):
-                _drop(found, head)
+            if _alike(adapters, matches, table, head):
+                _drop(matches, head)
                 text = f"`{embedding}` is the output head too: both are changed alike, merged once"
-                found.notes.append(Note("tied-merged-once", base.where, text))
-            elif _grown_alone(base, adapters, found, table, head):
+                matches.notes.append(Note("tied-merged-once", base.where, text))
+            elif _grown_alone(base, adapters, matches, table, head):
                 text = f"`{embedding}` grows, and the output head that is tied to it with it"
-                found.notes.append(Note("tied-replaced-once", base.where, text))
+                matches.notes.append(Note("tied-replaced-once", base.where, text))
             else:
-                found.heads[head] = table
+                matches.heads[head] = table
                 untied.add(component)
-                found.notes.append(
+                matches.notes.append(
                     Note("untied", base.where, _said(embedding, head[1], bool(config)))
                 )
-        if _head_apart(base, found, component):
+        if _head_apart(base, matches, component):
             untied.add(component)
-        _settle_shared(base, found, component)
+        _settle_shared(base, matches, component)
     return untied
 
 
@@ -89,7 +89,7 @@ def any_tied(config: Mapping[str, Any]) -> bool:
     return any(typed(c, FLAG, bool) for c in nested(config))
 
 
-def _head_apart(base: Base, found: Matched, component: str) -> bool:
+def _head_apart(base: Base, matches: Matched, component: str) -> bool:
     """Whether a head that is stored, though the config ties it, becomes another than the table.
 
     A loader that trusts the config would drop the head.
@@ -99,14 +99,14 @@ def _head_apart(base: Base, found: Matched, component: str) -> bool:
     tables = [n for n in parameters if n.endswith(EMBEDDINGS)]
     if head[1] not in parameters or not any_tied(config) or len(tables) != 1:
         return False
-    if not _touched(found, head) or not _copies(parameters, tables[0], head[1]):
+    if not _touched(matches, head) or not _copies(parameters, tables[0], head[1]):
         return False
     text = f"`{head[1]}` is stored beside `{tables[0]}` and changes: {FLAG} set to false in config.json"
-    found.notes.append(Note("untied", base.where, text))
+    matches.notes.append(Note("untied", base.where, text))
     return True
 
 
-def _settle_shared(base: Base, found: Matched, component: str) -> None:
+def _settle_shared(base: Base, matches: Matched, component: str) -> None:
     """T5's one table: a file's copies of it change as it does; a change of a copy alone is refused."""
     parameters = base.parameters[component]
     for name in [n for n in parameters if is_shared(n)]:
@@ -114,21 +114,21 @@ def _settle_shared(base: Base, found: Matched, component: str) -> None:
         for user in users_of_shared(name):
             is_head = user == f"{HEAD}.weight"
             if user in parameters and (tied or not is_head) and _copies(parameters, name, user):
-                _follow(base, found, shared, (component, user))
-        if _touched(found, shared):
+                _follow(base, matches, shared, (component, user))
+        if _touched(matches, shared):
             text = f"`{name}` changes for all that use it: encoder, decoder, and a tied output head"
-            found.notes.append(Note("tied-table", base.where, text))
+            matches.notes.append(Note("tied-table", base.where, text))
 
 
-def _follow(base: Base, found: Matched, shared: Target, user: Target) -> None:
-    if _touched(found, user):
+def _follow(base: Base, matches: Matched, shared: TensorName, user: TensorName) -> None:
+    if _touched(matches, user):
         raise LayoutError(
             f"`{user[1]}` is a copy of `{shared[1]}`, which the model reads in its place",
             where=base.where,
             next=f"an adapter of `{shared[1]}`",
             code="shared-table",
         )
-    for kind in (found.changes, found.saved):
+    for kind in (matches.changes, matches.saved):
         if shared in kind:
             kind[user] = kind[shared]  # type: ignore[assignment]
 
@@ -140,28 +140,30 @@ def _copies(parameters: Mapping[str, Located], first: str, second: str) -> bool:
     return same_bytes(a.tensor, b.tensor)
 
 
-def _touched(found: Matched, target: Target) -> bool:
-    return target in found.changes or target in found.saved
+def _touched(matches: Matched, target: TensorName) -> bool:
+    return target in matches.changes or target in matches.saved
 
 
-def _drop(found: Matched, head: Target) -> None:
-    found.heads.pop(head, None)
-    found.changes.pop(head, None)
-    found.saved.pop(head, None)
+def _drop(matches: Matched, head: TensorName) -> None:
+    matches.heads.pop(head, None)
+    matches.changes.pop(head, None)
+    matches.saved.pop(head, None)
 
 
-def _alike(adapters: list[AdapterState], found: Matched, table: Target, head: Target) -> bool:
+def _alike(
+    adapters: list[AdapterState], matches: Matched, table: TensorName, head: TensorName
+) -> bool:
     """Whether both are replaced by the same numbers and changed by the same deltas."""
-    if not (_touched(found, table) and _touched(found, head)):
+    if not (_touched(matches, table) and _touched(matches, head)):
         return False
-    replaced = [found.saved.get(t) for t in (table, head)]
+    replaced = [matches.saved.get(t) for t in (table, head)]
     if (replaced[0] is None) != (replaced[1] is None):
         return False
     if replaced[0] and replaced[1]:
         a, b = (adapters[s.adapter].saved[s.component][s.name] for s in replaced if s)
         if a.shape != b.shape or not same_bytes(a, b):
             return False
-    first, second = found.changes.get(table, []), found.changes.get(head, [])
+    first, second = matches.changes.get(table, []), matches.changes.get(head, [])
     return len(first) == len(second) and all(
         _same_change(adapters, a, b) for a, b in zip(first, second)
     )
@@ -204,11 +206,11 @@ def _numbers(tensor: Tensor) -> memoryview[int]:
 
 
 def _grown_alone(
-    base: Base, adapters: list[AdapterState], found: Matched, table: Target, head: Target
+    base: Base, adapters: list[AdapterState], matches: Matched, table: TensorName, head: TensorName
 ) -> bool:
     """Whether the table alone is replaced by one of more rows, which no old head would fit."""
-    saved = found.saved.get(table)
-    if saved is None or _touched(found, head):
+    saved = matches.saved.get(table)
+    if saved is None or _touched(matches, head):
         return False
     rows = adapters[saved.adapter].saved[saved.component][saved.name].shape[0]
     return rows != base.parameters[table[0]][table[1]].shape[0]

@@ -421,9 +421,9 @@ def _other_spellings(path: str) -> Iterator[str]:
 
 def _older_vit(path: str) -> str:
     """encoder.layer.0.attention.attention.query of layers.0.attention.q_proj; "" for any other."""
-    head, found, _ = path.partition(_VIT_NEW)
+    head, separator, _ = path.partition(_VIT_NEW)
     ending = next((pair for pair in _VIT if path.endswith(pair[1])), None)
-    if not found or not ending or head.endswith("encoder."):
+    if not separator or not ending or head.endswith("encoder."):
         return ""
     return path.replace(_VIT_NEW, _VIT_OLD, 1).removesuffix(ending[1]) + ending[0]
 

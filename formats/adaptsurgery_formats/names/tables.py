@@ -74,10 +74,10 @@ class Component:
     def index(self) -> Mapping[str, list[tuple[str, str]]]:
         """Flat name → every (naming, path) that it could stand for."""
         index: dict[str, list[tuple[str, str]]] = {}
-        for known, found in self._spellings():
+        for known, place in self._spellings():
             hits = index.setdefault(flatten(known), [])
-            if found not in hits:
-                hits.append(found)
+            if place not in hits:
+                hits.append(place)
         return index
 
     def _spellings(self) -> Iterator[tuple[str, tuple[str, str]]]:
@@ -274,11 +274,11 @@ def expand(tree: Mapping[str, Any]) -> list[tuple[str, tuple[int, ...]]]:
 
 
 def _counted(key: str) -> list[str]:
-    found = _RANGE.search(key)
-    if not found:
+    match = _RANGE.search(key)
+    if not match:
         return [key]
-    head, tail = key[: found.start()], key[found.end() :]
-    return [f"{head}{i}{tail}" for i in range(int(found[1]), int(found[2]) + 1)]
+    head, tail = key[: match.start()], key[match.end() :]
+    return [f"{head}{i}{tail}" for i in range(int(match[1]), int(match[2]) + 1)]
 
 
 def from_modules(
@@ -338,14 +338,14 @@ def _stored_namings(components: Mapping[str, Shapes], names: Names) -> dict[str,
     A component of another kind of model (a transformer, where the table has a unet) does not fit;
     one that no table knows (a vae) is not looked at.
     """
-    found: dict[str, str] = {}
+    namings: dict[str, str] = {}
     for given, modules in components.items():
         name = given or next(iter(names.components))
         if name in names.components:
-            found[name] = _stored_naming(modules, names.components[name])
+            namings[name] = _stored_naming(modules, names.components[name])
         elif any(name in table(other).components for other in TABLES):
             return {}
-    return found if all(found.values()) else {}
+    return namings if all(namings.values()) else {}
 
 
 def _stored_naming(modules: Shapes, component: Component) -> str:

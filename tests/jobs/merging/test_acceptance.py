@@ -16,8 +16,8 @@ import peft
 import pytest
 import torch
 import transformers as tf
+from merge_files import peft_file
 from safetensors.torch import load_file, save_file
-from test_awkward import peft_file
 from test_models import lycoris_net
 
 from adaptsurgery.jobs.merging.merge import merge

@@ -9,8 +9,8 @@ from typing import Any
 
 import pytest
 import torch
+from merge_files import base_file, peft_file, refused
 from safetensors.torch import load_file
-from test_awkward import base_file, peft_file, refused
 
 from adaptsurgery.jobs.merging.check import verify_merge
 from adaptsurgery.jobs.merging.merge import merge, plan_merge

@@ -77,12 +77,15 @@ class HRA(Rotation):
                 code="zero-column",
             )
         if self.apply_gs and self._least_distance(columns / norms) < DEPENDENT:
-            raise ValueRefused(
-                "hra: Gram–Schmidt of columns that depend on each other is rounding noise",
-                seen=f"u {list(self.u.shape)}",
-                next="apply_gs=False, or columns started apart",
-                code="dependent-columns",
-            )
+            raise self._dependent()
+
+    def _dependent(self) -> ValueRefused:
+        return ValueRefused(
+            "hra: Gram–Schmidt of columns that depend on each other is rounding noise",
+            seen=f"u {list(self.u.shape)}",
+            next="apply_gs=False, or columns started apart",
+            code="dependent-columns",
+        )
 
     def _least_distance(self, unit: Tensor) -> float:
         """How far, at least, a unit column stands from the span of those before it."""
@@ -91,7 +94,12 @@ class HRA(Rotation):
         return float(torch.linalg.qr(unit).R.diagonal().abs().min())
 
     def compact(self) -> tuple[Tensor, Tensor]:
-        """U (i·∏k, r) and T (r, r) with R = I − U·T·Uᵀ, in float32 at least."""
+        """U (i·∏k, r) and T (r, r) with R = I − U·T·Uᵀ, in float32 at least.
+
+        ValueRefused "dependent-columns" for more columns under Gram–Schmidt than they have numbers.
+        """
+        if self.apply_gs and self.rank > self.size:
+            raise self._dependent()
         wide = widened(self.u).t().contiguous()  # one copy, and all that follows runs along rows
         rows = wide / torch.linalg.vector_norm(wide, dim=1, keepdim=True)
         columns = rows.t()

@@ -4,13 +4,14 @@ from __future__ import annotations
 
 import sys
 import threading
-from collections.abc import Callable, Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager, suppress
 from typing import Generic, TypeVar
 
 from adaptsurgery_formats.errors import SurgeryError
 
 Desk = TypeVar("Desk")
+_MOST = 1024  # threads; more have no core to run on anywhere
 
 
 def run(jobs: Iterable[Callable[[Desk], object]], desk: Callable[[], Desk], workers: int) -> None:
@@ -34,13 +35,13 @@ def run(jobs: Iterable[Callable[[Desk], object]], desk: Callable[[], Desk], work
 
 
 def _in_threads(line: _Line[Desk], desk: Callable[[], Desk], workers: int) -> None:
-    threads = [threading.Thread(target=line.work, args=(desk,)) for _ in range(workers)]
+    threads: list[threading.Thread] = []
     try:
-        if not _started(threads):
+        _start(threads, line, desk, workers)
+        if not threads:
             line.work(desk)
         for thread in threads:
-            if thread.ident is not None:
-                thread.join()
+            thread.join()
     finally:  # Ctrl-C too ends the work before the files are closed
         line.ended = True
         for thread in threads:
@@ -48,14 +49,20 @@ def _in_threads(line: _Line[Desk], desk: Callable[[], Desk], workers: int) -> No
                 thread.join()
 
 
-def _started(threads: Sequence[threading.Thread]) -> int:
-    """How many threads could be started: a limit of memory or of processes leaves fewer of them."""
-    for count, thread in enumerate(threads):
+def _start(
+    threads: list[threading.Thread], line: _Line[Desk], desk: Callable[[], Desk], workers: int
+) -> None:
+    """Start threads while there is work, fewer where memory or a limit of processes leaves fewer."""
+    for _ in range(min(workers, _MOST)):
+        if line.empty or line.errors:
+            return
+        thread = threading.Thread(target=line.work, args=(desk,))
+        threads.append(thread)  # before it starts: an interrupt may come right after
         try:
             thread.start()
         except RuntimeError:
-            return count
-    return len(threads)
+            threads.pop()
+            return
 
 
 class _Line(Generic[Desk]):

@@ -19,7 +19,13 @@ from typing import IO, Any, NoReturn
 import click
 
 from adaptsurgery import __version__
-from adaptsurgery.cli.output import CommandLine, forget_landed, interrupted, say
+from adaptsurgery.cli.output import (
+    CommandLine,
+    forget_landed,
+    interrupted,
+    printable_lines,
+    say,
+)
 
 FAILED, INTERRUPTED = 1, 130
 # A command's name → where it lives; its function is called ``command``.
@@ -123,6 +129,7 @@ def _guarded(args: list[str] | None) -> int:
     except BrokenPipeError:
         return FAILED
     except click.ClickException as error:
+        vars(error)["message"] = printable_lines(error.message)  # it may quote what was typed
         with suppress(OSError):
             if sys.stderr:
                 error.show()

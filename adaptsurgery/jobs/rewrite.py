@@ -151,7 +151,7 @@ def _rewritten(
     if not options.dry_run:
         inputs = _inputs(source, options.config, options.adapter, options.base)
         report.outputs = _write(changed, out, options.onnx, options.overwrite, inputs)
-        report.facts["bytes"] = sum(os.path.getsize(path) for path in report.outputs)
+        report.facts["bytes"] = sum(Path(path).stat().st_size for path in report.outputs)
     return report
 
 

@@ -37,8 +37,10 @@ from adaptsurgery.core.update import compose
 from adaptsurgery.graph.attach import attach, detach, set_scale
 from adaptsurgery.graph.dropout import set_train
 from adaptsurgery.graph.merge import merge
+from adaptsurgery.graph.record import tag_of
+from adaptsurgery.graph.sites import RECORD
 from adaptsurgery.graph.state import adapter_parameters, adapter_state, adapters, load_state
-from adaptsurgery_formats.errors import NameLookupError, ShapeError, ValueRefused
+from adaptsurgery_formats.errors import NameLookupError, ShapeError, SurgeryError, ValueRefused
 
 KINDS = ("program", "module", "symbolic")
 
@@ -387,3 +389,14 @@ def test_a_layer_that_reads_an_adapted_layer(algorithm: str) -> None:
     torch.testing.assert_close(adapted.module()(x), merged(x), atol=1e-4, rtol=1e-4)
     assert torch.equal(detach(adapted).module()(x), model(x))
     assert detach(adapted).graph_module.code == program.graph_module.code
+
+
+@pytest.mark.parametrize("note", ["{not json", "[]", '{"site": 5}', '{"strange": 1}', 5,
+    '{"site": "a", "adapters": [{"name": "x"}]}', '{"site": "a", "adapters": 5}', "[" * 5000])  # fmt: skip
+def test_a_note_that_is_none_of_ours_is_refused(note: Any) -> None:
+    program = graph_of(Chain(), "symbolic")
+    node = next(n for n in program.graph.nodes if n.op == "call_function")
+    node.meta["custom"] = {RECORD: note}
+    with pytest.raises(SurgeryError) as caught:
+        tag_of(node)
+    assert caught.value.code == "bad-note" and caught.value.next

@@ -48,7 +48,7 @@ def json_damaged(r: random.Random, value: Any, times: int = 1) -> Any:
     for _ in range(times):
         places = list(_places(out))
         if not places:
-            return r.choice(ODD)
+            return copy.deepcopy(r.choice(ODD))
         holder, key = r.choice(places)
         _change(r, holder, key)
     return out
@@ -71,7 +71,7 @@ def _places(value: Any, depth: int = 0) -> Any:
 def _change(r: random.Random, holder: Any, key: Any) -> None:
     choice = r.random()
     if choice < 0.6:
-        holder[key] = r.choice(ODD)
+        holder[key] = copy.deepcopy(r.choice(ODD))
     elif choice < 0.7:
         del holder[key]
     elif choice < 0.8 and isinstance(holder[key], (int, float)):

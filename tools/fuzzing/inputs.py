@@ -7,6 +7,7 @@ import json
 import os
 import zlib
 from collections.abc import Mapping
+from contextlib import suppress
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -50,9 +51,9 @@ class Input:
         (room / "out").mkdir()
         for name, content in self.files.items():
             path = os.path.join(room, "in", name)
-            if "/" in name:
+            with suppress(FileExistsError):  # below what is a file or a link to nothing
                 os.makedirs(os.path.dirname(path), exist_ok=True)
-            _put(path, content, str(room))
+                _put(path, content, str(room))
 
     def to_json(self) -> str:
         files = {name: _packed(content) for name, content in self.files.items()}

@@ -176,8 +176,10 @@ def summed_rightly(sources: Parts, out: str, loss: float, base: str | None) -> N
             if not adds(path):
                 return
             for name, change in changes(Path(path)).items() if weight else ():
+                if "." in name:
+                    continue  # a parameter that is replaced outright is no sum
                 total[name] = _plus(total.get(name, np.zeros((0, 1))), weight * change)
-        found = changes(Path(out))
+        found = {name: c for name, c in changes(Path(out)).items() if "." not in name}
         for name in total.keys() | found.keys():
             a, b = (d.get(name, np.zeros((0, 1))) for d in (total, found))
             size = max(len(a), len(b))

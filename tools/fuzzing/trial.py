@@ -262,7 +262,7 @@ def _named_in(given: Input) -> list[str]:
     """The last parts of what may be an output's name: a job's, or any argument of a command."""
     texts = [given.options.get("out", "")]
     texts += [a for a in given.options.get("args", ()) if isinstance(a, str)]
-    return [name for t in texts if (name := Path(t.split("=")[-1]).name)]
+    return [name for t in texts for part in (t, t.split("=")[-1]) if (name := Path(part).name)]
 
 
 def _contents(folder: Path) -> Iterator[bytes]:

@@ -131,7 +131,7 @@ class MergePlan:
     def home(self) -> Path:
         """The folder that the base is, or lies in."""
         base = Path(self.base)
-        return base if base.is_dir() else base.parent
+        return base if os.path.isdir(base) else base.parent
 
     @property
     def digest(self) -> str:

@@ -419,3 +419,68 @@ def test_a_folder_of_a_containers_image_is_replaced(container: Path, tmp_path: P
     merge(tmp_path / "base", f"{adapter}=2", container / "out", overwrite=True)
     assert is_merge_of(container / "out", tmp_path / "base", f"{adapter}=2")
     assert not left_behind(container)
+
+
+# -- After an error
+
+
+def failing(monkeypatch: pytest.MonkeyPatch, error: BaseException) -> None:
+    """The second shard's work ends in an error."""
+    write = run._Runner._write
+
+    def once(self: Any, job: Any, work: Path) -> Any:
+        if job.name != SHARD:
+            raise error
+        return write(self, job, work)
+
+    monkeypatch.setattr(run._Runner, "_write", once)
+
+
+ERRORS = [FileError("no", code="bad-file"), OSError(28, "No space left on device"), MemoryError()]
+
+
+@pytest.mark.parametrize("error", ERRORS, ids=lambda e: type(e).__name__)
+def test_an_error_leaves_nothing(
+    inputs: tuple[Path, Path], tmp_path: Path, monkeypatch: pytest.MonkeyPatch, error: Exception
+) -> None:
+    failing(monkeypatch, error)
+    with pytest.raises((FileError, MemoryError)):
+        merge(*inputs, tmp_path / "out")
+    assert not left_behind(tmp_path) and not (tmp_path / "out").exists()
+
+
+@pytest.mark.parametrize("error", ERRORS[:2], ids=lambda e: type(e).__name__)
+def test_parts_that_are_finished_outlive_an_error_of_another_and_that_is_said(
+    inputs: tuple[Path, Path], tmp_path: Path, monkeypatch: pytest.MonkeyPatch, error: Exception
+) -> None:
+    partial = half_done(*inputs, tmp_path / "out")
+    failing(monkeypatch, error)
+    with pytest.raises(FileError) as caught:
+        merge(*inputs, tmp_path / "out", shard_index=1, num_shards=3)
+    assert "kept" in caught.value.next and (partial / "files" / SHARD).exists()
+
+
+def test_what_an_interrupt_leaves_is_taken_up(
+    inputs: tuple[Path, Path], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    with monkeypatch.context() as patch:
+        failing(patch, KeyboardInterrupt())
+        with pytest.raises(KeyboardInterrupt):
+            merge(*inputs, tmp_path / "out")
+    (partial,) = left_behind(tmp_path)
+    inode = (tmp_path / partial / "files" / SHARD).stat().st_ino
+    merge(*inputs, tmp_path / "out")
+    assert (tmp_path / "out" / SHARD).stat().st_ino == inode and not left_behind(tmp_path)
+
+
+@pytest.mark.parametrize("norms", [5, "x", [1], {"a": 5}, {"a": {"b": "x"}}, {"a": {"b": [1]}}])
+def test_a_manifest_of_other_json_is_no_fault(
+    inputs: tuple[Path, Path], tmp_path: Path, norms: Any
+) -> None:
+    """A part that comes late reads the norms from the manifest that another has written."""
+    out = tmp_path / "out"
+    merge(*inputs, out)
+    path = out / "adaptsurgery_manifest.json"
+    path.write_text(json.dumps({**json.loads(path.read_text()), "norms": norms}))
+    report = merge(*inputs, out, shard_index=1, num_shards=3)
+    assert report.facts["complete"]

@@ -18,6 +18,7 @@ from adaptsurgery.checkpoint import system
 from adaptsurgery.checkpoint.apart import Guard, keep_apart
 from adaptsurgery.checkpoint.atomic import check_output, output
 from adaptsurgery.checkpoint.finite import Nonfinite
+from adaptsurgery.checkpoint.safetensors import held_open
 from adaptsurgery.checkpoint.watched import check_watched
 from adaptsurgery.checkpoint.writer import layout, order, write_safetensors
 from adaptsurgery_formats import WRITABLE, AdapterFile, AdapterState, Format
@@ -239,6 +240,7 @@ def _add_hashes(file: AdapterFile, wanted: bool) -> None:
     """sd-scripts' hashes, in files that carry its metadata."""
     if wanted and any(key.startswith("ss_") for key in file.metadata) and file.config is None:
         tensors = [file.tensors[key] for key in order(file.tensors)]
-        file.metadata |= sshs_hashes(
-            tensors, file.metadata, lambda metadata: layout(file.tensors, metadata)
-        )
+        with held_open():
+            file.metadata |= sshs_hashes(
+                tensors, file.metadata, lambda metadata: layout(file.tensors, metadata)
+            )

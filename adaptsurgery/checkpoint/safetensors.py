@@ -13,6 +13,9 @@ from __future__ import annotations
 
 import math
 import os
+from collections.abc import Iterator
+from contextlib import contextmanager
+from contextvars import ContextVar
 from dataclasses import dataclass
 
 from adaptsurgery.checkpoint import system
@@ -40,13 +43,41 @@ class Span:
     def read(self) -> bytes:
         """The bytes; raises FileError if the file is gone or has become shorter."""
         try:
-            fd = system.open_input(self.path)
-            try:
+            with _opened(self.path) as fd:
                 return _pread(fd, self.nbytes, self.offset, self.path)
-            finally:
-                os.close(fd)
         except OSError as error:
             raise as_file_error(error, self.path, writing=False) from error
+
+
+_HELD: ContextVar[dict[str, int] | None] = ContextVar("held open", default=None)
+
+
+@contextmanager
+def held_open() -> Iterator[None]:
+    """Spans that are read within the block open each file once, and close it at the block's end."""
+    held: dict[str, int] = {}
+    before = _HELD.set(held)
+    try:
+        yield
+    finally:
+        _HELD.reset(before)
+        for fd in held.values():
+            os.close(fd)
+
+
+@contextmanager
+def _opened(path: str) -> Iterator[int]:
+    held = _HELD.get()
+    if held is not None:
+        if path not in held:
+            held[path] = system.open_input(path)
+        yield held[path]
+        return
+    fd = system.open_input(path)
+    try:
+        yield fd
+    finally:
+        os.close(fd)
 
 
 def _pread(fd: int, count: int, offset: int, where: str) -> bytes:

@@ -190,7 +190,7 @@ from adaptsurgery.algorithms import LoRA
 from adaptsurgery.checkpoint.finite import Nonfinite
 from adaptsurgery.checkpoint.safetensors import read_safetensors
 from adaptsurgery.checkpoint.stream import Entry, write_stream
-from adaptsurgery.core.blocks import Place, edit_of
+from adaptsurgery.core.blocks import Placed, edit_of
 o, i = 64000, 4096
 head = json.dumps({"w": {"dtype": "BF16", "shape": [o, i], "data_offsets": [0, o * i * 2]}}).encode()
 head += b" " * (-len(head) % 8)
@@ -199,8 +199,8 @@ with open(sys.argv[1], "wb") as file:
     file.truncate(8 + len(head) + o * i * 2)
 tensor = read_safetensors(sys.argv[1]).tensors["w"]
 update = LoRA(torch.zeros(o, 8), torch.zeros(8, i))
-edit = lambda compute: edit_of([Place(update)], tensor.shape, compute)
-small = lambda compute: edit_of([Place(update, rows=(0, 100), source=(0, 100))], (100, i), compute)
+edit = lambda compute: edit_of([Placed(update)], tensor.shape, compute)
+small = lambda compute: edit_of([Placed(update, rows=(0, 100), source=(0, 100))], (100, i), compute)
 write_stream(sys.argv[2] + ".warm", {"w": Entry(tensor.rows(0, 100), small)})
 def peak():
     lines = open("/proc/self/status").read().splitlines()

@@ -9,7 +9,7 @@ import pytest
 import torch
 
 from adaptsurgery.algorithms import DoRA, LoRA
-from adaptsurgery.core.blocks import Place, change_rows, edit_of
+from adaptsurgery.core.blocks import Placed, change_rows, edit_of
 
 SIZES = (1.0, 1e22, 1e-26, 3e30, 0.0, 1e-3)
 
@@ -47,7 +47,7 @@ def test_a_fold_is_right_where_squares_overflow_or_vanish(axis: int) -> None:
 
 def test_a_block_has_the_bytes_of_the_whole() -> None:
     weight, dora = given(0)
-    edit = edit_of([Place(dora)], tuple(weight.shape))
+    edit = edit_of([Placed(dora)], tuple(weight.shape))
     pieces = []
     for start in range(len(SIZES)):
         target, scratch = torch.empty(1, 5), torch.empty(1, 5)

@@ -16,6 +16,8 @@ import sys
 from pathlib import Path
 from typing import Any
 
+from adaptsurgery_formats.names.native import RULES
+
 OUT = Path(__file__).resolve().parent.parent / "formats" / "adaptsurgery_formats" / "names"
 Tree = dict[str, Any]
 
@@ -195,11 +197,20 @@ def dumped(value: Any, indent: str = "") -> str:
     return "{\n" + ",\n".join(lines) + f"\n{indent}}}"
 
 
+def heads(component: dict[str, Any], modules: dict[str, tuple[int, ...]]) -> list[str]:
+    """The first segments of all names that a component's modules have, in any naming."""
+    dropped, rule = component.get("dropped_prefix", ""), component.get("native", "")
+    names = [*modules, *(RULES[rule](modules) if rule else ())]
+    names += [name.removeprefix(dropped) for name in modules]
+    return sorted({name.partition(".")[0] for name in names})
+
+
 def table_text(components: dict[str, dict[str, Any]]) -> str:
-    filled = {
-        name: {**component, "modules": folded(nested(modules_of(component)))}
-        for name, component in components.items()
-    }
+    filled = {}
+    for name, component in components.items():
+        modules = modules_of(component)
+        entry = {**component, "heads": heads(component, modules)}
+        filled[name] = {**entry, "modules": folded(nested(modules))}
     header = "tools/module_tables.py; shapes are those of the weights; 0-2 counts 0, 1 and 2"
     return dumped({"written by": header, "components": filled}) + "\n"
 

@@ -14,6 +14,7 @@ import re
 from collections import Counter
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
+from functools import cache
 
 from adaptsurgery_formats import FORMATS, AdapterFile, lycoris
 from adaptsurgery_formats.names import Component, Names
@@ -142,7 +143,7 @@ def _verdict(reader: Reader, layout: str, seen: Sequence[Seen]) -> Verdict:
 def _limit(reader: Reader, seen: Seen) -> Limit | None:
     """The first thing that keeps a reader from reading a module as the layout means it, or None."""
     module, layout = seen.module, seen.layout
-    if not all(re.match(reader.layouts[layout], key) for key in module.keys):
+    if not all(map(_beginning(reader.layouts[layout]), module.keys)):
         return _OTHER_PREFIX
     if reader.algorithms and module.algorithm not in reader.algorithms:
         return Limit(f"modules with a {traits_of(module.algorithm).title}", DROPS, _always)
@@ -151,6 +152,12 @@ def _limit(reader: Reader, seen: Seen) -> Limit | None:
     if layout == "kohya" and not _is_called_so(reader, seen):
         return _OTHER_NAMES
     return next((limit for limit in reader.limits if limit.of(seen)), None)
+
+
+@cache
+def _beginning(pattern: str) -> Callable[[str], object]:
+    """What tells whether a key begins with a pattern."""
+    return re.compile(pattern).match
 
 
 def _always(seen: Seen) -> bool:

@@ -162,9 +162,12 @@ def late(monkeypatch: pytest.MonkeyPatch, change: Callable[[], object]) -> list[
             change()
         check(*given)
 
-    for module in ("watched", "convert", "merging.run", "extract.extract", "adapter"):
-        place = f"adaptsurgery.{'checkpoint' if module == 'watched' else 'jobs'}.{module}"
-        monkeypatch.setattr(f"{place}.check_watched", checked)
+    places = (
+        "checkpoint.watched", "adapters.writing", "adapters.adapter", "jobs.merging.run",
+        "jobs.extract.extract",
+    )  # fmt: skip
+    for place in places:
+        monkeypatch.setattr(f"adaptsurgery.{place}.check_watched", checked)
     return done
 
 

@@ -116,9 +116,9 @@ def test_the_documents_own_mistakes_are_answered() -> None:
 
 def test_the_readme_s_example(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     readme = (Path(__file__).resolve().parents[2] / "README.md").read_text("utf-8")
-    block = next(b for b in readme.split("```python\n")[1:] if "get_peft_model" in b).split("```")[
-        0
-    ]
+    block = next(b for b in readme.split("```python\n")[1:] if "get_peft_model(base" in b).split(
+        "```"
+    )[0]
     monkeypatch.chdir(tmp_path)
     base, given = tiny("llama")
 

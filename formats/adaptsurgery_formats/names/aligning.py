@@ -68,6 +68,10 @@ class Lookup:
             if weight not in held:
                 self.table[name] = (*held, weight)
 
+    def of_half(self, alignment: Alignment, paths: Sequence[str]) -> bool:
+        """Whether what is taken off stands before half of the paths at least: heads may lack it."""
+        return 2 * sum(path.startswith(alignment.strip) for path in paths) >= len(paths)
+
     def under(self, alignment: Alignment, paths: Iterable[str]) -> Aligned:
         hits = ((path, self.table.get(alignment.of(path))) for path in paths)
         return Aligned(alignment, {path: weights for path, weights in hits if weights})
@@ -110,7 +114,8 @@ def best_alignments(
     same = lookup.under(SAME, paths)
     if len(same.found) == len(paths):
         return [same]
-    tried = [same, *(lookup.under(a, paths) for a in dict.fromkeys(lookup.candidates(paths)))]
+    others = (a for a in dict.fromkeys(lookup.candidates(paths)) if lookup.of_half(a, paths))
+    tried = [same, *(lookup.under(a, paths) for a in others)]
     most = max(len(a.found) for a in tried)
     best = [a for a in tried if len(a.found) == most]
     if most < len(paths) and best[0] is same:

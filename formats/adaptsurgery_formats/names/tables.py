@@ -236,9 +236,16 @@ def table(name: str) -> Names:
             next=nearest(name, TABLES) or "tables: " + ", ".join(TABLES),
             code="unknown-model",
         )
-    data = json.loads(Path(__file__).with_name(f"{name}.json").read_text("utf-8"))
-    components = {key: _component(key, c) for key, c in data["components"].items()}
+    components = {key: _component(key, c) for key, c in _data(name).items()}
     return Names(name, components, f"the bundled table `{name}`")
+
+
+@cache
+def _data(name: str) -> dict[str, dict[str, Any]]:
+    """A table's components as they are stored, folded."""
+    text = Path(__file__).with_name(f"{name}.json").read_text("utf-8")
+    components: dict[str, dict[str, Any]] = json.loads(text)["components"]
+    return components
 
 
 def _component(name: str, data: dict[str, Any]) -> Component:
@@ -328,8 +335,20 @@ def recognise(components: Mapping[str, Shapes]) -> str:
     that differ in the input layer's channels alone are recognised too. A lone CLIP-L, which
     several models share, is not.
     """
-    fitting = [name for name in TABLES if _stored_namings(components, table(name))]
+    likely = (name for name in TABLES if _may_fit(components, _data(name)))
+    fitting = [name for name in likely if _stored_namings(components, table(name))]
     return fitting[0] if len(fitting) == 1 else ""
+
+
+def _may_fit(components: Mapping[str, Shapes], data: Mapping[str, Mapping[str, Any]]) -> bool:
+    """Whether all names begin as the table's do: so no table of another model is unfolded."""
+    first = next(iter(data))
+    return all(
+        path.partition(".")[0] in data[name or first]["heads"]
+        for name, modules in components.items()
+        if (name or first) in data
+        for path in modules
+    )
 
 
 def _stored_namings(components: Mapping[str, Shapes], names: Names) -> dict[str, str]:

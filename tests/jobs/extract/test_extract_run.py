@@ -76,12 +76,17 @@ def test_finished_layers_are_not_done_again(
 
     def counted(layer: Any, *rest: Any) -> Any:
         if len(done) == 3:
-            raise OSError(28, "No space left on device")
+            raise stop
         done.append(layer.label)
         return fit(layer, *rest)
 
     monkeypatch.setattr(fitting, "fit_layer", counted)
-    with pytest.raises(SurgeryError):
+    stop: BaseException = OSError(28, "No space left on device")
+    with pytest.raises(SurgeryError):  # an error leaves nothing behind
+        extract(*pair, tmp_path / "out", rank=2, workers=1)
+    assert not (tmp_path / "out").exists() and not left_behind(tmp_path)
+    stop, done[:] = KeyboardInterrupt(), []
+    with pytest.raises(KeyboardInterrupt):
         extract(*pair, tmp_path / "out", rank=2, workers=1)
     assert not (tmp_path / "out").exists() and len(left_behind(tmp_path)) == 1
     first, done[:] = list(done), []
@@ -251,7 +256,7 @@ def test_a_report_that_is_there_already_is_refused_before_the_work(
     assert (tmp_path / "page.json").read_text() == "mine" and not left_behind(tmp_path)
 
 
-@pytest.mark.parametrize("step", ["check", "results", "adapter_state"])
+@pytest.mark.parametrize("step", ["check_models", "results", "chosen_state"])
 def test_the_same_extraction_twice_at_once(
     pair: tuple[Path, Path], tmp_path: Path, monkeypatch: pytest.MonkeyPatch, step: str
 ) -> None:
@@ -262,7 +267,7 @@ def test_the_same_extraction_twice_at_once(
     go = fork.Event()
     twin = fork.Process(target=lambda: (go.wait(60), extract(*pair, out, rank=2)))
     twin.start()  # before any lock is held, which a fork would share
-    module: Any = choose if step == "adapter_state" else extract_module
+    module: Any = choose if step == "chosen_state" else extract_module
     real = getattr(module, step)
 
     def first(*given: Any) -> Any:

@@ -155,4 +155,4 @@ def _gain(magnitude: Tensor, norms: Tensor) -> Tensor:
     """m / norm; 0 where the norm is, NaN and no row of zeros where it is beyond its dtype."""
     empty = norms.eq(0)
     gain = (magnitude.to(norms) / norms.masked_fill(empty, 1)).masked_fill(empty, 0)
-    return torch.where(norms.isinf(), norms - norms, gain)  # ∞ − ∞ is NaN, also in a trace's script
+    return gain + (norms - norms)  # ∞ − ∞

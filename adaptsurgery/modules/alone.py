@@ -29,7 +29,6 @@ def alone(method: _F) -> _F:
 
     @wraps(method)
     def waiting(self: Any, *args: Any, **kwargs: Any) -> Any:
-        with self.turn.lock:
-            return method(self, *args, **kwargs)
+        with self.turn.lock: return method(self, *args, **kwargs)  # fmt: skip  # noqa: E701
 
     return waiting  # type: ignore[return-value]

@@ -73,7 +73,9 @@ def _object(value: Any, name: str) -> Mapping[str, Any]:
 
 
 def _is(value: Any, kind: type[Any]) -> bool:
-    """Whether a value is of a plain type; true is no number, and a whole number is one for a float."""
+    """Whether a value is of a plain type; a whole number is one for a float, half a character no text."""
     if kind is float:
         return (type(value) is float and math.isfinite(value)) or _is(value, int)
+    if kind is str and type(value) is str:
+        return value.isascii() or not any("\ud800" <= c <= "\udfff" for c in value)
     return type(value) is kind and (kind is not int or abs(value) < _LARGEST)

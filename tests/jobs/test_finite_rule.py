@@ -366,3 +366,14 @@ def test_a_weight_that_takes_a_scale_out_of_range(desk: Desk) -> None:
             lambda w=weight: adaptsurgery.combine([(source, w)], desk.out, base=base),
             "out-of-range",
         )
+
+
+def test_a_merge_tells_what_an_adapter_brings_that_is_no_number(tmp_path: Path) -> None:
+    """A parameter that is replaced outright is copied, as it is in a conversion."""
+    desk = Desk(tmp_path)
+    desk.weights["m.k.weight"][0, :3] = math.nan
+    adapter = desk.peft()
+    desk.weights["m.k.weight"] = numbers(2, SIZE, SIZE)
+    report = adaptsurgery.merge(desk.base(), [adapter], desk.out)
+    (note,) = [n for n in report.notes if n.code == "nonfinite-copied"]
+    assert "`m.k.weight` 3" in note.text

@@ -91,7 +91,9 @@ def _merged(job: Callable[..., Any], place: Place, options: Options, sign: float
     adapters = [(place(path), weight) for path, weight in options.pop("adapters")]
     out, base = place(options["out"]), place(options["base"])
     more = {k: place(v) for k, v in options.items() if k not in ("out", "base")}
-    job(base, adapters, out, **{"workers": 1, **more})
+    report = job(base, adapters, out, **{"workers": 1, **more})
+    if _copies(report):
+        return None
     oracle.finite_model(out, base)
     if "max_shard_size" in options:
         oracle.within(out, options["max_shard_size"])

@@ -10,7 +10,7 @@ from pathlib import Path
 
 from adaptsurgery.adapters.report import Report, Row
 from adaptsurgery.checkpoint.apart import keep_apart
-from adaptsurgery.checkpoint.finite import Nonfinite
+from adaptsurgery.checkpoint.finite import Nonfinite, count_nonfinite
 from adaptsurgery.checkpoint.hub import resolve
 from adaptsurgery.checkpoint.system import local_path
 from adaptsurgery.checkpoint.watched import watching
@@ -156,6 +156,7 @@ def _run(
         watched=watched,
     )
     _tell_result(report, plan, norms, out, complete)
+    report.notes += Nonfinite(copied=_brought(plan, states)).notes(str(out))
     if options.inverse:
         _tell_rounding(report, plan, states, norms)
         if original is not None and complete:
@@ -276,6 +277,17 @@ def _nonfinite(norms: Norms) -> Nonfinite:
     """What --allow-nonfinite let through, as the finished shards have noted it."""
     counts = {key: int(each["nonfinite"]) for key, each in norms.items() if "nonfinite" in each}
     return Nonfinite(True, computed=Counter(counts))
+
+
+def _brought(plan: MergePlan, states: Sequence[AdapterState]) -> Counter[str]:
+    """How many numbers are NaN or infinite in parameters that adapters bring and nothing changes."""
+    edits = (t for job in plan.jobs for t in job.tensors if t.saved is not None and not t.changes)
+    counts: Counter[str] = Counter()
+    for edit in edits:
+        assert edit.saved is not None
+        tensor = states[edit.saved.adapter].saved[edit.saved.component][edit.saved.name]
+        counts[edit.key] = count_nonfinite(tensor) if tensor.dtype == edit.dtype else 0
+    return +counts
 
 
 def _tell_rounding(

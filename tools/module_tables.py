@@ -16,6 +16,8 @@ import sys
 from pathlib import Path
 from typing import Any
 
+sys.path.insert(0, str(Path(__file__).resolve().parents[1] / "formats"))
+
 from adaptsurgery_formats.names.native import RULES
 
 OUT = Path(__file__).resolve().parent.parent / "formats" / "adaptsurgery_formats" / "names"

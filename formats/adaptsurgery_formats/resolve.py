@@ -21,7 +21,6 @@ from adaptsurgery_formats.errors import (
 from adaptsurgery_formats.fitting import fit
 from adaptsurgery_formats.names import TABLES, Component, Names, flatten, table
 from adaptsurgery_formats.names.families import CLIP_TEXT
-from adaptsurgery_formats.other_names import by_other_names
 from adaptsurgery_formats.state import (
     AdapterState,
     ModuleState,
@@ -43,6 +42,15 @@ def find_modules(state: AdapterState, names: Names) -> AdapterState:
     return replace(state, modules=modules, saved=saved, model=names.model)
 
 
+def _by_other_names(
+    group: list[ModuleState], names: Names, state: AdapterState
+) -> list[ModuleState]:
+    """Modules that the base calls otherwise; what finds them is imported where some are left over."""
+    from adaptsurgery_formats.other_names import by_other_names
+
+    return by_other_names(group, list(_candidates(group[0], names)), state)
+
+
 def _placed(modules: list[ModuleState], names: Names, state: AdapterState) -> list[ModuleState]:
     """Each module at its place: by the base's own names, or all of a component by its family's."""
     strays = {_home(m) for m in modules if not _places(m, names)}
@@ -56,8 +64,9 @@ def _placed(modules: list[ModuleState], names: Names, state: AdapterState) -> li
     for home in strays:
         numbers = [number for number, m in enumerate(modules) if _home(m) == home]
         group = [modules[number] for number in numbers]
-        known = by_other_names(group, list(_candidates(group[0], names)), state)
-        known = known or [_resolve_module(m, names, state.where) for m in group]
+        known = _by_other_names(group, names, state) or [
+            _resolve_module(m, names, state.where) for m in group
+        ]
         placed |= zip(numbers, known)
     return [placed[number] for number in range(len(modules))]
 

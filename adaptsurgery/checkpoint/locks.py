@@ -42,14 +42,17 @@ def alone(target: Path) -> Iterator[None]:
     if str(path) in names:
         yield
         return
-    fd = _taken(path)
-    names.add(str(path))
+    fd = -1
     try:
+        with unbroken():
+            fd = _taken(path)
+            names.add(str(path))
         yield
     finally:
-        names.discard(str(path))
-        if fd >= 0:
-            _give_back(path, fd)
+        with unbroken():
+            names.discard(str(path))
+            if fd >= 0:
+                _give_back(path, fd)
 
 
 def _taken(path: Path) -> int:

@@ -21,6 +21,7 @@ from adaptsurgery.checkpoint import system
 PATIENCE = 15.0  # seconds that the name is waited for; its holder may have been stopped for good
 _PAUSE = 0.005
 _mine = threading.local()
+_taken_fds: dict[Path, int] = {}  # what this process has open of names' locks
 
 
 def hidden(target: Path, ending: str) -> Path:
@@ -60,7 +61,7 @@ def _taken(path: Path) -> int:
     last = time.monotonic() + PATIENCE
     while True:
         try:
-            fd = system.open_lock(path)
+            fd = _taken_fds[path] = system.open_lock(path)
         except OSError:
             return -1
         try:
@@ -77,8 +78,19 @@ def _taken(path: Path) -> int:
         os.close(fd)
 
 
+def let_go() -> None:
+    """Give back what an interrupt has cut off from the block that would have given it back."""
+    for path, fd in list(_taken_fds.items()):
+        with suppress(OSError):
+            if system.lock(fd, wait=False) and is_at(fd, path):
+                _give_back(path, fd)
+    _taken_fds.clear()
+    _mine.__dict__.pop("names", None)
+
+
 def _give_back(path: Path, fd: int) -> None:
     """Remove a lock's file while it is held, or where the system forbids that right after."""
+    _taken_fds.pop(path, None)
     try:
         os.unlink(path)
     except OSError:

@@ -34,6 +34,8 @@ def forget_landed() -> None:
 
 def interrupted(left: str = "nothing was left behind") -> None:
     """Tell what an interrupted command has left: its output, where that was in place already."""
+    if locks := sys.modules.get("adaptsurgery.checkpoint.locks"):  # none before a job needs it
+        locks.let_go()
     if landed := list(dict.fromkeys(_landed())):
         left = "in place already: " + ", ".join(map(printable, landed))
     say(f"interrupted; {left}")

@@ -121,6 +121,7 @@ def test_an_input_that_changes_meanwhile(tmp_path: Path, monkeypatch: pytest.Mon
     assert refused.value.code == "input-changed" and not (tmp_path / "out").exists()
 
 
+@needs("fcntl")
 @pytest.mark.parametrize("to", ["peft", "kohya"])
 def test_kills_at_random_moments(pair: tuple[Path, Path], tmp_path: Path, to: str) -> None:
     """An old output stays until it is replaced whole; what is there in the end is what it should be."""
@@ -256,6 +257,7 @@ def test_a_report_that_is_there_already_is_refused_before_the_work(
     assert (tmp_path / "page.json").read_text() == "mine" and not left_behind(tmp_path)
 
 
+@needs("fcntl")
 @pytest.mark.parametrize("step", ["check_models", "results", "chosen_state"])
 def test_the_same_extraction_twice_at_once(
     pair: tuple[Path, Path], tmp_path: Path, monkeypatch: pytest.MonkeyPatch, step: str

@@ -13,6 +13,7 @@ from typing import Any
 
 import pytest
 from test_run import contents, left_behind, refusal, write_adapter, write_base
+from unix import needs
 
 from adaptsurgery.checkpoint import atomic, locks, system
 from adaptsurgery.jobs.merging import run
@@ -236,6 +237,7 @@ def test_another_commands_output_takes_the_manifest_with_it(
     assert Path(f"{out}.manifest.json").read_text() == '{"job": "mine"}'
 
 
+@needs("fcntl")
 def test_an_interrupted_twin_leaves_the_others_work(
     inputs: tuple[Path, Path], tmp_path: Path
 ) -> None:
@@ -251,6 +253,7 @@ def test_an_interrupted_twin_leaves_the_others_work(
     assert not left_behind(tmp_path)
 
 
+@needs("fcntl")
 def test_a_lock_whose_holder_does_not_let_go_is_not_waited_for_without_end(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -316,6 +319,7 @@ def test_a_signal_within_the_landing_waits_for_its_end(
     assert is_merge_of(out, base, adapter) and not left_behind(tmp_path)
 
 
+@needs("fcntl")
 def test_a_kill_between_the_two_renames_is_mended(
     single: tuple[Path, Path], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
